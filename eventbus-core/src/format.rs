@@ -1,0 +1,226 @@
+//! How an envelope and its data become a message, and how a message is recognised again.
+
+use std::borrow::Cow;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::clock::Timestamp;
+use crate::envelope::{Envelope, EventId, Metadata};
+use crate::error::{Error, ErrorKind, Result};
+use crate::header::{self, KnownHeaders};
+use crate::message::{Headers, HeadersBuilder, Message};
+
+mod envelope;
+mod flat;
+
+pub use envelope::EnvelopeFormat;
+pub use flat::FlatFormat;
+
+/// How an envelope and its data become a message; belongs to a topic.
+///
+/// # Contract
+///
+/// - `read` and `envelope` give back what `write` was given.
+/// - `read` claims a message by its headers, its content type or the shape of its body, and never
+///   claims another format's.
+pub trait Format: Debug + Send + Sync + 'static {
+    /// Its name, as the header [`header::FORMAT`] gives it.
+    fn name(&self) -> &'static str;
+
+    /// Lays out an event.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when the content type does not fit this format, or a header is too large.
+    fn write(
+        &self,
+        envelope: &Envelope,
+        content_type: &str,
+        data: &[u8],
+    ) -> Result<(Headers, Bytes)>;
+
+    /// Reads as much as routing and decoding need, or `None` when the message is another format's.
+    ///
+    /// # Errors
+    ///
+    /// `Codec` when the message claims to be of this format and is not.
+    fn read<'m>(
+        &self,
+        message: &'m Message,
+        known: &KnownHeaders<'m>,
+    ) -> Result<Option<Reading<'m>>>;
+
+    /// Reads the envelope of a message that `read` claimed. `fallback` is the id of a message that
+    /// carries none, and the time at which it was read.
+    ///
+    /// # Errors
+    ///
+    /// `Codec` when the message claims to be of this format and is not.
+    fn envelope(
+        &self,
+        message: &Message,
+        known: &KnownHeaders<'_>,
+        fallback: (EventId, Timestamp),
+    ) -> Result<Envelope>;
+}
+
+/// As much of an event as routing and decoding need.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Reading<'m> {
+    /// The event's type.
+    pub event_type: Cow<'m, str>,
+    /// The version of the data.
+    pub version: u32,
+    /// The data, a part of the payload.
+    pub data: Bytes,
+}
+
+impl<'m> Reading<'m> {
+    /// What a format read.
+    pub fn new(event_type: impl Into<Cow<'m, str>>, version: u32, data: Bytes) -> Self {
+        Self {
+            event_type: event_type.into(),
+            version,
+            data,
+        }
+    }
+}
+
+/// The formats a bus reads, in the order in which they are asked.
+#[derive(Clone, Debug)]
+pub struct Formats(Arc<[Arc<dyn Format>]>);
+
+impl Default for Formats {
+    fn default() -> Self {
+        Self(Arc::from([
+            Arc::new(EnvelopeFormat) as Arc<dyn Format>,
+            Arc::new(FlatFormat),
+        ]))
+    }
+}
+
+impl Formats {
+    /// Asks `first` before the formats there are.
+    #[must_use]
+    pub fn with(self, first: Arc<dyn Format>) -> Self {
+        let mut formats = vec![first];
+        formats.extend(
+            self.0
+                .iter()
+                .filter(|format| format.name() != formats[0].name())
+                .map(Arc::clone)
+                .collect::<Vec<_>>(),
+        );
+        Self(Arc::from(formats))
+    }
+
+    /// Reads a message by the format that claims it.
+    ///
+    /// # Errors
+    ///
+    /// `Codec` when no format claims it, or the one that does cannot read it.
+    pub fn read<'m>(
+        &self,
+        message: &'m Message,
+        known: &KnownHeaders<'m>,
+    ) -> Result<(&dyn Format, Reading<'m>)> {
+        for format in self.0.iter() {
+            if let Some(reading) = format.read(message, known)? {
+                return Ok((format.as_ref(), reading));
+            }
+        }
+        Err(Error::new(
+            ErrorKind::Codec,
+            "read message",
+            "no format claims it: neither its headers nor its body say what event it is",
+        ))
+    }
+
+    /// Reads the envelope of a message.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn envelope(&self, message: &Message, fallback: (EventId, Timestamp)) -> Result<Envelope> {
+        let known = KnownHeaders::of(&message.headers);
+        let (format, _) = self.read(message, &known)?;
+        format.envelope(message, &known, fallback)
+    }
+}
+
+/// Writes the ids of an envelope as headers, the same for every format.
+pub(crate) fn envelope_headers(
+    format: &str,
+    envelope: &Envelope,
+    content_type: &str,
+) -> Result<HeadersBuilder> {
+    let metadata = match envelope.metadata.is_empty() {
+        true => None,
+        false => Some(metadata_json(&envelope.metadata)?),
+    };
+    Headers::builder()
+        .push(header::FORMAT, format)?
+        .push(header::ID, envelope.id.to_string())?
+        .push(header::TYPE, &envelope.event_type)?
+        .push(header::VERSION, envelope.version.to_string())?
+        .push(header::TIME, envelope.time.to_string())?
+        .push(header::SOURCE, &envelope.source)?
+        .push(header::CORRELATION_ID, &envelope.correlation_id)?
+        .push_some(header::CAUSATION_ID, envelope.causation_id.as_ref())?
+        .push_some(header::METADATA, metadata)?
+        .push(header::CONTENT_TYPE, content_type)
+}
+
+/// Reads an envelope from headers alone, where they hold at least id and type.
+pub(crate) fn envelope_from_headers(
+    known: &KnownHeaders<'_>,
+    now: Timestamp,
+) -> Result<Option<Envelope>> {
+    let (Some(id), Some(event_type)) = (known.id, known.event_type) else {
+        return Ok(None);
+    };
+    let version = known
+        .version
+        .map_or(Ok(1), crate::envelope::parse_version)?;
+    let time = known.time.map_or(Ok(now), str::parse)?;
+    let mut envelope = Envelope::new(EventId::parse(id)?, event_type, version, time);
+    envelope.source = known.source.unwrap_or_default().to_owned();
+    if let Some(correlation_id) = known.correlation_id {
+        envelope.correlation_id = correlation_id.to_owned();
+    }
+    envelope.causation_id = known.causation_id.map(str::to_owned);
+    if let Some(metadata) = known.metadata {
+        envelope.metadata = serde_json::from_str(metadata).map_err(|error| {
+            Error::new(
+                ErrorKind::Codec,
+                "read metadata",
+                "not a JSON object of strings",
+            )
+            .with_source(error)
+        })?;
+    }
+    Ok(Some(envelope))
+}
+
+pub(crate) fn metadata_json(metadata: &Metadata) -> Result<String> {
+    serde_json::to_string(metadata).map_err(|error| {
+        Error::new(ErrorKind::Codec, "write metadata", "it has no JSON form").with_source(error)
+    })
+}
+
+/// Whether the data may stand inside a JSON document.
+pub(crate) fn require_json(format: &'static str, content_type: &str) -> Result<()> {
+    if content_type == "application/json" || content_type.ends_with("+json") {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::InvalidInput,
+        "write event",
+        "this format is a JSON document and takes JSON data only: give the topic a binary format",
+    )
+    .with("format", format)
+    .with("content type", content_type))
+}

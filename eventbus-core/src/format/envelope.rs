@@ -1,0 +1,204 @@
+//! The default format: one JSON document around the data, the ids again in headers.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::{
+    Format, Reading, envelope_from_headers, envelope_headers, metadata_json, require_json,
+};
+use crate::clock::Timestamp;
+use crate::envelope::{Envelope, EventId, parse_version};
+use crate::error::{Error, ErrorKind, Result};
+use crate::header::KnownHeaders;
+use crate::message::{Headers, Message};
+
+/// `{"eventId", "eventType", "eventVersion": "v1", "timestamp", "source", "correlationId",
+/// "causationId", "data", "metadata"}`: readable by whoever reads JSON.
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(clippy::exhaustive_structs, reason = "it has nothing to add")]
+pub struct EnvelopeFormat;
+
+const NAME: &str = "envelope";
+
+/// Everything before `data`, in the order of the document.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Head<'a> {
+    event_id: &'a EventId,
+    event_type: &'a str,
+    event_version: String,
+    timestamp: String,
+    source: &'a str,
+    correlation_id: &'a str,
+    causation_id: Option<&'a str>,
+}
+
+/// The document as it is read: only `data` has to be there when headers give the rest.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Document<'a> {
+    #[serde(borrow)]
+    event_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    event_type: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    event_version: Option<Version<'a>>,
+    #[serde(borrow)]
+    timestamp: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    source: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    correlation_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    causation_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    metadata: Option<BTreeMap<String, &'a RawValue>>,
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct DataOnly<'a> {
+    #[serde(borrow)]
+    data: &'a RawValue,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Version<'a> {
+    Number(u32),
+    #[serde(borrow)]
+    Text(Cow<'a, str>),
+}
+
+impl Version<'_> {
+    fn number(&self) -> Result<u32> {
+        match self {
+            Self::Number(number) => Ok(*number),
+            Self::Text(text) => parse_version(text),
+        }
+    }
+}
+
+impl Format for EnvelopeFormat {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn write(
+        &self,
+        envelope: &Envelope,
+        content_type: &str,
+        data: &[u8],
+    ) -> Result<(Headers, Bytes)> {
+        require_json(NAME, content_type)?;
+        let head = Head {
+            event_id: &envelope.id,
+            event_type: &envelope.event_type,
+            event_version: format!("v{}", envelope.version),
+            timestamp: envelope.time.to_string(),
+            source: &envelope.source,
+            correlation_id: &envelope.correlation_id,
+            causation_id: envelope.causation_id.as_deref(),
+        };
+        let mut payload = Vec::with_capacity(320 + data.len());
+        serde_json::to_writer(&mut payload, &head).map_err(|error| {
+            Error::new(ErrorKind::Codec, "write envelope", "it has no JSON form").with_source(error)
+        })?;
+        // The data are JSON already: they are put in as they are instead of being parsed again.
+        payload.pop();
+        payload.extend_from_slice(b",\"data\":");
+        payload.extend_from_slice(data);
+        payload.extend_from_slice(b",\"metadata\":");
+        payload.extend_from_slice(metadata_json(&envelope.metadata)?.as_bytes());
+        payload.push(b'}');
+        let headers = envelope_headers(NAME, envelope, content_type)?.build();
+        Ok((headers, Bytes::from(payload)))
+    }
+
+    fn read<'m>(
+        &self,
+        message: &'m Message,
+        known: &KnownHeaders<'m>,
+    ) -> Result<Option<Reading<'m>>> {
+        if known.format.is_some_and(|format| format != NAME) {
+            return Ok(None);
+        }
+        if known.format.is_some()
+            && let Some(event_type) = known.event_type
+        {
+            let document: DataOnly<'m> = parse(&message.payload)?;
+            let version = known.version.map_or(Ok(1), parse_version)?;
+            let data = message.payload.slice_ref(document.data.get().as_bytes());
+            return Ok(Some(Reading::new(event_type, version, data)));
+        }
+        let document: Document<'m> = match parse(&message.payload) {
+            Ok(document) => document,
+            Err(error) if known.format.is_some() => return Err(error),
+            Err(_) => return Ok(None),
+        };
+        let (Some(event_type), Some(data)) = (document.event_type, document.data) else {
+            return Ok(None);
+        };
+        let version = document
+            .event_version
+            .map_or(Ok(1), |version| version.number())?;
+        let data = message.payload.slice_ref(data.get().as_bytes());
+        Ok(Some(Reading::new(event_type, version, data)))
+    }
+
+    fn envelope(
+        &self,
+        message: &Message,
+        known: &KnownHeaders<'_>,
+        fallback: (EventId, Timestamp),
+    ) -> Result<Envelope> {
+        if let Some(envelope) = envelope_from_headers(known, fallback.1)? {
+            return Ok(envelope);
+        }
+        let document: Document<'_> = parse(&message.payload)?;
+        let id = document
+            .event_id
+            .map_or(Ok(fallback.0), |id| EventId::parse(&id))?;
+        let time = document
+            .timestamp
+            .map_or(Ok(fallback.1), |time| time.parse())?;
+        let version = document
+            .event_version
+            .map_or(Ok(1), |version| version.number())?;
+        let event_type = document.event_type.unwrap_or_default();
+        let mut envelope = Envelope::new(id, event_type, version, time);
+        envelope.source = document.source.unwrap_or_default().into_owned();
+        if let Some(correlation_id) = document.correlation_id {
+            envelope.correlation_id = correlation_id.into_owned();
+        }
+        envelope.causation_id = document.causation_id.map(Cow::into_owned);
+        envelope.metadata = document
+            .metadata
+            .unwrap_or_default()
+            .into_iter()
+            .map(|(name, value)| (name, text_of(value)))
+            .collect();
+        Ok(envelope)
+    }
+}
+
+/// A string as its text, anything else as its JSON: metadata of foreign publishers may be either.
+fn text_of(value: &RawValue) -> String {
+    serde_json::from_str(value.get()).unwrap_or_else(|_| value.get().to_owned())
+}
+
+fn parse<'m, T: Deserialize<'m>>(payload: &'m [u8]) -> Result<T> {
+    serde_json::from_slice(payload).map_err(|error| {
+        Error::new(
+            ErrorKind::Codec,
+            "read envelope",
+            "the body is not a JSON envelope",
+        )
+        .with_source(error)
+    })
+}

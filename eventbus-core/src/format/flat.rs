@@ -1,0 +1,113 @@
+//! The data with one more member `event_type`: what services without an envelope exchange.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use serde::Deserialize;
+
+use super::{Format, Reading, envelope_from_headers, envelope_headers, require_json};
+use crate::clock::Timestamp;
+use crate::envelope::{Envelope, EventId, parse_version};
+use crate::error::{Error, ErrorKind, Result};
+use crate::header::KnownHeaders;
+use crate::message::{Headers, Message};
+
+/// `{"event_type":"OrderCreated","order_id":123,"amount":250}`.
+///
+/// Reading needs no headers: a message without an id gets one from its place in the topic, where
+/// the broker has positions. Writing adds the envelope as headers, which foreign readers ignore.
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(clippy::exhaustive_structs, reason = "it has nothing to add")]
+pub struct FlatFormat;
+
+const NAME: &str = "flat";
+
+#[derive(Deserialize)]
+struct Type<'a> {
+    #[serde(borrow)]
+    event_type: Cow<'a, str>,
+}
+
+impl Format for FlatFormat {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn write(
+        &self,
+        envelope: &Envelope,
+        content_type: &str,
+        data: &[u8],
+    ) -> Result<(Headers, Bytes)> {
+        require_json(NAME, content_type)?;
+        let refuse = || {
+            Error::new(
+                ErrorKind::InvalidInput,
+                "write event",
+                "the flat format takes an object: give the event named fields",
+            )
+            .with("type", &envelope.event_type)
+        };
+        let members = data.strip_prefix(b"{").ok_or_else(refuse)?;
+        let event_type = serde_json::to_string(&envelope.event_type).map_err(|_| refuse())?;
+        let mut payload = Vec::with_capacity(data.len() + event_type.len() + 16);
+        payload.extend_from_slice(b"{\"event_type\":");
+        payload.extend_from_slice(event_type.as_bytes());
+        if members != b"}" {
+            payload.push(b',');
+        }
+        payload.extend_from_slice(members);
+        let headers = envelope_headers(NAME, envelope, content_type)?.build();
+        Ok((headers, Bytes::from(payload)))
+    }
+
+    fn read<'m>(
+        &self,
+        message: &'m Message,
+        known: &KnownHeaders<'m>,
+    ) -> Result<Option<Reading<'m>>> {
+        if known.format.is_some_and(|format| format != NAME) {
+            return Ok(None);
+        }
+        let version = known.version.map_or(Ok(1), parse_version)?;
+        if known.format.is_some()
+            && let Some(event_type) = known.event_type
+        {
+            return Ok(Some(Reading::new(
+                event_type,
+                version,
+                message.payload.clone(),
+            )));
+        }
+        match serde_json::from_slice::<Type<'m>>(&message.payload) {
+            Ok(body) => Ok(Some(Reading::new(
+                body.event_type,
+                version,
+                message.payload.clone(),
+            ))),
+            Err(error) if known.format.is_some() => Err(Error::new(
+                ErrorKind::Codec,
+                "read flat event",
+                "the body is not a JSON object with an event_type",
+            )
+            .with_source(error)),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn envelope(
+        &self,
+        message: &Message,
+        known: &KnownHeaders<'_>,
+        fallback: (EventId, Timestamp),
+    ) -> Result<Envelope> {
+        if let Some(envelope) = envelope_from_headers(known, fallback.1)? {
+            return Ok(envelope);
+        }
+        let event_type = match self.read(message, known)? {
+            Some(reading) => reading.event_type.into_owned(),
+            None => String::new(),
+        };
+        Ok(Envelope::new(fallback.0, event_type, 1, fallback.1))
+    }
+}
