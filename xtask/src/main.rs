@@ -8,7 +8,7 @@ use std::env;
 use std::io;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use workspace::Workspace;
 
@@ -37,7 +37,10 @@ fn main() -> Result<ExitCode> {
             println!("{USAGE}");
             Ok(ExitCode::SUCCESS)
         }
-        _ => bail!("{USAGE}"),
+        _ => {
+            eprintln!("{USAGE}");
+            Ok(ExitCode::from(2))
+        }
     }
 }
 

@@ -72,19 +72,14 @@ fn metadata(root: &Path) -> Result<Value> {
 }
 
 fn files(root: &Path) -> Result<Vec<File>> {
-    let listed = run(
-        Command::new("git").args([
-            "ls-files",
-            "-z",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-        ]),
-        root,
-    )?;
+    let paths = if root.join(".git").exists() {
+        tracked(root)?
+    } else {
+        unpacked(root)?
+    };
     let mut files = Vec::new();
-    for path in listed.split_terminator('\0') {
-        let full = root.join(path);
+    for path in paths {
+        let full = root.join(&path);
         // A file that was deleted but not yet committed is still listed.
         if !full.is_file() {
             continue;
@@ -92,13 +87,41 @@ fn files(root: &Path) -> Result<Vec<File>> {
         let bytes = fs::read(&full).with_context(|| format!("reading {path}"))?;
         // What is not UTF-8 is no text (images, recorded bytes): no rule speaks of it.
         if let Ok(text) = String::from_utf8(bytes) {
-            files.push(File {
-                path: path.to_owned(),
-                text,
-            });
+            files.push(File { path, text });
         }
     }
     Ok(files)
+}
+
+/// Asks git, so that what it ignores is ignored here too.
+fn tracked(root: &Path) -> Result<Vec<String>> {
+    let listed = run(
+        Command::new("git")
+            // A container often owns the clone as another user. Cargo runs its code all the same, so listing it is safe.
+            .args(["-c", "safe.directory=*"])
+            .args(["ls-files", "-z", "--cached", "--others"])
+            .arg("--exclude-standard"),
+        root,
+    )?;
+    Ok(listed.split_terminator('\0').map(str::to_owned).collect())
+}
+
+/// Lists an unpacked archive, which has no git to ask, and nothing in it but the files and perhaps a build.
+fn unpacked(root: &Path) -> Result<Vec<String>> {
+    let mut paths = Vec::new();
+    let mut folders = vec![root.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.extend((!path.ends_with("target")).then_some(path));
+                continue;
+            }
+            let relative = path.strip_prefix(root)?.to_string_lossy();
+            paths.push(relative.replace('\\', "/"));
+        }
+    }
+    Ok(paths)
 }
 
 fn run(command: &mut Command, folder: &Path) -> Result<String> {
