@@ -84,16 +84,7 @@ where
     P: Event,
     E: Event + From<P>,
 {
-    const {
-        assert!(
-            P::VERSION < E::VERSION,
-            "`from` names an event of a lower version"
-        );
-        assert!(
-            is_same(P::TYPE, E::TYPE),
-            "`from` names an event of the same type"
-        );
-    }
+    const { assert_upcast::<P, E>() };
     if version > E::VERSION {
         return Err(unknown_version::<E>(version));
     }
@@ -101,6 +92,23 @@ where
         return P::Codec::decode(data).map(E::from);
     }
     P::upcast(version, data).map(E::from)
+}
+
+/// Refuses, at compile time, an upcast from an event that is not an older version of `E`.
+///
+/// [`upcast_from`] checks it where it is compiled into a program; the derive checks it in a `const`
+/// of its own too, so that `cargo check` of a library reports it already.
+#[doc(hidden)]
+#[track_caller]
+pub const fn assert_upcast<P: Event, E: Event>() {
+    assert!(
+        P::VERSION < E::VERSION,
+        "`from` must name a lower version of the event"
+    );
+    assert!(
+        is_same(P::TYPE, E::TYPE),
+        "`from` must name an event of the same `type`"
+    );
 }
 
 /// The error of a version that nothing leads from. For [`Event::upcast`].

@@ -25,6 +25,8 @@ pub use delivery::{
 };
 pub use envelope::{Envelope, EventId, Metadata};
 pub use error::{BoxError, Error, ErrorKind, Result, Retry, error_chain};
+#[doc(hidden)]
+pub use event::assert_upcast;
 pub use event::{Event, read_event, unknown_version, upcast_from};
 pub use format::{EnvelopeFormat, FlatFormat, Format, Formats, Reading};
 pub use lane_table::{LaneTable, Settled};

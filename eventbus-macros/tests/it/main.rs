@@ -1,0 +1,3 @@
+//! What the derive accepts, and what the compiler says about everything else.
+
+mod ui;

@@ -1,0 +1,23 @@
+use eventbus_macros::Event;
+use serde::{Deserialize, Serialize};
+
+#[derive(Event, Serialize, Deserialize)]
+#[event(type = "OrderCreated", topic = "order-events", crate = "eventbus_core")]
+struct Before {
+    order_id: u64,
+}
+
+#[derive(Event, Serialize, Deserialize)]
+#[event(type = "OrderPlaced", topic = "order-events", crate = "eventbus_core")]
+#[event(version = 2, from = "Before")]
+struct OrderPlaced {
+    order_id: u64,
+}
+
+impl From<Before> for OrderPlaced {
+    fn from(before: Before) -> Self {
+        Self { order_id: before.order_id }
+    }
+}
+
+fn main() {}

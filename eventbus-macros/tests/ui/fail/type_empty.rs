@@ -1,0 +1,7 @@
+use eventbus_macros::Event;
+
+#[derive(Event)]
+#[event(type = " ", topic = "order-events")]
+struct OrderCreated;
+
+fn main() {}
