@@ -1,18 +1,30 @@
 //! Contracts, message, envelope, consumer runtime and in-memory broker of eventbus.
 
+mod activity;
 mod broker;
+mod bus;
 mod clock;
+mod coalescer;
 mod codec;
+mod consumer;
+mod context;
+mod dead_letter;
 mod delivery;
 mod envelope;
 mod error;
 mod event;
 mod format;
+mod handler;
 pub mod header;
 mod lane_table;
 mod message;
+mod outgoing;
+mod reader;
+mod retry;
 mod topic;
+mod unit_of_work;
 
+pub use activity::Activity;
 pub use broker::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Durability, LaneLag, Member,
     Outcome, PublishError, Publisher, Settlement, Subscriber, TopicReport, Unpublished,
@@ -35,3 +47,21 @@ pub use message::{
     Message, NAME_LENGTH_MAX, Topic,
 };
 pub use topic::{TopicSpec, partition_of};
+
+pub use bus::{EventBus, EventBusBuilder};
+pub use coalescer::{Coalescer, Flush, Flushes, Ticket};
+pub use consumer::{
+    BLOCKED_KEYS, Breaker, CONSUMED_MESSAGES, Consumer, ConsumerBuilder, ConsumerState,
+    ConsumerStatus, Counts, DEAD_LETTERS, DUPLICATES, Dispatch, DispatchFuture, FAILED_ATTEMPTS,
+    GAPS, HANDLED, LaneStatus, OPERATION_DURATION, OnPoison, PROCESS_DURATION, Replay,
+    ReplayReport, Request, SENT_MESSAGES, SKIPPED,
+};
+pub use context::Context;
+pub use dead_letter::{
+    DEAD_LETTERS_MAX, DeadLetter, DeadLetterStatus, DeadLetters, Decision, Redrive,
+};
+pub use handler::{BatchHandler, BatchItem, Handler};
+pub use outgoing::{Origin, Outgoing};
+pub use reader::{Reader, Record};
+pub use retry::{OnError, RetryPolicy};
+pub use unit_of_work::{Committed, InboxEntry, NoUnit, Unit, UnitOfWork, Work};

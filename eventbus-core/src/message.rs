@@ -251,6 +251,7 @@ impl Headers {
         HeadersBuilder {
             count: self.iter().count(),
             packed: BytesMut::from(self.0.as_ref()),
+            room: 0,
         }
     }
 
@@ -320,6 +321,8 @@ impl<'a> Iterator for HeadersIter<'a> {
 pub struct HeadersBuilder {
     packed: BytesMut,
     count: usize,
+    /// Headers allowed beyond [`HEADERS_MAX`].
+    room: usize,
 }
 
 impl HeadersBuilder {
@@ -345,7 +348,7 @@ impl HeadersBuilder {
                 "a header's value has at most 8192 bytes: put it into the payload",
             ));
         }
-        if self.count == HEADERS_MAX {
+        if self.count >= HEADERS_MAX + self.room {
             return Err(refuse("a message has at most 64 headers"));
         }
         self.packed
@@ -357,6 +360,12 @@ impl HeadersBuilder {
         self.packed.put_slice(value);
         self.count += 1;
         Ok(self)
+    }
+
+    /// Allows the headers of a dead letter beside as many as a message may have.
+    pub(crate) fn with_room_for_dead_letter(mut self) -> Self {
+        self.room = 16;
+        self
     }
 
     /// Adds a header if there is a value.

@@ -1,0 +1,486 @@
+//! The handle users hold: publishes, makes consumers, asks the broker.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use metrics::{Counter, Histogram};
+use tokio::time::Instant;
+
+use crate::activity::Activity;
+use crate::broker::{
+    AdminReply, AdminRequest, Broker, Capabilities, LaneLag, PublishError, TopicReport,
+};
+use crate::clock::{Clock, SystemClock};
+use crate::consumer::slots::is_in_handler;
+use crate::consumer::{ConsumerBuilder, OPERATION_DURATION, SENT_MESSAGES};
+use crate::dead_letter::DeadLetters;
+use crate::delivery::{Start, Subscription, Until};
+use crate::envelope::{Envelope, EventId};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
+use crate::format::{EnvelopeFormat, Format, Formats};
+use crate::message::{Group, Message, Topic};
+use crate::outgoing::{Frame, Origin, Outgoing, into_message};
+use crate::reader::Reader;
+use crate::topic::TopicSpec;
+
+/// Publishes events and makes consumers; clones share one broker connection.
+#[derive(Clone)]
+pub struct EventBus {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    broker: Arc<dyn Broker>,
+    capabilities: Capabilities,
+    source: String,
+    clock: Arc<dyn Clock>,
+    formats: Formats,
+    format: Arc<dyn Format>,
+    topic_formats: HashMap<Topic, Arc<dyn Format>>,
+    topic_prefix: String,
+    activity: Arc<Activity>,
+    sent: Counter,
+    publish_duration: Histogram,
+}
+
+/// Sets up an [`EventBus`]; made by [`EventBus::builder`].
+#[derive(Debug)]
+#[must_use]
+pub struct EventBusBuilder {
+    broker: Arc<dyn Broker>,
+    source: String,
+    clock: Arc<dyn Clock>,
+    formats: Formats,
+    format: Arc<dyn Format>,
+    topic_formats: HashMap<Topic, Arc<dyn Format>>,
+    topic_prefix: String,
+}
+
+impl EventBusBuilder {
+    /// Names the service that publishes; by default the program's name.
+    pub fn source(mut self, source: impl Into<String>) -> Self {
+        self.source = source.into();
+        self
+    }
+
+    /// Replaces the machine's clock.
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Sets the format of topics that have none of their own; by default [`EnvelopeFormat`].
+    pub fn format(mut self, format: impl Format) -> Self {
+        self.format = Arc::new(format);
+        self.formats = self.formats.with(Arc::clone(&self.format));
+        self
+    }
+
+    /// Sets the format of one topic.
+    pub fn topic_format(mut self, topic: Topic, format: impl Format) -> Self {
+        let format: Arc<dyn Format> = Arc::new(format);
+        self.formats = self.formats.with(Arc::clone(&format));
+        self.topic_formats.insert(topic, format);
+        self
+    }
+
+    /// Puts `prefix` before the name of every topic, such as `staging.`.
+    pub fn topic_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.topic_prefix = prefix.into();
+        self
+    }
+
+    /// The bus.
+    pub fn build(self) -> EventBus {
+        let capabilities = self.broker.capabilities();
+        let labels = [("messaging.system", capabilities.system)];
+        EventBus {
+            inner: Arc::new(Inner {
+                sent: metrics::counter!(SENT_MESSAGES, &labels),
+                publish_duration: metrics::histogram!(OPERATION_DURATION, &labels),
+                broker: self.broker,
+                capabilities,
+                source: self.source,
+                clock: self.clock,
+                formats: self.formats,
+                format: self.format,
+                topic_formats: self.topic_formats,
+                topic_prefix: self.topic_prefix,
+                activity: Activity::new(),
+            }),
+        }
+    }
+}
+
+/// Room that a dead letter needs beside the message it holds.
+const DEAD_LETTER_RESERVE: usize = 8 * 1024;
+
+impl EventBus {
+    /// A bus on `broker` with the defaults.
+    pub fn new(broker: impl Broker) -> Self {
+        Self::builder(broker).build()
+    }
+
+    /// Starts a bus on `broker`.
+    pub fn builder(broker: impl Broker) -> EventBusBuilder {
+        Self::builder_on(Arc::new(broker))
+    }
+
+    /// Starts a bus on a broker whose type is known only at run time.
+    pub fn builder_on(broker: Arc<dyn Broker>) -> EventBusBuilder {
+        EventBusBuilder {
+            broker,
+            source: program_name(),
+            clock: Arc::new(SystemClock),
+            formats: Formats::default(),
+            format: Arc::new(EnvelopeFormat),
+            topic_formats: HashMap::new(),
+            topic_prefix: String::new(),
+        }
+    }
+
+    /// Publishes an event and resolves with its id when the broker has taken it durably.
+    ///
+    /// Two publishes awaited one after the other keep their order.
+    ///
+    /// # Cancellation
+    ///
+    /// A dropped future leaves it unknown whether the event is on the broker.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` inside a running handler: there [`Context::publish`](crate::Context::publish)
+    /// is meant, whose events are sent only if the handler succeeds and carry derived ids.
+    /// Otherwise those of the event's format and codec, and of the broker; the context `outcome`
+    /// says whether the event may be on the broker all the same.
+    pub async fn publish<E: Event>(&self, event: impl Into<Outgoing<E>> + Send) -> Result<EventId> {
+        if is_in_handler() {
+            return Err(inside_handler(E::TYPE));
+        }
+        self.publish_now(event).await
+    }
+
+    /// Publishes several events of one type with one call to the broker; their order is kept.
+    ///
+    /// # Errors
+    ///
+    /// As [`publish`](Self::publish), for the first event that was not taken; the others may be on
+    /// the broker.
+    pub async fn publish_all<E: Event>(
+        &self,
+        events: impl IntoIterator<Item = impl Into<Outgoing<E>>> + Send,
+    ) -> Result<Vec<EventId>> {
+        if is_in_handler() {
+            return Err(inside_handler(E::TYPE));
+        }
+        let made = events
+            .into_iter()
+            .map(|event| self.message_of(event.into()))
+            .collect::<Result<Vec<_>>>()?;
+        let (ids, messages): (Vec<_>, Vec<_>) = made.into_iter().unzip();
+        self.send(messages).await.map_err(Error::from)?;
+        Ok(ids)
+    }
+
+    /// Publishes at once, also inside a running handler: the event is on the broker even if the
+    /// handler fails, and once more, with another id, when it is run again.
+    ///
+    /// # Errors
+    ///
+    /// As [`publish`](Self::publish).
+    pub async fn publish_now<E: Event>(
+        &self,
+        event: impl Into<Outgoing<E>> + Send,
+    ) -> Result<EventId> {
+        let (id, message) = self.message_of(event.into())?;
+        self.send(vec![message]).await.map_err(Error::from)?;
+        Ok(id)
+    }
+
+    fn message_of<E: Event>(&self, outgoing: Outgoing<E>) -> Result<(EventId, Message)> {
+        let topic = self.topic(&E::TOPIC)?;
+        let frame = Frame {
+            format: self.format_of(&topic),
+            topic,
+            source: &self.inner.source,
+            now: self.inner.clock.now(),
+            id: EventId::new(),
+            origin: Origin::new(),
+        };
+        let (id, message) = into_message(outgoing, frame)?;
+        message.check(self.payload_bytes_max())?;
+        Ok((id, message))
+    }
+
+    /// Starts a consumer: a member of `group`.
+    pub fn consumer(&self, group: &str) -> ConsumerBuilder {
+        ConsumerBuilder::new(self.clone(), group)
+    }
+
+    /// The dead letters that `group` left of these topics.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when the group's name is not allowed.
+    pub fn dead_letters(&self, group: &str, topics: &[Topic]) -> Result<DeadLetters> {
+        let topics = topics
+            .iter()
+            .map(|topic| self.topic(topic))
+            .collect::<Result<_>>()?;
+        Ok(DeadLetters::new(self.clone(), Group::new(group)?, topics))
+    }
+
+    /// Reads topics without a group, from `start` on, to `until` or for ever.
+    ///
+    /// # Errors
+    ///
+    /// Those of the broker; `Unsupported` where it can't read from there.
+    pub async fn read(
+        &self,
+        topics: &[Topic],
+        start: Start,
+        until: Option<Until>,
+    ) -> Result<Reader> {
+        let topics = topics
+            .iter()
+            .map(|topic| self.topic(topic))
+            .collect::<Result<_>>()?;
+        self.read_physical(topics, start, until).await
+    }
+
+    pub(crate) async fn read_physical(
+        &self,
+        topics: Vec<Topic>,
+        start: Start,
+        until: Option<Until>,
+    ) -> Result<Reader> {
+        let mut subscription = Subscription::reader(topics).with_start(start);
+        subscription.until = until;
+        let member = self.inner.broker.subscribe(subscription).await?;
+        Ok(Reader::new(member, until.is_some()))
+    }
+
+    /// Creates the topics that are missing and reports how others differ from what is declared.
+    ///
+    /// # Errors
+    ///
+    /// Those of the broker. A difference is no error: look at [`TopicReport::drift`].
+    pub async fn apply_topics(&self, topics: &[TopicSpec]) -> Result<Vec<TopicReport>> {
+        let mut specs = topics.to_vec();
+        for spec in &mut specs {
+            spec.name = self.topic(&spec.name)?;
+        }
+        match self
+            .inner
+            .broker
+            .admin(AdminRequest::ApplyTopics(specs))
+            .await?
+        {
+            AdminReply::Topics(reports) => Ok(reports),
+            _ => Err(unexpected_reply("apply topics")),
+        }
+    }
+
+    /// How far `group` is behind on each partition of these topics.
+    ///
+    /// # Errors
+    ///
+    /// Those of the broker; `Unsupported` where it can't tell.
+    pub async fn lag(&self, group: &str, topics: &[Topic]) -> Result<Vec<LaneLag>> {
+        let topics = topics
+            .iter()
+            .map(|topic| self.topic(topic))
+            .collect::<Result<_>>()?;
+        let group = Group::new(group)?;
+        match self
+            .inner
+            .broker
+            .admin(AdminRequest::Lag { group, topics })
+            .await?
+        {
+            AdminReply::Lag(lag) => Ok(lag),
+            _ => Err(unexpected_reply("ask for lag")),
+        }
+    }
+
+    /// Asks the broker whether it answers.
+    ///
+    /// # Errors
+    ///
+    /// Those of the broker.
+    pub async fn health(&self) -> Result<()> {
+        self.inner
+            .broker
+            .admin(AdminRequest::Health)
+            .await
+            .map(|_| ())
+    }
+
+    /// What the broker can do.
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.inner.capabilities
+    }
+
+    /// Ends the connection and every consumer on it. Idempotent.
+    ///
+    /// # Errors
+    ///
+    /// Those of the broker.
+    pub async fn close(&self) -> Result<()> {
+        self.inner.broker.close().await
+    }
+
+    /// Reads the envelope of a message that came from a [`Reader`] or a dead letter.
+    ///
+    /// # Errors
+    ///
+    /// `Codec` when no format claims the message.
+    pub fn envelope(&self, message: &Message) -> Result<Envelope> {
+        let fallback = (EventId::new(), self.inner.clock.now());
+        self.inner.formats.envelope(message, fallback)
+    }
+
+    /// Reads the event in a message, or `None` when it is of another type.
+    ///
+    /// # Errors
+    ///
+    /// `Codec` when no format claims the message, or its data are damaged.
+    pub fn event<E: Event>(&self, message: &Message) -> Result<Option<E>> {
+        let known = crate::header::KnownHeaders::of(&message.headers);
+        let (_, reading) = self.inner.formats.read(message, &known)?;
+        match reading.event_type == E::TYPE {
+            true => crate::event::read_event(reading.version, &reading.data).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// The name of `topic` on the broker, with the prefix of the environment.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when prefix and name together are not allowed.
+    pub fn topic(&self, topic: &Topic) -> Result<Topic> {
+        match self.inner.topic_prefix.as_str() {
+            "" => Ok(topic.clone()),
+            prefix => Topic::new(&format!("{prefix}{topic}")),
+        }
+    }
+
+    /// Who has work on this bus: what a test waits for.
+    pub fn activity(&self) -> &Activity {
+        &self.inner.activity
+    }
+
+    /// The clock that dates events.
+    pub fn clock(&self) -> &dyn Clock {
+        self.inner.clock.as_ref()
+    }
+
+    pub(crate) fn shared_activity(&self) -> &Arc<Activity> {
+        &self.inner.activity
+    }
+
+    pub(crate) fn broker(&self) -> &dyn Broker {
+        self.inner.broker.as_ref()
+    }
+
+    pub(crate) fn source(&self) -> &str {
+        &self.inner.source
+    }
+
+    pub(crate) fn formats(&self) -> &Formats {
+        &self.inner.formats
+    }
+
+    /// The format of a topic, by its name on the broker.
+    pub(crate) fn format_of(&self, topic: &Topic) -> &dyn Format {
+        let name = topic.as_str();
+        let name = name.strip_prefix(&self.inner.topic_prefix).unwrap_or(name);
+        self.inner
+            .topic_formats
+            .get(name)
+            .unwrap_or(&self.inner.format)
+            .as_ref()
+    }
+
+    /// Most bytes an event's message may have, so that its dead letter fits the broker, too.
+    pub(crate) fn payload_bytes_max(&self) -> usize {
+        let broker_max = self.inner.capabilities.message_bytes_max;
+        broker_max.saturating_sub(DEAD_LETTER_RESERVE.min(broker_max / 2))
+    }
+
+    /// Publishes messages as they are.
+    pub(crate) async fn send(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+        let count = messages.len();
+        let begun = Instant::now();
+        let result = self.inner.broker.publish(messages).await;
+        self.inner.publish_duration.record(begun.elapsed());
+        let failed = result
+            .as_ref()
+            .err()
+            .map_or(0, |error| error.unpublished.len());
+        self.inner
+            .sent
+            .increment(count.saturating_sub(failed) as u64);
+        result
+    }
+}
+
+impl fmt::Debug for EventBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EventBus")
+            .field("broker", &self.inner.broker)
+            .field("source", &self.inner.source)
+            .finish_non_exhaustive()
+    }
+}
+
+impl From<PublishError> for Error {
+    /// The first failure, with the outcome in the context.
+    fn from(error: PublishError) -> Self {
+        let count = error.unpublished.len();
+        let Some(first) = error.unpublished.into_iter().next() else {
+            return Error::new(ErrorKind::Internal, "publish", "an error without a failure");
+        };
+        let outcome = match first.outcome {
+            crate::broker::Outcome::NotTaken => "not taken",
+            crate::broker::Outcome::Unknown => "unknown: it may be on the broker",
+        };
+        let error = first.error.with("outcome", outcome);
+        match count {
+            1 => error,
+            count => error.with("not acknowledged", count),
+        }
+    }
+}
+
+fn inside_handler(event_type: &'static str) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        "publish",
+        "this runs inside a handler: use `cx.publish(…)`, which sends only if the handler succeeds, or spell it `bus.publish_now(…)`",
+    )
+    .with("type", event_type)
+}
+
+fn unexpected_reply(operation: &'static str) -> Error {
+    Error::new(
+        ErrorKind::Internal,
+        operation,
+        "the broker's adapter answered with a reply of another kind",
+    )
+}
+
+/// The name of the running program, without its path.
+fn program_name() -> String {
+    std::env::args()
+        .next()
+        .and_then(|path| {
+            let path = std::path::PathBuf::from(path);
+            path.file_stem()
+                .map(|name| name.to_string_lossy().into_owned())
+        })
+        .unwrap_or_else(|| "eventbus".to_owned())
+}

@@ -1,0 +1,275 @@
+//! Pause, never burn: when most handlers fail, or what they need is away, nothing is started but
+//! single probes, and no attempt is counted.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::worker::Inbox;
+
+/// When a consumer stops handling because it would only fail.
+///
+/// # Examples
+///
+/// ```
+/// use eventbus_core::Breaker;
+///
+/// // Hold when 95 of 100 first attempts fail.
+/// let breaker = Breaker::default().with_failure_rate(0.95);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Breaker {
+    /// Share of failed first attempts, from 0 to 1, at which the consumer holds.
+    pub failure_rate: f64,
+    /// How many first attempts have to be seen before the share counts.
+    pub samples_min: u32,
+    /// How long to wait before the first probe; doubled after each that fails.
+    pub probe_after: Duration,
+    /// The longest wait before a probe.
+    pub probe_after_max: Duration,
+}
+
+impl Default for Breaker {
+    /// 90 % of at least 50; probes after 1 to 30 seconds.
+    fn default() -> Self {
+        Self {
+            failure_rate: 0.9,
+            samples_min: 50,
+            probe_after: Duration::from_secs(1),
+            probe_after_max: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Breaker {
+    /// Sets the share of failed first attempts at which the consumer holds; above 1 never.
+    #[must_use]
+    pub fn with_failure_rate(mut self, rate: f64) -> Self {
+        self.failure_rate = rate;
+        self
+    }
+
+    /// Sets how many first attempts have to be seen.
+    #[must_use]
+    pub fn with_samples_min(mut self, samples: u32) -> Self {
+        self.samples_min = samples.max(1);
+        self
+    }
+
+    /// Sets how long to wait before probes.
+    #[must_use]
+    pub fn with_probe_after(mut self, first: Duration, longest: Duration) -> Self {
+        self.probe_after = first;
+        self.probe_after_max = longest.max(first);
+        self
+    }
+}
+
+/// Whether a run may start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Admission {
+    Yes,
+    /// One run, whose outcome decides; [`Gate::probed`] has to follow.
+    Probe,
+    /// Not now; look again at this time, or when woken.
+    Wait(Option<Instant>),
+}
+
+#[derive(Debug)]
+pub(crate) struct Gate {
+    breaker: Breaker,
+    /// Copy of "neither paused nor held", read without the lock.
+    open: AtomicBool,
+    state: Mutex<State>,
+    /// First attempts seen and failed of late: two 32-bit counts.
+    window: AtomicU64,
+    workers: Mutex<Vec<Arc<Inbox>>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    paused: bool,
+    held: Option<Held>,
+}
+
+#[derive(Clone, Debug)]
+struct Held {
+    reason: String,
+    probe_at: Instant,
+    interval: Duration,
+    probing: bool,
+}
+
+const WINDOW_MAX: u64 = 200;
+
+impl Gate {
+    pub(crate) fn new(breaker: Breaker) -> Self {
+        Self {
+            breaker,
+            open: AtomicBool::new(true),
+            state: Mutex::new(State::default()),
+            window: AtomicU64::new(0),
+            workers: Mutex::new(Vec::new()),
+        }
+    }
+
+    pub(crate) fn add_worker(&self, inbox: Arc<Inbox>) {
+        let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        workers.push(inbox);
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Whether a run may start now.
+    pub(crate) fn admit(&self) -> Admission {
+        if self.is_open() {
+            return Admission::Yes;
+        }
+        let mut state = self.lock();
+        if state.paused {
+            return Admission::Wait(None);
+        }
+        match &mut state.held {
+            None => Admission::Yes,
+            Some(held) if held.probing => Admission::Wait(None),
+            Some(held) if held.probe_at > Instant::now() => Admission::Wait(Some(held.probe_at)),
+            Some(held) => {
+                held.probing = true;
+                Admission::Probe
+            }
+        }
+    }
+
+    /// Holds because of what `reason` says.
+    pub(crate) fn hold(&self, reason: impl FnOnce() -> String) {
+        let mut state = self.lock();
+        if state.held.is_some() {
+            return;
+        }
+        let reason = reason();
+        tracing::warn!(reason, "consumer holds");
+        let interval = self.breaker.probe_after;
+        state.held = Some(Held {
+            reason,
+            probe_at: Instant::now() + interval,
+            interval,
+            probing: false,
+        });
+        self.window.store(0, Ordering::Relaxed);
+        self.open.store(false, Ordering::Release);
+    }
+
+    /// The probe ended: opens the gate, or holds on for twice as long.
+    pub(crate) fn probed(&self, succeeded: bool) {
+        let mut state = self.lock();
+        if let Some(held) = &mut state.held {
+            if succeeded {
+                tracing::info!(reason = held.reason, "consumer goes on");
+                state.held = None;
+                self.open.store(!state.paused, Ordering::Release);
+            } else {
+                held.probing = false;
+                held.interval = (held.interval * 2).min(self.breaker.probe_after_max);
+                held.probe_at = Instant::now() + held.interval;
+            }
+        }
+        drop(state);
+        self.wake();
+    }
+
+    /// Counts first attempts; holds when too many failed.
+    pub(crate) fn count(&self, seen: u32, failed: u32) {
+        let counted = self
+            .window
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |window| {
+                let mut all = (window >> 32) + u64::from(seen);
+                let mut bad = (window & 0xffff_ffff) + u64::from(failed);
+                // Old attempts fade by halves.
+                while all > WINDOW_MAX {
+                    all /= 2;
+                    bad /= 2;
+                }
+                Some(all << 32 | bad)
+            });
+        if failed == 0 || counted.is_err() {
+            return;
+        }
+        let window = self.window.load(Ordering::Relaxed);
+        let (all, bad) = ((window >> 32) as f64, (window & 0xffff_ffff) as f64);
+        if all >= f64::from(self.breaker.samples_min) && bad >= all * self.breaker.failure_rate {
+            self.hold(|| format!("{bad} of the last {all} first attempts failed"));
+        }
+    }
+
+    pub(crate) fn set_paused(&self, paused: bool) {
+        let mut state = self.lock();
+        state.paused = paused;
+        self.open
+            .store(!paused && state.held.is_none(), Ordering::Release);
+        drop(state);
+        self.wake();
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.lock().paused
+    }
+
+    /// Why the consumer holds, if it does.
+    pub(crate) fn held_because(&self) -> Option<String> {
+        self.lock().held.as_ref().map(|held| held.reason.clone())
+    }
+
+    fn wake(&self) {
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        for worker in workers.iter() {
+            worker.wake();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn it_holds_at_the_failure_rate_and_opens_after_a_good_probe() {
+        let gate = Gate::new(Breaker::default());
+        gate.count(40, 40);
+        assert_eq!(gate.admit(), Admission::Yes, "too few were seen");
+        gate.count(10, 8);
+        assert!(matches!(gate.admit(), Admission::Wait(Some(_))));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(gate.admit(), Admission::Probe);
+        assert_eq!(gate.admit(), Admission::Wait(None), "one probe at a time");
+        gate.probed(false);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(
+            matches!(gate.admit(), Admission::Wait(Some(_))),
+            "twice as long after a bad probe"
+        );
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(gate.admit(), Admission::Probe);
+        gate.probed(true);
+        assert_eq!(gate.admit(), Admission::Yes);
+    }
+
+    #[test]
+    fn a_pause_outlasts_everything_until_it_is_ended() {
+        let gate = Gate::new(Breaker::default());
+        gate.set_paused(true);
+        assert_eq!(gate.admit(), Admission::Wait(None));
+        gate.probed(true);
+        assert_eq!(gate.admit(), Admission::Wait(None));
+        gate.set_paused(false);
+        assert_eq!(gate.admit(), Admission::Yes);
+    }
+}

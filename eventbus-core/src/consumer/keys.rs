@@ -1,0 +1,190 @@
+//! Deliveries of one worker, queued by key: strictly one after another within a key, any order
+//! between keys. Nothing is allocated per delivery once the tables have grown.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use foldhash::fast::FixedState;
+
+use super::scope::Scope;
+use crate::clock::Timestamp;
+use crate::dead_letter::Diagnosis;
+use crate::message::Message;
+
+/// A place in [`Keys`].
+pub(crate) type NodeId = u32;
+
+/// One delivery and where it stands.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) scope: Arc<Scope>,
+    pub(crate) state: NodeState,
+    pub(crate) stage: Stage,
+    /// Failed attempts so far.
+    pub(crate) failures: u32,
+    pub(crate) first_failed: Option<Timestamp>,
+    /// It was part of a group that failed, and is handled by itself.
+    pub(crate) alone: bool,
+    /// The run that is under way decides whether a held consumer goes on.
+    pub(crate) probe: bool,
+    /// It can't be handled and holds its key.
+    pub(crate) blocked: bool,
+    /// Tells one use of this place from the next, for timers.
+    pub(crate) sequence: u64,
+    key: Option<u64>,
+    next: Option<NodeId>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NodeState {
+    /// Behind an older delivery of its key.
+    Behind,
+    /// To be started.
+    Ready,
+    /// In this slot.
+    Running(usize),
+    /// Until a timer fires.
+    Waiting,
+    /// Its lane is gone; it only keeps its place in the queue of its key.
+    Dropped,
+}
+
+/// What is to be done with a delivery next.
+#[derive(Debug)]
+pub(crate) enum Stage {
+    Handle,
+    Publish(Vec<Message>),
+    DeadLetter(Arc<Diagnosis>),
+}
+
+/// The deliveries of one worker.
+#[derive(Debug, Default)]
+pub(crate) struct Keys {
+    nodes: Vec<Option<Node>>,
+    free: Vec<NodeId>,
+    /// The last delivery of every key that has one.
+    tails: HashMap<u64, NodeId, FixedState>,
+    ready: VecDeque<NodeId>,
+    sequence: u64,
+    /// Places taken.
+    count: usize,
+}
+
+impl Keys {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    pub(crate) fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Takes in a delivery: ready at once, or behind the last of its key.
+    pub(crate) fn push(&mut self, scope: Arc<Scope>, key: Option<u64>) {
+        self.sequence += 1;
+        let node = Node {
+            scope,
+            state: NodeState::Ready,
+            stage: Stage::Handle,
+            failures: 0,
+            first_failed: None,
+            alone: false,
+            probe: false,
+            blocked: false,
+            sequence: self.sequence,
+            key,
+            next: None,
+        };
+        let id = match self.free.pop() {
+            Some(id) => {
+                self.nodes[id as usize] = Some(node);
+                id
+            }
+            None => {
+                self.nodes.push(Some(node));
+                // Bounded by the credit of the member.
+                (self.nodes.len() - 1) as NodeId
+            }
+        };
+        self.count += 1;
+        let behind = key.and_then(|key| self.tails.insert(key, id));
+        match behind {
+            Some(tail) => {
+                self.get_mut(tail).next = Some(id);
+                self.get_mut(id).state = NodeState::Behind;
+            }
+            None => self.ready.push_back(id),
+        }
+    }
+
+    pub(crate) fn get(&self, id: NodeId) -> &Node {
+        self.nodes[id as usize]
+            .as_ref()
+            .expect("a node is used only until it is removed")
+    }
+
+    pub(crate) fn get_mut(&mut self, id: NodeId) -> &mut Node {
+        self.nodes[id as usize]
+            .as_mut()
+            .expect("a node is used only until it is removed")
+    }
+
+    /// Whether `id` still means the delivery that had this sequence number.
+    pub(crate) fn is_current(&self, id: NodeId, sequence: u64) -> bool {
+        matches!(&self.nodes[id as usize], Some(node) if node.sequence == sequence)
+    }
+
+    pub(crate) fn pop_ready(&mut self) -> Option<NodeId> {
+        self.ready.pop_front()
+    }
+
+    pub(crate) fn peek_ready(&self) -> Option<NodeId> {
+        self.ready.front().copied()
+    }
+
+    /// Puts a delivery last among the ready ones.
+    pub(crate) fn push_ready(&mut self, id: NodeId) {
+        self.get_mut(id).state = NodeState::Ready;
+        self.ready.push_back(id);
+    }
+
+    /// Puts a delivery first among the ready ones.
+    pub(crate) fn push_ready_first(&mut self, id: NodeId) {
+        self.get_mut(id).state = NodeState::Ready;
+        self.ready.push_front(id);
+    }
+
+    /// The next delivery of the same key.
+    pub(crate) fn successor(&self, id: NodeId) -> Option<NodeId> {
+        self.get(id).next
+    }
+
+    /// Removes the first delivery of a key; the next one is ready now, unless it was started with it.
+    pub(crate) fn remove(&mut self, id: NodeId) -> Arc<Scope> {
+        let node = self.nodes[id as usize]
+            .take()
+            .expect("a node is removed once");
+        self.free.push(id);
+        self.count -= 1;
+        match node.next {
+            Some(next) => match self.get(next).state {
+                NodeState::Behind => self.push_ready(next),
+                NodeState::Dropped => self.ready.push_back(next),
+                _ => {}
+            },
+            None => {
+                if let Some(key) = node.key {
+                    self.tails.remove(&key);
+                }
+            }
+        }
+        node.scope
+    }
+
+    /// All deliveries there are.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = NodeId> + '_ {
+        (0..self.nodes.len())
+            .filter(|index| self.nodes[*index].is_some())
+            .map(|index| index as NodeId)
+    }
+}

@@ -1,0 +1,164 @@
+//! What a consumer knows about its lanes: where they come from, how much is in flight, how old.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::settler::SettleItem;
+use crate::delivery::{Assignment, Delivery, Lane, Receipt};
+use crate::message::Topic;
+
+/// One lane of a consumer, as [`Consumer::status`](crate::Consumer::status) shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LaneStatus {
+    /// Its topic.
+    pub topic: Topic,
+    /// Its partition.
+    pub partition: u32,
+    /// Messages delivered and not settled.
+    pub in_flight: usize,
+    /// How long ago the oldest of them was delivered.
+    pub oldest_age: Option<Duration>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Lanes(Mutex<Vec<Option<LaneEntry>>>);
+
+#[derive(Debug)]
+struct LaneEntry {
+    lane: Lane,
+    topic: Topic,
+    partition: u32,
+    in_flight: usize,
+    /// Deliveries by when they came, oldest first.
+    arrivals: VecDeque<Arrival>,
+}
+
+#[derive(Debug)]
+struct Arrival {
+    /// The tag behind the last of them.
+    end: u64,
+    unsettled: usize,
+    at: Instant,
+}
+
+impl Lanes {
+    fn lock(&self) -> MutexGuard<'_, Vec<Option<LaneEntry>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn open(&self, assignments: Vec<Assignment>) {
+        let mut lanes = self.lock();
+        for assignment in assignments {
+            let index = assignment.lane.id as usize;
+            if lanes.len() <= index {
+                lanes.resize_with(index + 1, || None);
+            }
+            lanes[index] = Some(LaneEntry {
+                lane: assignment.lane,
+                topic: assignment.topic,
+                partition: assignment.partition,
+                in_flight: 0,
+                arrivals: VecDeque::new(),
+            });
+        }
+    }
+
+    pub(crate) fn close(&self, closed: &[Lane]) {
+        let mut lanes = self.lock();
+        for lane in closed {
+            if let Some(place) = lanes.get_mut(lane.id as usize)
+                && place.as_ref().is_some_and(|entry| entry.lane == *lane)
+            {
+                *place = None;
+            }
+        }
+    }
+
+    /// Notes deliveries and passes each on with its partition; those of closed lanes are dropped.
+    pub(crate) fn delivered(&self, deliveries: Vec<Delivery>, mut pass: impl FnMut(Delivery, u32)) {
+        let now = Instant::now();
+        let mut lanes = self.lock();
+        for delivery in deliveries {
+            let receipt = delivery.receipt;
+            let Some(entry) = find(&mut lanes, receipt.lane) else {
+                continue;
+            };
+            entry.in_flight += 1;
+            match entry.arrivals.back_mut().filter(|last| last.at == now) {
+                Some(last) => {
+                    last.end = receipt.tag + 1;
+                    last.unsettled += 1;
+                }
+                None => entry.arrivals.push_back(Arrival {
+                    end: receipt.tag + 1,
+                    unsettled: 1,
+                    at: now,
+                }),
+            }
+            let partition = entry.partition;
+            pass(delivery, partition);
+        }
+    }
+
+    pub(crate) fn settled(&self, items: &[SettleItem]) {
+        let mut lanes = self.lock();
+        for item in items {
+            if let SettleItem::Settled(receipt, _) = item {
+                note_settled(&mut lanes, *receipt);
+            }
+        }
+    }
+
+    pub(crate) fn status(&self) -> Vec<LaneStatus> {
+        let now = Instant::now();
+        let mut status: Vec<_> = self
+            .lock()
+            .iter()
+            .flatten()
+            .map(|entry| LaneStatus {
+                topic: entry.topic.clone(),
+                partition: entry.partition,
+                in_flight: entry.in_flight,
+                oldest_age: entry
+                    .arrivals
+                    .front()
+                    .map(|arrival| now.saturating_duration_since(arrival.at)),
+            })
+            .collect();
+        status.sort_by(|a, b| (&a.topic, a.partition).cmp(&(&b.topic, b.partition)));
+        status
+    }
+}
+
+fn find(lanes: &mut [Option<LaneEntry>], lane: Lane) -> Option<&mut LaneEntry> {
+    lanes
+        .get_mut(lane.id as usize)?
+        .as_mut()
+        .filter(|entry| entry.lane == lane)
+}
+
+fn note_settled(lanes: &mut [Option<LaneEntry>], receipt: Receipt) {
+    let Some(entry) = find(lanes, receipt.lane) else {
+        return;
+    };
+    let index = entry
+        .arrivals
+        .partition_point(|arrival| arrival.end <= receipt.tag);
+    if let Some(arrival) = entry.arrivals.get_mut(index)
+        && arrival.unsettled > 0
+    {
+        arrival.unsettled -= 1;
+        entry.in_flight -= 1;
+    }
+    while entry
+        .arrivals
+        .front()
+        .is_some_and(|arrival| arrival.unsettled == 0)
+    {
+        entry.arrivals.pop_front();
+    }
+}

@@ -1,0 +1,196 @@
+//! Hears the broker: passes deliveries to workers by key and sees to it that lanes are given up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::Runtime;
+use super::scope::Skip;
+use super::settler::SettleItem;
+use super::worker::{Inbox, Item, Revocation};
+use crate::broker::Deliveries;
+use crate::coalescer::Coalescer;
+use crate::delivery::{Delivery, Lane, Signal, Verdict};
+use crate::error::Result;
+
+/// How long to wait before a broker that is away is asked again.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_LONGEST: Duration = Duration::from_secs(2);
+
+/// Hears the broker; one task.
+pub(crate) struct Pump {
+    runtime: Arc<Runtime>,
+    inboxes: Vec<Arc<Inbox>>,
+    settler: Coalescer<SettleItem>,
+    /// Told when a bounded read has delivered everything.
+    ended: watch::Sender<bool>,
+    /// For each worker, what the present signal brings it.
+    sorted: Vec<Vec<Item>>,
+    /// The next worker for messages without a key.
+    turn: usize,
+    /// Lanes of a bounded read that have not ended.
+    open: Vec<Lane>,
+}
+
+impl Pump {
+    pub(crate) fn new(
+        runtime: Arc<Runtime>,
+        inboxes: Vec<Arc<Inbox>>,
+        settler: Coalescer<SettleItem>,
+        ended: watch::Sender<bool>,
+    ) -> Self {
+        Self {
+            sorted: inboxes.iter().map(|_| Vec::new()).collect(),
+            runtime,
+            inboxes,
+            settler,
+            ended,
+            turn: 0,
+            open: Vec::new(),
+        }
+    }
+
+    /// Hears until `stop` turns true, then gives the receiving half back to be closed.
+    ///
+    /// # Errors
+    ///
+    /// What the broker said cannot be mended by trying again.
+    pub(crate) async fn run(
+        mut self,
+        mut deliveries: Box<dyn Deliveries>,
+        mut stop: watch::Receiver<bool>,
+    ) -> (Box<dyn Deliveries>, Result<()>) {
+        let mut delay = RETRY_FIRST;
+        loop {
+            let signal = tokio::select! {
+                signal = deliveries.next() => signal,
+                _ = stop.wait_for(|stop| *stop) => return (deliveries, Ok(())),
+            };
+            let pause = match signal {
+                Ok(signal) => {
+                    delay = RETRY_FIRST;
+                    self.hear(signal)
+                }
+                Err(error) if error.is_retryable() => {
+                    tracing::warn!(group = %self.runtime.group, error = %error, "the broker is asked again");
+                    let pause = delay;
+                    delay = (delay * 2).min(RETRY_LONGEST);
+                    Some(pause)
+                }
+                Err(error) => return (deliveries, Err(error)),
+            };
+            // A test that waits for quiet looks again.
+            self.runtime.bus.activity().touch();
+            if let Some(pause) = pause {
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    _ = stop.wait_for(|stop| *stop) => return (deliveries, Ok(())),
+                }
+            }
+        }
+    }
+
+    /// Passes a signal on and says how long to wait before the next one.
+    fn hear(&mut self, signal: Signal) -> Option<Duration> {
+        match signal {
+            Signal::Delivered(deliveries) => return self.deliver(deliveries),
+            Signal::Assigned(assignments) => {
+                self.open
+                    .extend(assignments.iter().map(|assignment| assignment.lane));
+                self.runtime.lanes.open(assignments);
+            }
+            Signal::Revoking(lanes) => {
+                let until = Instant::now() + self.runtime.settings.limits.revoke_timeout;
+                self.revoke(lanes, Some(until));
+            }
+            Signal::Lost(lanes) => {
+                tracing::warn!(group = %self.runtime.group, lanes = lanes.len(), "lanes were lost");
+                self.runtime.lanes.close(&lanes);
+                self.revoke(lanes, None);
+            }
+            Signal::Gap { lane, from, to } => {
+                self.runtime.telemetry.gap();
+                tracing::error!(
+                    group = %self.runtime.group,
+                    lane = lane.id,
+                    %from,
+                    %to,
+                    "messages vanished before they were read"
+                );
+            }
+            Signal::Ended(lanes) => {
+                self.open.retain(|lane| !lanes.contains(lane));
+                if self.open.is_empty() {
+                    self.ended.send_replace(true);
+                }
+            }
+        }
+        None
+    }
+
+    fn deliver(&mut self, deliveries: Vec<Delivery>) -> Option<Duration> {
+        let count = deliveries.len();
+        self.runtime.telemetry.delivered(count);
+        let runtime = Arc::clone(&self.runtime);
+        let key_wanted = runtime
+            .replay
+            .as_ref()
+            .and_then(|replay| replay.key.as_ref());
+        let mut passed_over = Vec::new();
+        runtime.lanes.delivered(deliveries, |delivery, partition| {
+            if key_wanted.is_some() && delivery.message.key.as_ref() != key_wanted {
+                passed_over.push(SettleItem::Settled(delivery.receipt, Verdict::Done));
+                return;
+            }
+            let worker = self.worker_of(&delivery);
+            self.sorted[worker].push(Item::Delivery {
+                delivery,
+                partition,
+            });
+        });
+        for (inbox, items) in self.inboxes.iter().zip(&mut self.sorted) {
+            if !items.is_empty() {
+                inbox.append(items);
+            }
+        }
+        if !passed_over.is_empty() {
+            self.runtime
+                .telemetry
+                .skipped(Skip::OtherKey, passed_over.len());
+            self.runtime.lanes.settled(&passed_over);
+            self.settler.append(&mut passed_over);
+        }
+        let rate = self
+            .runtime
+            .replay
+            .as_ref()
+            .and_then(|replay| replay.rate)?;
+        // A batch has far fewer than 2^32 messages.
+        Some(Duration::from_secs(1) * count as u32 / rate)
+    }
+
+    fn worker_of(&mut self, delivery: &Delivery) -> usize {
+        match &delivery.message.key {
+            // The low bits choose among a worker's keys; these are independent of them.
+            Some(key) => (self.runtime.hash_key(key) >> 32) as usize % self.inboxes.len(),
+            None => {
+                self.turn = (self.turn + 1) % self.inboxes.len();
+                self.turn
+            }
+        }
+    }
+
+    fn revoke(&self, lanes: Vec<Lane>, finish_until: Option<Instant>) {
+        let revocation = Revocation::new(
+            lanes,
+            finish_until,
+            self.inboxes.len(),
+            self.settler.clone(),
+        );
+        for inbox in &self.inboxes {
+            inbox.push(Item::Revoke(Arc::clone(&revocation)));
+        }
+    }
+}

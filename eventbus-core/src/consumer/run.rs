@@ -1,0 +1,281 @@
+//! One run: a handler's attempt, what it published sent, or a dead letter stored. Never a verdict
+//! before all of it is durable.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+
+use tower::Service;
+use tracing::Instrument;
+
+use super::dispatch::Request;
+use super::scope::{Failure, Scope};
+use crate::broker::PublishError;
+use crate::dead_letter::{self, Cause, Diagnosis};
+use crate::error::BoxError;
+use crate::message::Message;
+use crate::unit_of_work::{UnitOfWork, Work};
+
+/// What a slot is asked to do.
+#[derive(Debug)]
+pub(crate) enum Run {
+    /// Handle one delivery.
+    Handle(Arc<Scope>),
+    /// Handle several deliveries in one transaction or one call of a batch handler.
+    Group(Vec<Arc<Scope>>),
+    /// Send what a handler that succeeded has published.
+    Publish(Arc<Scope>, Vec<Message>),
+    /// Store a dead letter.
+    DeadLetter(Arc<Scope>, Arc<Diagnosis>),
+}
+
+/// What became of a [`Run`].
+#[derive(Debug)]
+pub(crate) enum Ended {
+    One(Outcome),
+    /// One a delivery of the group, in its order.
+    Each(Vec<Outcome>),
+    /// The group as a whole failed or was not possible: repeat it one delivery at a time.
+    Split,
+}
+
+/// What became of one delivery.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// Handled: settle it.
+    Done,
+    /// Handled, and the commit of its transaction held its position: nothing is left to settle.
+    Settled,
+    /// Handled before by this group: settle it.
+    Duplicate,
+    /// The dead letter is stored: settle it.
+    DeadLettered,
+    /// The attempt failed.
+    Failed(Cause),
+    /// Something the attempt needs is away: no attempt is counted.
+    Unavailable(BoxError),
+    /// Handled, but what it published was not sent: send that, do not handle again.
+    Unpublished(Vec<Message>, PublishError),
+}
+
+/// Does what `run` says with a consumer's layers.
+pub(crate) async fn run<V>(service: V, run: Run) -> Ended
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    match run {
+        Run::Handle(scope) => {
+            let span = process_span(&scope);
+            Ended::One(handle_one(service, scope).instrument(span).await)
+        }
+        Run::Group(scopes) => {
+            let span = process_span(&scopes[0]);
+            handle_group(service, scopes).instrument(span).await
+        }
+        Run::Publish(scope, messages) => Ended::One(publish(&scope, messages).await),
+        Run::DeadLetter(scope, diagnosis) => Ended::One(store(&scope, &diagnosis).await),
+    }
+}
+
+/// The span of a run, after OpenTelemetry's messaging conventions; free when nobody listens.
+fn process_span(scope: &Scope) -> tracing::Span {
+    if !tracing::enabled!(tracing::Level::INFO) {
+        return tracing::Span::none();
+    }
+    let message = scope.message();
+    tracing::info_span!(
+        "process",
+        otel.name = format_args!("process {}", message.topic),
+        otel.kind = "consumer",
+        messaging.system = scope.runtime().bus.capabilities().system,
+        messaging.operation.name = "process",
+        messaging.operation.type = "process",
+        messaging.destination.name = message.topic.as_str(),
+        messaging.destination.partition.id = scope.partition(),
+        messaging.consumer.group.name = scope.group().as_str(),
+        messaging.message.id = %scope.id(),
+        messaging.message.conversation_id = message.headers.get_str(crate::header::CORRELATION_ID),
+        attempt = scope.attempt(),
+    )
+}
+
+async fn call<V>(service: &mut V, request: Request) -> Result<(), BoxError>
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    poll_fn(|cx| service.poll_ready(cx))
+        .await
+        .map_err(Into::into)?;
+    service.call(request).await.map_err(Into::into)
+}
+
+/// What the handler's own code met, before its result is looked at.
+fn failure(scope: &Scope, result: Result<(), BoxError>) -> Result<(), Cause> {
+    match (scope.take_failure(), result) {
+        (Some(Failure::Undecodable(error)), _) => Err(Cause::Undecodable(error)),
+        (Some(Failure::Item(error)), _) | (None, Err(error)) => Err(Cause::Error(error)),
+        (None, Ok(())) => Ok(()),
+    }
+}
+
+async fn handle_one<V>(mut service: V, scope: Arc<Scope>) -> Outcome
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    if let Some(unit) = scope.runtime().unit.clone() {
+        return match in_transaction(&mut service, &unit, std::slice::from_ref(&scope)).await {
+            Transaction::Committed(mut outcomes) => outcomes.pop().unwrap_or(Outcome::Done),
+            Transaction::Failed(cause) => Outcome::Failed(cause),
+            Transaction::Unavailable(error) => Outcome::Unavailable(error),
+        };
+    }
+    let result = call(&mut service, Request::one(Arc::clone(&scope))).await;
+    if let Err(cause) = failure(&scope, result) {
+        return Outcome::Failed(cause);
+    }
+    let mut outgoing = Vec::new();
+    scope.take_outgoing(&mut outgoing);
+    match outgoing.is_empty() {
+        true => Outcome::Done,
+        false => publish(&scope, outgoing).await,
+    }
+}
+
+async fn handle_group<V>(mut service: V, scopes: Vec<Arc<Scope>>) -> Ended
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    let Some(unit) = scopes[0].runtime().unit.clone() else {
+        return handle_batch(&mut service, scopes).await;
+    };
+    match in_transaction(&mut service, &unit, &scopes).await {
+        Transaction::Committed(outcomes) => Ended::Each(outcomes),
+        Transaction::Failed(_) => Ended::Split,
+        Transaction::Unavailable(error) => {
+            let error = Arc::new(crate::error::error_chain(error.as_ref()));
+            let each = |_| Outcome::Unavailable(error.as_str().into());
+            Ended::Each(scopes.iter().map(each).collect())
+        }
+    }
+}
+
+enum Transaction {
+    Committed(Vec<Outcome>),
+    Failed(Cause),
+    Unavailable(BoxError),
+}
+
+/// Handles deliveries one after another in one transaction and commits it with what they published.
+async fn in_transaction<V>(
+    service: &mut V,
+    unit: &Arc<dyn UnitOfWork>,
+    scopes: &[Arc<Scope>],
+) -> Transaction
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    let entries: Vec<_> = scopes.iter().map(|scope| scope.inbox_entry()).collect();
+    let mut work: Box<dyn Work> = match unit.begin(scopes[0].group(), &entries).await {
+        Ok(work) => work,
+        Err(error) if error.is_retryable() => return Transaction::Unavailable(error.into()),
+        Err(error) => return Transaction::Failed(Cause::Error(error.into())),
+    };
+    let duplicates: Vec<bool> = (0..scopes.len())
+        .map(|index| work.is_duplicate(index))
+        .collect();
+    let mut outgoing = Vec::new();
+    for (scope, _) in scopes
+        .iter()
+        .zip(&duplicates)
+        .filter(|(_, duplicate)| !**duplicate)
+    {
+        scope.give_work(work);
+        let result = call(service, Request::one(Arc::clone(scope))).await;
+        // Whatever happened, the transaction comes back or is gone: without it nothing commits.
+        let returned = scope.take_work();
+        if let Err(cause) = failure(scope, result) {
+            return Transaction::Failed(cause);
+        }
+        match returned {
+            Some(returned) => work = returned,
+            None => {
+                return Transaction::Failed(Cause::Error(
+                    "the handler kept its context beyond its end, so its transaction was rolled back".into(),
+                ));
+            }
+        }
+        scope.take_outgoing(&mut outgoing);
+    }
+    let committed = match work.commit(outgoing).await {
+        Ok(committed) => committed,
+        Err(error) if error.is_retryable() => return Transaction::Unavailable(error.into()),
+        Err(error) => return Transaction::Failed(Cause::Error(error.into())),
+    };
+    let outcome = |duplicate: &bool| match (committed, duplicate) {
+        (crate::unit_of_work::Committed::Settled, _) => Outcome::Settled,
+        (_, true) => Outcome::Duplicate,
+        (_, false) => Outcome::Done,
+    };
+    Transaction::Committed(duplicates.iter().map(outcome).collect())
+}
+
+/// Gives several deliveries to a batch handler and sends what the good ones published.
+async fn handle_batch<V>(service: &mut V, scopes: Vec<Arc<Scope>>) -> Ended
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    let result = call(service, Request::batch(scopes.clone())).await;
+    if result.is_err() && scopes.len() > 1 {
+        return Ended::Split;
+    }
+    let mut error = result.err();
+    let mut outcomes = Vec::with_capacity(scopes.len());
+    for scope in &scopes {
+        // An error of the whole call is left only for a batch of one.
+        let result = error.take().map_or(Ok(()), Err);
+        outcomes.push(match failure(scope, result) {
+            Err(cause) => Outcome::Failed(cause),
+            Ok(()) => {
+                let mut outgoing = Vec::new();
+                scope.take_outgoing(&mut outgoing);
+                match outgoing.is_empty() {
+                    true => Outcome::Done,
+                    false => publish(scope, outgoing).await,
+                }
+            }
+        });
+    }
+    Ended::Each(outcomes)
+}
+
+async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {
+    match scope.runtime().bus.send(messages).await {
+        Ok(()) => Outcome::Done,
+        Err(error) if error.is_retryable() => {
+            let messages = error
+                .unpublished
+                .iter()
+                .map(|unpublished| unpublished.message.clone())
+                .collect();
+            Outcome::Unpublished(messages, error)
+        }
+        Err(error) => Outcome::Failed(Cause::Error(error.into())),
+    }
+}
+
+async fn store(scope: &Scope, diagnosis: &Diagnosis) -> Outcome {
+    let letter = match dead_letter::into_message(scope, diagnosis) {
+        Ok(letter) => letter,
+        Err(error) => return Outcome::Unavailable(error.into()),
+    };
+    match scope.runtime().bus.send(vec![letter]).await {
+        Ok(()) => Outcome::DeadLettered,
+        // Whatever the reason, nothing is settled before the dead letter is stored.
+        Err(error) => Outcome::Unavailable(error.into()),
+    }
+}

@@ -1,0 +1,326 @@
+//! A consumer that runs: its tasks, its status, and how it ends.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
+use tower::Service;
+
+use super::Runtime;
+use super::dispatch::Request;
+use super::lanes::LaneStatus;
+use super::pump::Pump;
+use super::run;
+use super::settler::{self, SettleItem};
+use super::telemetry::Counts;
+use super::worker::{Inbox, Item, Stop, Worker};
+use crate::broker::Deliveries;
+use crate::coalescer::Coalescer;
+use crate::delivery::Subscription;
+use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::message::Group;
+
+/// A consumer that runs. Dropping it is a crash: handlers are dropped, nothing more is settled, and
+/// what was unsettled is handed out again; end it with [`shutdown`](Self::shutdown).
+#[derive(Debug)]
+#[must_use = "a dropped consumer stops at once"]
+pub struct Consumer {
+    runtime: Arc<Runtime>,
+    inboxes: Vec<Arc<Inbox>>,
+    settler: Coalescer<SettleItem>,
+    stop_pump: watch::Sender<bool>,
+    ended: watch::Receiver<bool>,
+    workers: JoinSet<()>,
+    settling: AbortOnDrop<()>,
+    pumping: AbortOnDrop<Option<Box<dyn Deliveries>>>,
+}
+
+/// A task that ends with its handle.
+#[derive(Debug)]
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// What a consumer is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConsumerState {
+    /// It handles what comes.
+    Running,
+    /// It was told to pause.
+    Paused,
+    /// It would only fail, and probes with single messages until it does not.
+    Holding {
+        /// Why.
+        reason: String,
+    },
+    /// It met an error that trying again does not help against, and waits for its end.
+    Failed {
+        /// The error.
+        error: String,
+    },
+}
+
+/// What [`Consumer::status`] shows.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ConsumerStatus {
+    /// What it is doing.
+    pub state: ConsumerState,
+    /// Its lanes, by topic and partition.
+    pub lanes: Vec<LaneStatus>,
+    /// What it has counted.
+    pub counts: Counts,
+}
+
+/// Joins and starts all tasks.
+pub(crate) async fn start<V>(
+    runtime: Arc<Runtime>,
+    subscription: Subscription,
+    service: V,
+) -> Result<Consumer>
+where
+    V: Service<Request, Response = ()> + Clone + Send + 'static,
+    V::Error: Into<BoxError>,
+    V::Future: Send,
+{
+    let member = runtime.bus.broker().subscribe(subscription).await?;
+    let activity = runtime.bus.shared_activity();
+
+    let settler_part = activity.part();
+    let (settler, flushes) = Coalescer::for_part(Some(Arc::clone(&settler_part)));
+    let settling = guard(
+        &runtime,
+        settler::run(
+            Arc::clone(&runtime),
+            settler_part,
+            flushes,
+            member.settlement,
+        ),
+    );
+
+    let mut workers = JoinSet::new();
+    let mut inboxes = Vec::new();
+    // More workers than runs would leave some without a slot.
+    let count = runtime.settings.workers.min(runtime.settings.concurrency);
+    for index in 0..count {
+        let part = activity.part();
+        let inbox = Arc::new(Inbox::new(Arc::clone(&part)));
+        runtime.gate.add_worker(Arc::clone(&inbox));
+        let slots = runtime.settings.concurrency / count
+            + usize::from(index < runtime.settings.concurrency % count);
+        let service = service.clone();
+        let worker = Worker::new(
+            Arc::clone(&runtime),
+            Arc::clone(&inbox),
+            part,
+            settler.clone(),
+            slots,
+            move |run| run::run(service.clone(), run),
+        );
+        let watched = Arc::clone(&runtime);
+        workers.spawn(async move {
+            let fall = Fall(Some(watched));
+            worker.run().await;
+            fall.caught();
+        });
+        inboxes.push(inbox);
+    }
+
+    let (stop_pump, stop) = watch::channel(false);
+    let (ended_sender, ended) = watch::channel(false);
+    let pump = Pump::new(
+        Arc::clone(&runtime),
+        inboxes.clone(),
+        settler.clone(),
+        ended_sender,
+    );
+    let watched = Arc::clone(&runtime);
+    let pumping = AbortOnDrop(tokio::spawn(async move {
+        let fall = Fall(Some(Arc::clone(&watched)));
+        let (deliveries, result) = pump.run(member.deliveries, stop).await;
+        fall.caught();
+        if let Err(error) = result {
+            watched.fail(error);
+        }
+        Some(deliveries)
+    }));
+    Ok(Consumer {
+        runtime,
+        inboxes,
+        settler,
+        stop_pump,
+        ended,
+        workers,
+        settling,
+        pumping,
+    })
+}
+
+/// Spawns a part of a consumer whose error is the consumer's.
+fn guard(
+    runtime: &Arc<Runtime>,
+    part: impl Future<Output = Result<()>> + Send + 'static,
+) -> AbortOnDrop<()> {
+    let watched = Arc::clone(runtime);
+    AbortOnDrop(tokio::spawn(async move {
+        let fall = Fall(Some(Arc::clone(&watched)));
+        let result = part.await;
+        fall.caught();
+        if let Err(error) = result {
+            watched.fail(error);
+        }
+    }))
+}
+
+/// Fails the consumer when a part of it panics, so that nobody waits for it in vain.
+struct Fall(Option<Arc<Runtime>>);
+
+impl Fall {
+    fn caught(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Fall {
+    fn drop(&mut self) {
+        if let Some(runtime) = &self.0
+            && std::thread::panicking()
+        {
+            runtime.fail(Error::new(
+                ErrorKind::Internal,
+                "run consumer",
+                "a part of it panicked: this is a bug of the SDK or of a layer",
+            ));
+        }
+    }
+}
+
+impl Consumer {
+    /// Its group.
+    pub fn group(&self) -> &Group {
+        &self.runtime.group
+    }
+
+    /// What it is doing, what is in flight, what was counted. Never blocks.
+    pub fn status(&self) -> ConsumerStatus {
+        let gate = &self.runtime.gate;
+        let state = if let Some(error) = self.runtime.failure_text() {
+            ConsumerState::Failed { error }
+        } else if gate.is_paused() {
+            ConsumerState::Paused
+        } else if let Some(reason) = gate.held_because() {
+            ConsumerState::Holding { reason }
+        } else {
+            ConsumerState::Running
+        };
+        ConsumerStatus {
+            state,
+            lanes: self.runtime.lanes.status(),
+            counts: self.runtime.telemetry.counts(),
+        }
+    }
+
+    /// Starts no more handlers until [`resume`](Self::resume); those that run end. It stays a member
+    /// of its group and keeps its lanes.
+    pub fn pause(&self) {
+        self.runtime.gate.set_paused(true);
+    }
+
+    /// Ends a pause.
+    pub fn resume(&self) {
+        self.runtime.gate.set_paused(false);
+    }
+
+    /// Runs until `signal` resolves, then shuts down.
+    ///
+    /// # Errors
+    ///
+    /// What ended the consumer before, or what its shutdown met.
+    pub async fn run_until(self, signal: impl Future<Output = ()>) -> Result<()> {
+        tokio::select! {
+            () = signal => {}
+            () = self.runtime.failed() => {}
+        }
+        self.shutdown().await
+    }
+
+    /// Stops pulling, lets running handlers end within the shutdown timeout, settles, gives the
+    /// lanes back and leaves the group. What was not handled goes to the next owner.
+    ///
+    /// # Cancellation
+    ///
+    /// A dropped future is a crash: see [`Consumer`].
+    ///
+    /// # Errors
+    ///
+    /// What ended the consumer before, or what closing met. Nothing handled is lost by it, but it
+    /// may be handled again.
+    pub async fn shutdown(self) -> Result<()> {
+        let timeout = self.runtime.settings.shutdown_timeout;
+        self.stop(Instant::now() + timeout, false).await.map(|_| ())
+    }
+
+    /// Handles everything up to the end of a bounded read, then shuts down.
+    pub(crate) async fn finish(mut self) -> Result<Counts> {
+        let runtime = Arc::clone(&self.runtime);
+        let failed = tokio::select! {
+            // The sender lives in the pump; when that is gone, the failure says why.
+            _ = self.ended.wait_for(|ended| *ended) => false,
+            () = runtime.failed() => true,
+        };
+        if failed {
+            return self.stop(Instant::now(), false).await;
+        }
+        // Years: a replay takes the time it takes.
+        let never = Instant::now() + Duration::from_secs(365 * 24 * 60 * 60);
+        self.stop(never, true).await
+    }
+
+    async fn stop(mut self, deadline: Instant, finish: bool) -> Result<Counts> {
+        let stop = Arc::new(Stop { deadline, finish });
+        for inbox in &self.inboxes {
+            inbox.push(Item::Stop(Arc::clone(&stop)));
+        }
+        let runtime = Arc::clone(&self.runtime);
+        let workers_end = async {
+            while let Some(ended) = self.workers.join_next().await {
+                if let Err(error) = ended {
+                    tracing::error!(error = %error, "a worker ended in a panic");
+                }
+            }
+        };
+        tokio::select! {
+            () = workers_end => {}
+            () = runtime.failed(), if finish => {}
+        }
+        // All verdicts are with the settler now; what it cannot record in time is handed out again.
+        self.settler.add(SettleItem::Stop);
+        let settle_until = deadline.min(Instant::now() + self.runtime.settings.shutdown_timeout);
+        let settle_until = settle_until.max(Instant::now() + Duration::from_secs(1));
+        let settled = tokio::time::timeout_at(settle_until, &mut self.settling.0).await;
+        self.stop_pump.send_replace(true);
+        if let Ok(Some(deliveries)) = (&mut self.pumping.0).await {
+            deliveries.close().await?;
+        }
+        if let Some(failure) = self.runtime.take_failure() {
+            return Err(failure);
+        }
+        if settled.is_err() {
+            return Err(Error::new(
+                ErrorKind::Timeout,
+                "shut consumer down",
+                "verdicts could not be recorded in time: what they are about is handled again",
+            )
+            .with("group", &self.runtime.group));
+        }
+        Ok(self.runtime.telemetry.counts())
+    }
+}

@@ -1,0 +1,366 @@
+//! One delivery while it is being handled: shared by worker, layers and context, and used again.
+
+use std::borrow::Cow;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::Runtime;
+use crate::delivery::{Delivery, Lane, Position};
+use crate::envelope::{Envelope, EventId};
+use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::event::{Event, read_event};
+use crate::header::KnownHeaders;
+use crate::message::{Group, Message};
+use crate::outgoing::{Frame, Origin, Outgoing, into_message};
+use crate::unit_of_work::{InboxEntry, Work};
+
+/// One delivery while it is being handled.
+pub(crate) struct Scope {
+    runtime: Arc<Runtime>,
+    /// Empty only while the scope waits in the pool.
+    delivery: Option<Delivery>,
+    partition: u32,
+    id: OnceLock<EventId>,
+    route: Option<Route>,
+    attempt: AtomicU32,
+    state: Mutex<State>,
+}
+
+/// Which handler takes it, found once for all attempts.
+#[derive(Clone, Debug)]
+pub(crate) struct Route {
+    pub(crate) handler: usize,
+    pub(crate) version: u32,
+    pub(crate) data: Bytes,
+}
+
+struct State {
+    deadline: Instant,
+    outgoing: Vec<Collected>,
+    work: Option<Box<dyn Work>>,
+    failure: Option<Failure>,
+}
+
+struct Collected {
+    event_type: &'static str,
+    message: Message,
+}
+
+/// What a handler's code met apart from returning an error.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The data could not be read.
+    Undecodable(Error),
+    /// A batch handler failed this item alone.
+    Item(BoxError),
+}
+
+/// What a message turned out to be before any handler saw it.
+#[derive(Debug)]
+pub(crate) enum Routed {
+    Handle,
+    Skip(Skip),
+    NoHandler(String),
+    Undecodable(Error),
+}
+
+/// Why a message is settled unhandled; counted by these names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Skip {
+    OtherGroup,
+    Expired,
+    OtherType,
+    OtherKey,
+}
+
+impl Scope {
+    pub(crate) fn new(runtime: Arc<Runtime>) -> Self {
+        Self {
+            runtime,
+            delivery: None,
+            partition: 0,
+            id: OnceLock::new(),
+            route: None,
+            attempt: AtomicU32::new(1),
+            state: Mutex::new(State {
+                deadline: Instant::now(),
+                outgoing: Vec::new(),
+                work: None,
+                failure: None,
+            }),
+        }
+    }
+
+    pub(crate) fn fill(&mut self, delivery: Delivery, partition: u32) {
+        self.delivery = Some(delivery);
+        self.partition = partition;
+    }
+
+    /// Empties it for the next delivery; keeps the allocations.
+    pub(crate) fn clear(&mut self) {
+        self.delivery = None;
+        self.id = OnceLock::new();
+        self.route = None;
+        *self.attempt.get_mut() = 1;
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.outgoing.clear();
+        state.work = None;
+        state.failure = None;
+    }
+
+    pub(crate) fn delivery(&self) -> &Delivery {
+        self.delivery
+            .as_ref()
+            .expect("a scope outside the pool holds a delivery")
+    }
+
+    pub(crate) fn message(&self) -> &Message {
+        &self.delivery().message
+    }
+
+    pub(crate) fn lane(&self) -> Lane {
+        self.delivery().receipt.lane
+    }
+
+    pub(crate) fn group(&self) -> &Group {
+        &self.runtime.group
+    }
+
+    pub(crate) fn runtime(&self) -> &Arc<Runtime> {
+        &self.runtime
+    }
+
+    pub(crate) fn partition(&self) -> u32 {
+        self.partition
+    }
+
+    pub(crate) fn position(&self) -> Option<Position> {
+        self.delivery().position
+    }
+
+    pub(crate) fn attempt(&self) -> u32 {
+        self.attempt.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_replay(&self) -> bool {
+        self.runtime.replay.is_some()
+    }
+
+    pub(crate) fn deadline(&self) -> Instant {
+        self.state().deadline
+    }
+
+    pub(crate) fn route(&self) -> Option<&Route> {
+        self.route.as_ref()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds out what the message is; the one place where headers and format are read.
+    pub(crate) fn find_route(&mut self) -> Routed {
+        let Some(delivery) = &self.delivery else {
+            return Routed::Skip(Skip::OtherType);
+        };
+        let known = KnownHeaders::of(&delivery.message.headers);
+        if known
+            .to_group
+            .is_some_and(|group| group != self.runtime.group.as_str())
+        {
+            return Routed::Skip(Skip::OtherGroup);
+        }
+        match known.expires_at.map(str::parse::<crate::Timestamp>) {
+            Some(Ok(expiry)) if expiry <= self.runtime.bus.clock().now() => {
+                return Routed::Skip(Skip::Expired);
+            }
+            Some(Err(error)) => return Routed::Undecodable(error),
+            _ => {}
+        }
+        let reading = match self.runtime.bus.formats().read(&delivery.message, &known) {
+            Ok((_, reading)) => reading,
+            Err(error) => return Routed::Undecodable(error),
+        };
+        let Some(handler) = self.runtime.handler_of(&reading.event_type) else {
+            return match self.runtime.settings.skip_others {
+                true => Routed::Skip(Skip::OtherType),
+                false => Routed::NoHandler(match reading.event_type {
+                    Cow::Borrowed(event_type) => event_type.to_owned(),
+                    Cow::Owned(event_type) => event_type,
+                }),
+            };
+        };
+        let (version, data) = (reading.version, reading.data);
+        self.route = Some(Route {
+            handler,
+            version,
+            data,
+        });
+        Routed::Handle
+    }
+
+    /// Reads the event for its handler.
+    pub(crate) fn decode<E: Event>(&self) -> Result<E> {
+        let route = self
+            .route
+            .as_ref()
+            .expect("a handler runs only for a routed message");
+        read_event(route.version, &route.data)
+    }
+
+    pub(crate) fn id(&self) -> &EventId {
+        self.id.get_or_init(|| self.find_id())
+    }
+
+    /// The message's own id; where it has none, one made from its place; where the broker has no
+    /// places, a new one, by which duplicates cannot be recognised.
+    fn find_id(&self) -> EventId {
+        let known = KnownHeaders::of(&self.message().headers);
+        if let Some(Ok(id)) = known.id.map(EventId::parse) {
+            return id;
+        }
+        let fallback = self.place_id();
+        match self.runtime.bus.formats().envelope(
+            self.message(),
+            (fallback.clone(), self.runtime.bus.clock().now()),
+        ) {
+            Ok(envelope) => envelope.id,
+            Err(_) => fallback,
+        }
+    }
+
+    fn place_id(&self) -> EventId {
+        match self.position() {
+            Some(position) => EventId::of_place(&self.message().topic, self.partition, position.0),
+            None => EventId::new(),
+        }
+    }
+
+    pub(crate) fn envelope(&self) -> Result<Envelope> {
+        self.runtime.bus.formats().envelope(
+            self.message(),
+            (self.id().clone(), self.runtime.bus.clock().now()),
+        )
+    }
+
+    pub(crate) fn inbox_entry(&self) -> InboxEntry {
+        InboxEntry {
+            id: self.id().clone(),
+            topic: self.message().topic.clone(),
+            partition: self.partition,
+            position: self.position(),
+            receipt: self.delivery().receipt,
+        }
+    }
+
+    /// Forgets what an earlier attempt left and counts a new one.
+    pub(crate) fn begin_attempt(&self, attempt: u32, deadline: Instant) {
+        self.attempt.store(attempt, Ordering::Relaxed);
+        let mut state = self.state();
+        state.deadline = deadline;
+        state.outgoing.clear();
+        state.work = None;
+        state.failure = None;
+    }
+
+    pub(crate) fn publish<E: Event>(&self, outgoing: Outgoing<E>) -> Result<EventId> {
+        let bus = &self.runtime.bus;
+        if self
+            .runtime
+            .replay
+            .as_ref()
+            .is_some_and(|replay| !replay.publishes)
+        {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "publish from a handler",
+                "this is a replay, which sends nothing: check `cx.is_replay()`, or allow it with `Replay::allow_publish`",
+            )
+            .with("type", E::TYPE));
+        }
+        let cause = self.envelope()?;
+        let known = KnownHeaders::of(&self.message().headers);
+        let origin = Origin {
+            correlation_id: Some(cause.correlation_id),
+            causation_id: Some(cause.id.to_string()),
+            metadata: cause.metadata,
+            traceparent: known.traceparent.map(str::to_owned),
+            tracestate: known.tracestate.map(str::to_owned),
+        };
+        let key = outgoing.key();
+        let mut state = self.state();
+        let ordinal = state
+            .outgoing
+            .iter()
+            .filter(|other| other.event_type == E::TYPE && other.message.key == key)
+            .count();
+        // A handler publishes far fewer than 2^32 events.
+        let id = EventId::derived(
+            self.id(),
+            &self.runtime.group,
+            E::TYPE,
+            key.as_ref(),
+            ordinal as u32,
+        );
+        let topic = bus.topic(&E::TOPIC)?;
+        let frame = Frame {
+            format: bus.format_of(&topic),
+            topic,
+            source: bus.source(),
+            now: bus.clock().now(),
+            id,
+            origin,
+        };
+        let (id, message) = into_message(outgoing, frame)?;
+        message.check(bus.payload_bytes_max())?;
+        state.outgoing.push(Collected {
+            event_type: E::TYPE,
+            message,
+        });
+        Ok(id)
+    }
+
+    /// Takes what the handler collected.
+    pub(crate) fn take_outgoing(&self, into: &mut Vec<Message>) {
+        let mut state = self.state();
+        into.extend(state.outgoing.drain(..).map(|collected| collected.message));
+    }
+
+    pub(crate) fn fail(&self, error: BoxError) {
+        self.state().failure = Some(Failure::Item(error));
+    }
+
+    pub(crate) fn reject(&self, error: Error) {
+        self.state().failure = Some(Failure::Undecodable(error));
+    }
+
+    pub(crate) fn take_failure(&self) -> Option<Failure> {
+        self.state().failure.take()
+    }
+
+    pub(crate) fn give_work(&self, work: Box<dyn Work>) {
+        self.state().work = Some(work);
+    }
+
+    pub(crate) fn return_work(&self, work: Box<dyn Work>) {
+        self.give_work(work);
+    }
+
+    pub(crate) fn take_work(&self) -> Option<Box<dyn Work>> {
+        // Most consumers have no unit of work: they do not pay for the lock.
+        self.runtime.unit.as_ref()?;
+        self.state().work.take()
+    }
+}
+
+impl std::fmt::Debug for Scope {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scope")
+            .field("delivery", &self.delivery)
+            .field("attempt", &self.attempt)
+            .finish_non_exhaustive()
+    }
+}

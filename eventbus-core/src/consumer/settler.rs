@@ -1,0 +1,91 @@
+//! Passes verdicts to the broker: one call in flight, everything that comes meanwhile in the next.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Runtime;
+use crate::activity::Part;
+use crate::broker::Settlement;
+use crate::coalescer::Flushes;
+use crate::delivery::{Lane, Receipt, Verdict};
+use crate::error::Result;
+
+/// What the settler is told, in order.
+#[derive(Debug)]
+pub(crate) enum SettleItem {
+    Settled(Receipt, Verdict),
+    /// No handler of these lanes runs any more.
+    Release(Vec<Lane>),
+    /// The end: nothing comes after it.
+    Stop,
+}
+
+/// How long to wait before a broker that is away is asked again.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_LONGEST: Duration = Duration::from_secs(2);
+
+/// Settles until it is told to stop; returns an error that trying again does not help against.
+pub(crate) async fn run(
+    runtime: Arc<Runtime>,
+    part: Arc<Part>,
+    mut flushes: Flushes<SettleItem>,
+    mut settlement: Box<dyn Settlement>,
+) -> Result<()> {
+    let mut items = Vec::new();
+    let mut verdicts = Vec::new();
+    loop {
+        let flush = flushes.next(&mut items).await;
+        part.raise();
+        let mut stop = false;
+        for item in items.drain(..) {
+            match item {
+                SettleItem::Settled(receipt, verdict) => verdicts.push((receipt, verdict)),
+                SettleItem::Release(lanes) => {
+                    settle(&runtime, settlement.as_mut(), &mut verdicts).await?;
+                    release(&runtime, settlement.as_mut(), &lanes).await?;
+                }
+                SettleItem::Stop => stop = true,
+            }
+        }
+        settle(&runtime, settlement.as_mut(), &mut verdicts).await?;
+        flush.done();
+        part.lower();
+        if stop {
+            return Ok(());
+        }
+    }
+}
+
+async fn settle(
+    runtime: &Runtime,
+    settlement: &mut dyn Settlement,
+    verdicts: &mut Vec<(Receipt, Verdict)>,
+) -> Result<()> {
+    if verdicts.is_empty() {
+        return Ok(());
+    }
+    let mut delay = RETRY_FIRST;
+    while let Err(error) = settlement.settle(verdicts).await {
+        delay = retry(runtime, error, delay).await?;
+    }
+    verdicts.clear();
+    Ok(())
+}
+
+async fn release(runtime: &Runtime, settlement: &mut dyn Settlement, lanes: &[Lane]) -> Result<()> {
+    let mut delay = RETRY_FIRST;
+    while let Err(error) = settlement.release(lanes).await {
+        delay = retry(runtime, error, delay).await?;
+    }
+    runtime.lanes.close(lanes);
+    Ok(())
+}
+
+async fn retry(runtime: &Runtime, error: crate::Error, delay: Duration) -> Result<Duration> {
+    if !error.is_retryable() {
+        return Err(error);
+    }
+    tracing::warn!(group = %runtime.group, error = %error, "settling is tried again");
+    tokio::time::sleep(delay).await;
+    Ok((delay * 2).min(RETRY_LONGEST))
+}

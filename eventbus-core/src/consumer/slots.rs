@@ -1,0 +1,192 @@
+//! The futures a worker runs at once: a fixed number of places, each used again without allocating,
+//! woken one by one, and dropped by number when a lane is taken away.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+
+use futures_util::task::AtomicWaker;
+
+thread_local! {
+    static IN_HANDLER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the code that asks runs inside a handler on this thread.
+pub(crate) fn is_in_handler() -> bool {
+    IN_HANDLER.get()
+}
+
+/// Sets the mark while it lives, also when a handler panics.
+struct InHandler(bool);
+
+impl InHandler {
+    fn enter() -> Self {
+        Self(IN_HANDLER.replace(true))
+    }
+}
+
+impl Drop for InHandler {
+    fn drop(&mut self) {
+        IN_HANDLER.set(self.0);
+    }
+}
+
+/// How a future ended: `Err` holds a panic.
+pub(crate) type Caught<T> = Result<T, Box<dyn Any + Send>>;
+
+/// Places for futures.
+#[derive(Debug)]
+pub(crate) struct SlotSet<F> {
+    slots: Vec<Slot<F>>,
+    free: Vec<usize>,
+    wakes: Arc<Wakes>,
+}
+
+#[derive(Debug)]
+struct Slot<F> {
+    future: Pin<Box<Option<F>>>,
+    waker: Waker,
+}
+
+/// Which slots were woken, one bit each.
+#[derive(Debug)]
+struct Wakes {
+    bits: Box<[AtomicU64]>,
+    parent: AtomicWaker,
+}
+
+struct SlotWaker {
+    wakes: Arc<Wakes>,
+    index: usize,
+}
+
+impl Wake for SlotWaker {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.wakes.mark(self.index);
+        self.wakes.parent.wake();
+    }
+}
+
+impl Wakes {
+    fn mark(&self, index: usize) {
+        self.bits[index / 64].fetch_or(1 << (index % 64), Ordering::AcqRel);
+    }
+}
+
+impl<F: Future> SlotSet<F> {
+    pub(crate) fn new(count: usize) -> Self {
+        let wakes = Arc::new(Wakes {
+            bits: (0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            parent: AtomicWaker::new(),
+        });
+        let slots = (0..count)
+            .map(|index| Slot {
+                future: Box::pin(None),
+                waker: Waker::from(Arc::new(SlotWaker {
+                    wakes: Arc::clone(&wakes),
+                    index,
+                })),
+            })
+            .collect();
+        Self {
+            slots,
+            free: (0..count).rev().collect(),
+            wakes,
+        }
+    }
+
+    pub(crate) fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
+    /// Wakes `cx` from now on when any slot is woken.
+    pub(crate) fn register(&self, cx: &Context<'_>) {
+        self.wakes.parent.register(cx.waker());
+    }
+
+    /// Puts a future into a free slot, to be polled next.
+    pub(crate) fn start(&mut self, future: F) -> usize {
+        let index = self.free.pop().expect("the caller saw that there is room");
+        self.slots[index].future.set(Some(future));
+        self.wakes.mark(index);
+        index
+    }
+
+    /// Drops the future in a slot.
+    pub(crate) fn cancel(&mut self, index: usize) {
+        if self.slots[index].future.is_some() {
+            let future = &mut self.slots[index].future;
+            let _in_handler = InHandler::enter();
+            // A panic while a handler is dropped ends that handler and nothing else.
+            if catch_unwind(AssertUnwindSafe(|| future.set(None))).is_err() {
+                tracing::warn!("a handler panicked while it was dropped");
+            }
+            self.free.push(index);
+        }
+    }
+
+    /// Polls every woken slot once and adds those that ended; `Err` holds a panic. Returns whether
+    /// any slot was polled.
+    pub(crate) fn poll(
+        &mut self,
+        ended: &mut Vec<(usize, Caught<F::Output>)>,
+    ) -> bool {
+        let mut polled = false;
+        for word in 0..self.wakes.bits.len() {
+            let mut bits = self.wakes.bits[word].swap(0, Ordering::AcqRel);
+            while bits != 0 {
+                let index = word * 64 + bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                polled = true;
+                if let Poll::Ready(output) = self.slots[index].poll() {
+                    self.free.push(index);
+                    ended.push((index, output));
+                }
+            }
+        }
+        polled
+    }
+}
+
+impl<F: Future> Slot<F> {
+    fn poll(&mut self) -> Poll<Caught<F::Output>> {
+        let Some(future) = self.future.as_mut().as_pin_mut() else {
+            // Woken after its future was dropped.
+            return Poll::Pending;
+        };
+        let mut cx = Context::from_waker(&self.waker);
+        let _in_handler = InHandler::enter();
+        let result = match catch_unwind(AssertUnwindSafe(|| future.poll(&mut cx))) {
+            Ok(Poll::Pending) => return Poll::Pending,
+            Ok(Poll::Ready(output)) => Ok(output),
+            Err(panic) => Err(panic),
+        };
+        let future = &mut self.future;
+        match catch_unwind(AssertUnwindSafe(|| future.set(None))) {
+            Ok(()) => Poll::Ready(result),
+            Err(panic) => Poll::Ready(Err(panic)),
+        }
+    }
+}
+
+/// The text of a panic, as far as it has one.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic without a text")
+}

@@ -1,0 +1,991 @@
+//! One worker: starts runs in key order, decides what follows from their outcome, and passes
+//! verdicts to the settler.
+//!
+//! ```text
+//!  inbox ─▶ queue by key ─▶ slot: run ─▶ done ───────────────────────────▶ settler
+//!              ▲   ▲                 ├─▶ failed: ready again, or after a time ─┘ (holds its key)
+//!              │   └── timers ◀──────┤
+//!              └────── held ◀────────┼─▶ something is away: the gate holds, nothing is counted
+//!                                    └─▶ last attempt failed ─▶ run: store dead letter ─▶ settler
+//! ```
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::time::{Instant, Sleep};
+
+use super::Runtime;
+use super::gate::Admission;
+use super::keys::{Keys, NodeId, NodeState, Stage};
+use super::run::{Ended, Outcome, Run};
+use super::scope::{Routed, Scope, Skip};
+use super::settler::SettleItem;
+use super::slots::{Caught, SlotSet, panic_text};
+use super::{OnPoison, telemetry::Tally};
+use crate::activity::Part;
+use crate::coalescer::{Coalescer, Mailbox};
+use crate::dead_letter::{Cause, Diagnosis};
+use crate::delivery::{Delivery, Lane, Verdict};
+use crate::retry::{OnError, with_jitter};
+
+/// What a worker is told.
+#[derive(Debug)]
+pub(crate) enum Item {
+    Delivery {
+        delivery: Delivery,
+        partition: u32,
+    },
+    Revoke(Arc<Revocation>),
+    Stop(Arc<Stop>),
+    /// The gate changed: look again.
+    Wake,
+}
+
+/// Where a worker is told things.
+#[derive(Debug)]
+pub(crate) struct Inbox(Mailbox<Item>);
+
+impl Inbox {
+    pub(crate) fn new(part: Arc<Part>) -> Self {
+        Self(Mailbox::new(Some(part)))
+    }
+
+    /// Moves all of `items` in.
+    pub(crate) fn append(&self, items: &mut Vec<Item>) {
+        self.0.put(|there| there.append(items));
+    }
+
+    pub(crate) fn push(&self, item: Item) {
+        self.0.put(|there| there.push(item));
+    }
+
+    pub(crate) fn wake(&self) {
+        self.push(Item::Wake);
+    }
+}
+
+/// Lanes being taken away, until no worker runs a handler of theirs.
+#[derive(Debug)]
+pub(crate) struct Revocation {
+    lanes: Vec<Lane>,
+    /// Revoked lanes are finished and settled until then; lost ones are dropped at once.
+    finish_until: Option<Instant>,
+    workers: AtomicUsize,
+    settler: Coalescer<SettleItem>,
+}
+
+impl Revocation {
+    pub(crate) fn new(
+        lanes: Vec<Lane>,
+        finish_until: Option<Instant>,
+        workers: usize,
+        settler: Coalescer<SettleItem>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            lanes,
+            finish_until,
+            workers: AtomicUsize::new(workers),
+            settler,
+        })
+    }
+
+    /// One worker has nothing of these lanes any more. The last one passes them on, behind all
+    /// verdicts that the workers gave before.
+    fn cleared(&self) {
+        if self.workers.fetch_sub(1, Ordering::AcqRel) == 1 && self.finish_until.is_some() {
+            self.settler.add(SettleItem::Release(self.lanes.clone()));
+        }
+    }
+}
+
+/// The end of a consumer.
+#[derive(Debug)]
+pub(crate) struct Stop {
+    /// Runs may go on until then.
+    pub(crate) deadline: Instant,
+    /// Whether what has not been started is handled, too: at the end of a replay.
+    pub(crate) finish: bool,
+}
+
+/// How often a worker looks anew within one turn before it lets other tasks run.
+const PASSES_MAX: usize = 16;
+
+/// Runs handlers; one task.
+pub(crate) struct Worker<V, Fut> {
+    runtime: Arc<Runtime>,
+    inbox: Arc<Inbox>,
+    part: Arc<Part>,
+    settler: Coalescer<SettleItem>,
+    start: V,
+    slots: SlotSet<Fut>,
+    /// What runs in each slot.
+    running: Vec<Option<Running>>,
+    keys: Keys,
+    /// Retries by time.
+    timers: BinaryHeap<Reverse<(Instant, NodeId, u64)>>,
+    /// Scopes to be used again.
+    pool: Vec<Arc<Scope>>,
+    revocations: Vec<Arc<Revocation>>,
+    stop: Option<Arc<Stop>>,
+    /// Verdicts of this turn.
+    settled: Vec<SettleItem>,
+    tally: Tally,
+    received: Vec<Item>,
+    ended: Vec<(usize, Caught<Ended>)>,
+    alarm: Pin<Box<Sleep>>,
+    /// When the alarm rings; later wishes do not move it.
+    alarm_at: Option<Instant>,
+    /// When a held consumer may be probed.
+    probe_at: Option<Instant>,
+    /// Whether anything ready may not be started now.
+    held: bool,
+    random: u64,
+}
+
+struct Running {
+    nodes: Nodes,
+    started: Instant,
+    /// The deadline of handlers applies.
+    is_handler: bool,
+}
+
+enum Nodes {
+    One(NodeId),
+    Group(Vec<NodeId>),
+}
+
+impl Nodes {
+    fn iter(&self) -> impl Iterator<Item = NodeId> + '_ {
+        match self {
+            Self::One(id) => std::slice::from_ref(id).iter().copied(),
+            Self::Group(ids) => ids.iter().copied(),
+        }
+    }
+}
+
+impl<V, Fut> Worker<V, Fut>
+where
+    V: Fn(Run) -> Fut,
+    Fut: Future<Output = Ended>,
+{
+    pub(crate) fn new(
+        runtime: Arc<Runtime>,
+        inbox: Arc<Inbox>,
+        part: Arc<Part>,
+        settler: Coalescer<SettleItem>,
+        slots: usize,
+        start: V,
+    ) -> Self {
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), slots) | 1;
+        Self {
+            tally: Tally::default(),
+            runtime,
+            inbox,
+            part,
+            settler,
+            start,
+            slots: SlotSet::new(slots),
+            running: (0..slots).map(|_| None).collect(),
+            keys: Keys::default(),
+            timers: BinaryHeap::new(),
+            pool: Vec::new(),
+            revocations: Vec::new(),
+            stop: None,
+            settled: Vec::new(),
+            received: Vec::new(),
+            ended: Vec::new(),
+            alarm: Box::pin(tokio::time::sleep(Duration::ZERO)),
+            alarm_at: None,
+            probe_at: None,
+            held: false,
+            random,
+        }
+    }
+
+    /// Works until it is stopped and has nothing left.
+    pub(crate) async fn run(mut self) {
+        std::future::poll_fn(|cx| self.poll(cx)).await;
+        self.part.set_due(None);
+        self.part.lower();
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.part.raise();
+        self.slots.register(cx);
+        let mut passes = 0;
+        loop {
+            let now = Instant::now();
+            let mut progress = self.receive(cx, now);
+            progress |= self.fire_timers(now);
+            progress |= self.start_ready(now);
+            progress |= self.slots.poll(&mut self.ended);
+            self.conclude();
+            self.check_stop(now);
+            self.check_revocations(now);
+            if !progress {
+                break;
+            }
+            passes += 1;
+            if passes == PASSES_MAX {
+                self.flush();
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+        }
+        self.flush();
+        if self.is_finished() {
+            return Poll::Ready(());
+        }
+        self.set_alarm(cx);
+        if self.slots.is_idle() && (self.held || !self.keys.has_ready()) {
+            self.part.set_due(self.next_due());
+            self.part.lower();
+        }
+        Poll::Pending
+    }
+
+    fn flush(&mut self) {
+        if !self.settled.is_empty() {
+            self.runtime.lanes.settled(&self.settled);
+            self.settler.append(&mut self.settled);
+        }
+        let (seen, failed) = self.tally.take_first_attempts();
+        if seen > 0 {
+            self.runtime.gate.count(seen, failed);
+        }
+        self.runtime.telemetry.add(&mut self.tally);
+    }
+
+    // ---- receiving
+
+    fn receive(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
+        let mut received = std::mem::take(&mut self.received);
+        let progress = self.inbox.0.poll_take(cx, &mut received).is_ready();
+        for item in received.drain(..) {
+            match item {
+                Item::Delivery {
+                    delivery,
+                    partition,
+                } => self.accept(delivery, partition),
+                Item::Revoke(revocation) => self.begin_revocation(revocation),
+                Item::Stop(stop) => self.begin_stop(stop, now),
+                Item::Wake => {}
+            }
+        }
+        self.received = received;
+        progress
+    }
+
+    fn accept(&mut self, delivery: Delivery, partition: u32) {
+        if self.stop.as_ref().is_some_and(|stop| !stop.finish) {
+            // Never started: the next owner gets it.
+            return;
+        }
+        let key = delivery
+            .message
+            .key
+            .as_ref()
+            .map(|key| self.runtime.hash_key(key));
+        let mut scope = self
+            .pool
+            .pop()
+            .unwrap_or_else(|| Arc::new(Scope::new(Arc::clone(&self.runtime))));
+        Arc::get_mut(&mut scope)
+            .expect("a scope in the pool is nobody else's")
+            .fill(delivery, partition);
+        self.keys.push(scope, key);
+    }
+
+    fn recycle(&mut self, mut scope: Arc<Scope>) {
+        // A context that outlived its handler keeps its scope; a new one is made for the next.
+        if let Some(inner) = Arc::get_mut(&mut scope) {
+            inner.clear();
+            self.pool.push(scope);
+        }
+    }
+
+    // ---- starting
+
+    fn fire_timers(&mut self, now: Instant) -> bool {
+        let mut fired = false;
+        while let Some(Reverse((due, id, sequence))) = self.timers.peek().copied()
+            && due <= now
+        {
+            self.timers.pop();
+            if self.keys.is_current(id, sequence) && self.keys.get(id).state == NodeState::Waiting {
+                self.keys.push_ready(id);
+                fired = true;
+            }
+        }
+        fired
+    }
+
+    fn start_ready(&mut self, now: Instant) -> bool {
+        let mut started = false;
+        self.held = false;
+        self.probe_at = None;
+        while self.slots.has_room()
+            && let Some(id) = self.keys.peek_ready()
+        {
+            if self.keys.get(id).state == NodeState::Dropped {
+                self.keys.pop_ready();
+                let scope = self.keys.remove(id);
+                self.recycle(scope);
+                continue;
+            }
+            let probe = match self.runtime.gate.admit() {
+                Admission::Yes => false,
+                Admission::Probe => true,
+                Admission::Wait(probe_at) => {
+                    self.held = true;
+                    self.probe_at = probe_at;
+                    break;
+                }
+            };
+            self.keys.pop_ready();
+            self.keys.get_mut(id).probe = probe;
+            self.start_one(id, now);
+            started = true;
+        }
+        started
+    }
+
+    fn start_one(&mut self, id: NodeId, now: Instant) {
+        if self.keys.get(id).scope.route().is_none()
+            && matches!(self.keys.get(id).stage, Stage::Handle)
+            && !self.route(id)
+        {
+            return;
+        }
+        let node = self.keys.get_mut(id);
+        let run = match std::mem::replace(&mut node.stage, Stage::Handle) {
+            Stage::Handle => return self.start_handler(id, now),
+            Stage::Publish(messages) => Run::Publish(Arc::clone(&node.scope), messages),
+            Stage::DeadLetter(cause) => {
+                node.stage = Stage::DeadLetter(Arc::clone(&cause));
+                Run::DeadLetter(Arc::clone(&node.scope), cause)
+            }
+        };
+        self.start_run(Nodes::One(id), run, now, false);
+    }
+
+    /// Finds the handler; `false` when the message has none and was dealt with.
+    fn route(&mut self, id: NodeId) -> bool {
+        let scope = Arc::get_mut(&mut self.keys.get_mut(id).scope);
+        let scope = scope.expect("a delivery that was never started is nobody else's");
+        let routed =
+            catch_unwind(AssertUnwindSafe(|| scope.find_route())).unwrap_or_else(|panic| {
+                Routed::Undecodable(
+                    crate::Error::new(
+                        crate::ErrorKind::Internal,
+                        "read message",
+                        "the format panicked",
+                    )
+                    .with("panic", panic_text(panic.as_ref())),
+                )
+            });
+        let handed_out = scope.delivery().handed_out.unwrap_or(0);
+        let cause = match routed {
+            Routed::Handle if handed_out > self.runtime.settings.hand_outs_max => {
+                Cause::HandOuts(handed_out)
+            }
+            Routed::Handle => return true,
+            Routed::Skip(skip) => {
+                self.skip(id, skip);
+                return false;
+            }
+            Routed::NoHandler(event_type) => Cause::NoHandler(event_type),
+            Routed::Undecodable(error) => Cause::Undecodable(error),
+        };
+        self.end_probe(id, true);
+        self.give_up(id, cause);
+        false
+    }
+
+    fn skip(&mut self, id: NodeId, skip: Skip) {
+        self.end_probe(id, true);
+        self.tally.skipped(skip);
+        self.settle(id);
+    }
+
+    fn start_handler(&mut self, id: NodeId, now: Instant) {
+        let node = self.keys.get(id);
+        let batch_max = match node.alone || node.probe {
+            true => 1,
+            false => self.runtime.batch_max(&node.scope),
+        };
+        if batch_max <= 1 && !self.runtime.is_batch(&node.scope) {
+            let scope = Arc::clone(&node.scope);
+            self.begin_attempt(id, now);
+            return self.start_run(Nodes::One(id), Run::Handle(scope), now, true);
+        }
+        let ids = self.gather(id, batch_max);
+        for id in &ids {
+            self.begin_attempt(*id, now);
+        }
+        let scopes = ids
+            .iter()
+            .map(|id| Arc::clone(&self.keys.get(*id).scope))
+            .collect();
+        self.start_run(Nodes::Group(ids), Run::Group(scopes), now, true);
+    }
+
+    fn begin_attempt(&mut self, id: NodeId, now: Instant) {
+        let node = self.keys.get(id);
+        let deadline = now + self.runtime.settings.deadline;
+        node.scope.begin_attempt(node.failures + 1, deadline);
+    }
+
+    /// Collects deliveries for one run: of the same key in their order, then other ready ones.
+    fn gather(&mut self, first: NodeId, batch_max: usize) -> Vec<NodeId> {
+        let mut ids = vec![first];
+        let mut last = first;
+        while ids.len() < batch_max {
+            let successor = self
+                .keys
+                .successor(last)
+                .filter(|id| self.keys.get(*id).state == NodeState::Behind);
+            let candidate = match successor {
+                Some(id) if self.may_join(id, first) => Some(id),
+                _ => self
+                    .keys
+                    .peek_ready()
+                    .filter(|id| self.keys.get(*id).state == NodeState::Ready)
+                    .filter(|id| self.may_join(*id, first))
+                    .inspect(|_| {
+                        self.keys.pop_ready();
+                    }),
+            };
+            let Some(id) = candidate else { break };
+            // Its slot is set when the run starts; until then it only has to be out of the queues.
+            self.keys.get_mut(id).state = NodeState::Running(usize::MAX);
+            ids.push(id);
+            last = id;
+        }
+        ids
+    }
+
+    fn may_join(&mut self, id: NodeId, first: NodeId) -> bool {
+        let node = self.keys.get_mut(id);
+        if node.alone || !matches!(node.stage, Stage::Handle) || node.failures > 0 {
+            return false;
+        }
+        if node.scope.route().is_none() {
+            let Some(scope) = Arc::get_mut(&mut node.scope) else {
+                return false;
+            };
+            if scope.delivery().handed_out.unwrap_or(0) > self.runtime.settings.hand_outs_max {
+                return false;
+            }
+            let routed = catch_unwind(AssertUnwindSafe(|| scope.find_route()));
+            if !matches!(routed, Ok(Routed::Handle)) {
+                return false;
+            }
+        }
+        let (scope, first) = (&self.keys.get(id).scope, &self.keys.get(first).scope);
+        self.runtime.may_share_run(scope, first)
+    }
+
+    fn start_run(&mut self, nodes: Nodes, run: Run, now: Instant, is_handler: bool) {
+        let slot = self.slots.start((self.start)(run));
+        for id in nodes.iter() {
+            self.keys.get_mut(id).state = NodeState::Running(slot);
+        }
+        self.running[slot] = Some(Running {
+            nodes,
+            started: now,
+            is_handler,
+        });
+    }
+
+    // ---- concluding
+
+    fn conclude(&mut self) {
+        if self.ended.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let mut ended = std::mem::take(&mut self.ended);
+        for (slot, result) in ended.drain(..) {
+            let Some(running) = self.running[slot].take() else {
+                continue;
+            };
+            if running.is_handler {
+                self.tally
+                    .ran(now.saturating_duration_since(running.started));
+            }
+            match result {
+                Ok(ended) => self.conclude_run(running, ended),
+                Err(panic) => {
+                    let text = panic_text(panic.as_ref()).to_owned();
+                    self.fail_run(running, || Cause::Panic(text.clone()));
+                }
+            }
+        }
+        self.ended = ended;
+    }
+
+    fn conclude_run(&mut self, running: Running, ended: Ended) {
+        match (running.nodes, ended) {
+            (Nodes::One(id), Ended::One(outcome)) => self.conclude_one(id, outcome),
+            (Nodes::Group(ids), Ended::Each(outcomes)) => self.conclude_each(&ids, outcomes),
+            (nodes, _) => self.split(&nodes),
+        }
+    }
+
+    /// Concludes a group. Behind a delivery that is not done, those of the same key are handled
+    /// once more: what came of them is not kept, so that the key keeps its order.
+    fn conclude_each(&mut self, ids: &[NodeId], outcomes: Vec<Outcome>) {
+        let mut undone: Vec<NodeId> = Vec::new();
+        for (id, outcome) in ids.iter().copied().zip(outcomes) {
+            if undone
+                .iter()
+                .any(|older| self.keys.successor(*older) == Some(id))
+            {
+                self.keys.get_mut(id).state = NodeState::Behind;
+                undone.push(id);
+                continue;
+            }
+            let sequence = self.keys.get(id).sequence;
+            self.conclude_one(id, outcome);
+            if self.keys.is_current(id, sequence) {
+                undone.push(id);
+            }
+        }
+    }
+
+    /// Repeats the deliveries of a failed group one at a time; no attempt is counted.
+    fn split(&mut self, nodes: &Nodes) {
+        for id in nodes.iter() {
+            self.keys.get_mut(id).alone = true;
+        }
+        self.unstart(nodes, |_, _| false);
+    }
+
+    /// Puts back what was started: to the next owner where `leaves` says so, else to be started
+    /// again, each behind the older ones of its key.
+    fn unstart(&mut self, nodes: &Nodes, leaves: impl Fn(&Self, NodeId) -> bool) {
+        let ids: Vec<_> = nodes.iter().collect();
+        // From the last to the first, so that the first is first again.
+        for id in ids.iter().copied().rev() {
+            let is_behind = ids
+                .iter()
+                .any(|older| self.keys.successor(*older) == Some(id));
+            match (leaves(self, id), is_behind) {
+                (true, true) => {
+                    self.forget(id);
+                    self.keys.get_mut(id).state = NodeState::Dropped;
+                }
+                (true, false) => self.drop_node(id),
+                (false, true) => self.keys.get_mut(id).state = NodeState::Behind,
+                (false, false) => self.keys.push_ready_first(id),
+            }
+        }
+    }
+
+    fn fail_run(&mut self, running: Running, cause: impl Fn() -> Cause) {
+        match running.nodes {
+            Nodes::Group(ids) if ids.len() > 1 => self.split(&Nodes::Group(ids)),
+            nodes => {
+                for id in nodes.iter() {
+                    let outcome = match running.is_handler {
+                        true => Outcome::Failed(cause()),
+                        false => Outcome::Unavailable(cause().to_string().into()),
+                    };
+                    self.conclude_one(id, outcome);
+                }
+            }
+        }
+    }
+
+    fn conclude_one(&mut self, id: NodeId, outcome: Outcome) {
+        let first_attempt = self.keys.get(id).failures == 0;
+        match outcome {
+            Outcome::Done | Outcome::Settled => {
+                self.tally.handled(first_attempt);
+                self.end_probe(id, true);
+                match outcome {
+                    Outcome::Settled => self.drop_settled(id),
+                    _ => self.settle(id),
+                }
+            }
+            Outcome::Duplicate => {
+                self.tally.duplicates += 1;
+                self.end_probe(id, true);
+                self.settle(id);
+            }
+            Outcome::DeadLettered => {
+                self.tally.dead_lettered += 1;
+                self.end_probe(id, true);
+                self.settle(id);
+            }
+            Outcome::Failed(cause) => self.failed(id, cause),
+            Outcome::Unavailable(error) => {
+                self.hold(id, || crate::error::error_chain(error.as_ref()));
+            }
+            Outcome::Unpublished(messages, error) => {
+                self.keys.get_mut(id).stage = Stage::Publish(messages);
+                self.hold(id, || error.to_string());
+            }
+        }
+    }
+
+    /// Something is away: the delivery goes back as it was, and the gate holds.
+    fn hold(&mut self, id: NodeId, reason: impl FnOnce() -> String) {
+        self.runtime.gate.hold(reason);
+        self.end_probe(id, false);
+        self.again(id);
+    }
+
+    fn failed(&mut self, id: NodeId, cause: Cause) {
+        self.tally.failed_attempts += 1;
+        let first_attempt = self.keys.get(id).failures == 0;
+        if let Cause::Undecodable(_) = cause {
+            self.end_probe(id, true);
+            return self.give_up(id, cause);
+        }
+        let decision = match &cause {
+            Cause::Error(error) => self.runtime.settings.retry.classify(error.as_ref()),
+            _ => OnError::Next,
+        };
+        if first_attempt && decision != OnError::DeadLetter {
+            self.tally.first_failed();
+        }
+        // A message that its policy rejects says nothing against the consumer.
+        self.end_probe(id, decision == OnError::DeadLetter);
+        if !self.runtime.gate.is_open() && decision != OnError::DeadLetter {
+            // While the consumer holds, no attempt is counted.
+            return self.again(id);
+        }
+        let random = self.random();
+        let now = self.runtime.bus.clock().now();
+        let node = self.keys.get_mut(id);
+        node.failures += 1;
+        node.first_failed.get_or_insert(now);
+        tracing::debug!(
+            topic = node.scope.message().topic.as_str(),
+            attempt = node.failures,
+            cause = %cause,
+            "attempt failed"
+        );
+        match self
+            .runtime
+            .settings
+            .retry
+            .delay(node.failures, decision, random)
+        {
+            Some(delay) => self.again_after(id, delay),
+            None => self.give_up(id, cause),
+        }
+    }
+
+    /// No attempt is left: dead letter, block, or the end of a replay.
+    fn give_up(&mut self, id: NodeId, cause: Cause) {
+        if self.is_leaving(id) {
+            return self.drop_node(id);
+        }
+        if self.runtime.replay.is_some() {
+            let scope = &self.keys.get(id).scope;
+            self.runtime.fail_replay(scope, &cause);
+            return self.settle(id);
+        }
+        match self.runtime.settings.on_poison {
+            OnPoison::SkipKey => {
+                let node = self.keys.get_mut(id);
+                node.stage = Stage::DeadLetter(Arc::new(Diagnosis {
+                    cause,
+                    attempts: node.failures,
+                    first_failed: node.first_failed,
+                }));
+                self.keys.push_ready_first(id);
+            }
+            OnPoison::BlockKey => {
+                let node = self.keys.get_mut(id);
+                if !std::mem::replace(&mut node.blocked, true) {
+                    self.tally.blocked += 1;
+                    tracing::error!(
+                        topic = node.scope.message().topic.as_str(),
+                        partition = node.scope.partition(),
+                        key = node.scope.message().key.as_ref().map(tracing::field::display),
+                        cause = %cause,
+                        "key blocked"
+                    );
+                }
+                let longest = self
+                    .runtime
+                    .settings
+                    .retry
+                    .longest()
+                    .max(Duration::from_secs(1));
+                let random = self.random();
+                self.again_after(id, with_jitter(longest, random));
+            }
+        }
+    }
+
+    fn again(&mut self, id: NodeId) {
+        match self.is_leaving(id) {
+            true => self.drop_node(id),
+            false => self.keys.push_ready(id),
+        }
+    }
+
+    fn again_after(&mut self, id: NodeId, delay: Duration) {
+        if self.is_leaving(id) {
+            return self.drop_node(id);
+        }
+        if delay.is_zero() {
+            return self.keys.push_ready(id);
+        }
+        let node = self.keys.get_mut(id);
+        node.state = NodeState::Waiting;
+        let sequence = node.sequence;
+        self.timers
+            .push(Reverse((Instant::now() + delay, id, sequence)));
+    }
+
+    fn end_probe(&mut self, id: NodeId, succeeded: bool) {
+        if std::mem::take(&mut self.keys.get_mut(id).probe) {
+            self.runtime.gate.probed(succeeded);
+        }
+    }
+
+    fn settle(&mut self, id: NodeId) {
+        let receipt = self.keys.get(id).scope.delivery().receipt;
+        self.settled
+            .push(SettleItem::Settled(receipt, Verdict::Done));
+        self.drop_settled(id);
+    }
+
+    fn drop_settled(&mut self, id: NodeId) {
+        if self.keys.get(id).blocked {
+            self.tally.blocked -= 1;
+        }
+        let scope = self.keys.remove(id);
+        self.recycle(scope);
+    }
+
+    // ---- lanes and the end
+
+    fn is_leaving(&self, id: NodeId) -> bool {
+        if self.stop.as_ref().is_some_and(|stop| !stop.finish) {
+            return true;
+        }
+        let lane = self.keys.get(id).scope.lane();
+        self.revocations
+            .iter()
+            .any(|revocation| revocation.lanes.contains(&lane))
+    }
+
+    /// Leaves a delivery to the next owner.
+    fn drop_node(&mut self, id: NodeId) {
+        self.forget(id);
+        let state = self.keys.get(id).state;
+        // Behind and ready ones are passed over where they stand; others have to stand somewhere.
+        if matches!(state, NodeState::Waiting | NodeState::Running(_)) {
+            self.keys.push_ready_first(id);
+        }
+        self.keys.get_mut(id).state = NodeState::Dropped;
+    }
+
+    /// Undoes what a delivery that leaves has said of itself.
+    fn forget(&mut self, id: NodeId) {
+        self.end_probe(id, false);
+        if std::mem::take(&mut self.keys.get_mut(id).blocked) {
+            self.tally.blocked -= 1;
+        }
+    }
+
+    fn begin_revocation(&mut self, revocation: Arc<Revocation>) {
+        let of_lanes: Vec<_> = self
+            .keys
+            .ids()
+            .filter(|id| revocation.lanes.contains(&self.keys.get(*id).scope.lane()))
+            .collect();
+        for id in of_lanes {
+            if !matches!(
+                self.keys.get(id).state,
+                NodeState::Running(_) | NodeState::Dropped
+            ) {
+                self.drop_node(id);
+            }
+        }
+        if revocation.finish_until.is_none() {
+            self.cancel_runs(&revocation.lanes);
+            self.settled.retain(|item| match item {
+                SettleItem::Settled(receipt, _) => !revocation.lanes.contains(&receipt.lane),
+                _ => true,
+            });
+        }
+        self.revocations.push(revocation);
+    }
+
+    fn check_revocations(&mut self, now: Instant) {
+        if self.revocations.is_empty() {
+            return;
+        }
+        for revocation in std::mem::take(&mut self.revocations) {
+            if revocation.finish_until.is_some_and(|until| until <= now) {
+                self.cancel_runs(&revocation.lanes);
+            }
+            if self.runs_any(&revocation.lanes) {
+                self.revocations.push(revocation);
+                continue;
+            }
+            // Verdicts first, so that they stand before the release.
+            self.flush();
+            revocation.cleared();
+        }
+    }
+
+    fn runs_any(&self, lanes: &[Lane]) -> bool {
+        self.running.iter().flatten().any(|running| {
+            running
+                .nodes
+                .iter()
+                .any(|id| lanes.contains(&self.keys.get(id).scope.lane()))
+        })
+    }
+
+    /// Drops the handlers of these lanes; a group that holds others, too, is repeated for those.
+    fn cancel_runs(&mut self, lanes: &[Lane]) {
+        for slot in 0..self.running.len() {
+            let Some(running) = &self.running[slot] else {
+                continue;
+            };
+            let leaves = |this: &Self, id: NodeId| lanes.contains(&this.keys.get(id).scope.lane());
+            if !running.nodes.iter().any(|id| leaves(self, id)) {
+                continue;
+            }
+            if let Some(running) = self.running[slot].take() {
+                self.slots.cancel(slot);
+                self.unstart(&running.nodes, leaves);
+            }
+        }
+    }
+
+    fn begin_stop(&mut self, stop: Arc<Stop>, now: Instant) {
+        if !stop.finish {
+            let idle: Vec<_> = self
+                .keys
+                .ids()
+                .filter(|id| {
+                    !matches!(
+                        self.keys.get(*id).state,
+                        NodeState::Running(_) | NodeState::Dropped
+                    )
+                })
+                .collect();
+            for id in idle {
+                self.drop_node(id);
+            }
+        }
+        self.stop = Some(stop);
+        self.check_stop(now);
+    }
+
+    fn check_stop(&mut self, now: Instant) {
+        if self.stop.as_ref().is_none_or(|stop| stop.deadline > now) {
+            return;
+        }
+        for slot in 0..self.running.len() {
+            if let Some(running) = self.running[slot].take() {
+                self.slots.cancel(slot);
+                self.unstart(&running.nodes, |_, _| true);
+            }
+        }
+        let left: Vec<_> = self.keys.ids().collect();
+        for id in left {
+            if self.keys.get(id).state != NodeState::Dropped {
+                self.drop_node(id);
+            }
+        }
+        while let Some(id) = self.keys.pop_ready() {
+            let scope = self.keys.remove(id);
+            self.recycle(scope);
+        }
+    }
+
+    fn is_finished(&self) -> bool {
+        self.stop.is_some() && self.keys.is_empty()
+    }
+
+    // ---- time
+
+    /// When time alone gives this worker something to do, apart from deadlines.
+    fn next_due(&self) -> Option<Instant> {
+        let timer = self.timers.peek().map(|Reverse((due, ..))| *due);
+        timer.into_iter().chain(self.probe_at).min()
+    }
+
+    fn set_alarm(&mut self, cx: &mut Context<'_>) {
+        let deadline = match self.slots.is_idle() {
+            true => None,
+            false => Some(self.expire_runs()),
+        };
+        let revocation = self
+            .revocations
+            .iter()
+            .filter_map(|revocation| revocation.finish_until)
+            .min();
+        let stop = self.stop.as_ref().map(|stop| stop.deadline);
+        let wanted = self
+            .next_due()
+            .into_iter()
+            .chain(deadline)
+            .chain(revocation)
+            .chain(stop)
+            .min();
+        let Some(wanted) = wanted else { return };
+        let armed = self
+            .alarm_at
+            .is_some_and(|at| at <= wanted && !self.alarm.is_elapsed());
+        if !armed {
+            self.alarm.as_mut().reset(wanted);
+            self.alarm_at = Some(wanted);
+        }
+        if self.alarm.as_mut().poll(cx).is_ready() {
+            self.alarm_at = None;
+            cx.waker().wake_by_ref();
+        }
+    }
+
+    /// Drops runs over their deadline and returns when to look again: one coarse tick, not a timer
+    /// a message.
+    fn expire_runs(&mut self) -> Instant {
+        let now = Instant::now();
+        let deadline = self.runtime.settings.deadline;
+        let mut oldest = now;
+        for slot in 0..self.running.len() {
+            let Some(running) = &self.running[slot] else {
+                continue;
+            };
+            if running.started + deadline > now {
+                oldest = oldest.min(running.started);
+                continue;
+            }
+            if let Some(running) = self.running[slot].take() {
+                self.slots.cancel(slot);
+                self.fail_run(running, || Cause::Deadline(deadline));
+            }
+        }
+        let tick = (deadline / 8).clamp(Duration::from_millis(10), Duration::from_secs(1));
+        (oldest + deadline)
+            .min(now + tick)
+            .max(now + Duration::from_millis(1))
+    }
+
+    fn random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+}

@@ -1,0 +1,157 @@
+//! What a handler knows about the event it handles, and what it may do.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::consumer::scope::Scope;
+use crate::delivery::Position;
+use crate::envelope::{Envelope, EventId};
+use crate::error::Result;
+use crate::event::Event;
+use crate::message::{Headers, Key, Topic};
+use crate::outgoing::Outgoing;
+use crate::unit_of_work::{NoUnit, Unit, Work};
+
+/// Belongs to one run of a handler: the event's surroundings, the consumer's state, and what the
+/// handler publishes.
+///
+/// `S` is the state given to [`ConsumerBuilder::state`](crate::ConsumerBuilder::state), `U` the unit
+/// of work. It is to be dropped when the handler ends; a transaction kept beyond that is rolled
+/// back and the delivery fails.
+pub struct Context<S = (), U: Unit = NoUnit> {
+    scope: Arc<Scope>,
+    state: Arc<S>,
+    work: Option<Box<dyn Work>>,
+    unit: std::marker::PhantomData<fn() -> U>,
+}
+
+impl<S, U: Unit> Context<S, U> {
+    pub(crate) fn new(scope: Arc<Scope>, state: Arc<S>) -> Self {
+        let work = scope.take_work();
+        Self {
+            scope,
+            state,
+            work,
+            unit: std::marker::PhantomData,
+        }
+    }
+
+    pub(crate) fn scope(&self) -> &Arc<Scope> {
+        &self.scope
+    }
+
+    /// The consumer's state.
+    pub fn state(&self) -> &S {
+        &self.state
+    }
+
+    /// Collects an event to be published when the handler has succeeded: with the same correlation
+    /// and metadata, caused by the event handled, and with an id derived from it, so that handling
+    /// again publishes the same id again.
+    ///
+    /// Returns the id it will have. What a failed handler collected is forgotten.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` or `Codec` when the event cannot be written or is too large for the broker,
+    /// `Unsupported` during a replay.
+    pub fn publish<E: Event>(&self, event: impl Into<Outgoing<E>>) -> Result<EventId> {
+        self.scope.publish(event.into())
+    }
+
+    /// A text that is the same for every attempt of this group at this event, and differs between
+    /// groups: pass it to whatever accepts an idempotency key.
+    pub fn idempotency_key(&self) -> String {
+        format!("{}/{}", self.scope.group(), self.scope.id())
+    }
+
+    /// The event's id.
+    pub fn id(&self) -> &EventId {
+        self.scope.id()
+    }
+
+    /// All that is known about the event apart from its data; read from the message at each call.
+    ///
+    /// # Errors
+    ///
+    /// `Codec` when a foreign publisher's envelope is damaged.
+    pub fn envelope(&self) -> Result<Envelope> {
+        self.scope.envelope()
+    }
+
+    /// The message's headers.
+    pub fn headers(&self) -> &Headers {
+        &self.scope.message().headers
+    }
+
+    /// The message's key.
+    pub fn key(&self) -> Option<&Key> {
+        self.scope.message().key.as_ref()
+    }
+
+    /// The topic it was read from.
+    pub fn topic(&self) -> &Topic {
+        &self.scope.message().topic
+    }
+
+    /// The partition it was read from.
+    pub fn partition(&self) -> u32 {
+        self.scope.partition()
+    }
+
+    /// Its place in the partition, where the broker has positions.
+    pub fn position(&self) -> Option<Position> {
+        self.scope.position()
+    }
+
+    /// Which attempt this is, from 1 on.
+    pub fn attempt(&self) -> u32 {
+        self.scope.attempt()
+    }
+
+    /// Whether this is a replay: effects beyond the consumer's own state are out of place.
+    pub fn is_replay(&self) -> bool {
+        self.scope.is_replay()
+    }
+
+    /// How much time is left before this run is dropped and counts as failed.
+    pub fn time_left(&self) -> Duration {
+        self.scope
+            .deadline()
+            .saturating_duration_since(Instant::now())
+    }
+
+    /// What the unit of work gives to write through, such as a connection.
+    ///
+    /// # Panics
+    ///
+    /// In a consumer without a unit of work, where `U` has nothing to give.
+    pub fn resource(&mut self) -> &mut U::Resource {
+        self.work
+            .as_mut()
+            .and_then(|work| work.resource().downcast_mut())
+            .expect("a consumer with this unit of work gives its resource to every handler")
+    }
+}
+
+impl<S, U: Unit> Drop for Context<S, U> {
+    fn drop(&mut self) {
+        if let Some(work) = self.work.take() {
+            self.scope.return_work(work);
+        }
+    }
+}
+
+impl<S, U: Unit> fmt::Debug for Context<S, U> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context")
+            .field("topic", self.topic())
+            .field("partition", &self.partition())
+            .field("position", &self.position())
+            .field("attempt", &self.attempt())
+            .finish_non_exhaustive()
+    }
+}

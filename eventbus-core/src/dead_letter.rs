@@ -1,0 +1,473 @@
+//! Messages that could not be handled: kept whole with their cause, listed and re-driven.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::bus::EventBus;
+use crate::clock::Timestamp;
+use crate::consumer::scope::Scope;
+use crate::delivery::{Position, Start, Until};
+use crate::envelope::EventId;
+use crate::error::{BoxError, Error, ErrorKind, Result, error_chain};
+use crate::header::{self, DEAD_LETTER_PREFIX, KnownHeaders};
+use crate::message::{Group, HEADER_BYTES_MAX, Headers, Message, Topic};
+
+const LETTER: &str = "eb-dlq-id";
+const CAUSE: &str = "eb-dlq-cause";
+const ERROR: &str = "eb-dlq-error";
+const ATTEMPTS: &str = "eb-dlq-attempts";
+const FIRST_FAILED_AT: &str = "eb-dlq-first-failed-at";
+const FAILED_AT: &str = "eb-dlq-failed-at";
+const TOPIC: &str = "eb-dlq-topic";
+const PARTITION: &str = "eb-dlq-partition";
+const POSITION: &str = "eb-dlq-position";
+/// On a record about a letter, not on a letter.
+const STATUS: &str = "eb-dlq-status";
+const BY: &str = "eb-dlq-by";
+const BECAUSE: &str = "eb-dlq-because";
+const AT: &str = "eb-dlq-at";
+
+const REDRIVEN: &str = "redriven";
+const DISCARDED: &str = "discarded";
+
+/// Longest text of an error that is kept; the beginning says what happened.
+const ERROR_BYTES_MAX: usize = HEADER_BYTES_MAX / 2;
+
+/// Why a message was not handled.
+#[derive(Debug)]
+pub(crate) enum Cause {
+    Error(BoxError),
+    Panic(String),
+    Deadline(Duration),
+    Undecodable(Error),
+    NoHandler(String),
+    HandOuts(u32),
+}
+
+impl Cause {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Error(_) => "error",
+            Self::Panic(_) => "panic",
+            Self::Deadline(_) => "deadline",
+            Self::Undecodable(_) => "undecodable",
+            Self::NoHandler(_) => "no_handler",
+            Self::HandOuts(_) => "hand_outs",
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Error(error) => f.write_str(&error_chain(error.as_ref())),
+            Self::Panic(text) => write!(f, "the handler panicked: {text}"),
+            Self::Deadline(deadline) => write!(
+                f,
+                "the handler did not end within {deadline:?}: raise `.deadline(…)` or make it faster"
+            ),
+            Self::Undecodable(error) => f.write_str(&error_chain(error)),
+            Self::NoHandler(event_type) => write!(
+                f,
+                "no handler for {event_type:?}: add one with `.on(…)`, or pass over other types with `.skip_others()`"
+            ),
+            Self::HandOuts(times) => write!(
+                f,
+                "handed out {times} times without a verdict: its handling ends the process, or is always interrupted"
+            ),
+        }
+    }
+}
+
+/// A [`Cause`] and what led to it.
+#[derive(Debug)]
+pub(crate) struct Diagnosis {
+    pub(crate) cause: Cause,
+    pub(crate) attempts: u32,
+    pub(crate) first_failed: Option<Timestamp>,
+}
+
+/// Where dead letters of `group` from `topic` are kept.
+pub(crate) fn topic_of(topic: &Topic, group: &Group) -> Result<Topic> {
+    Topic::new(&format!("{topic}.{group}.dlq"))
+}
+
+/// Makes the dead letter of a delivery: its key, headers and payload as they are, and the diagnosis
+/// in more headers.
+pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Message> {
+    let original = scope.message();
+    let redrives = redrives(&original.headers);
+    let id = EventId::derived(scope.id(), scope.group(), "dead letter", None, redrives);
+    let now = scope.runtime().bus.clock().now();
+    let mut error = diagnosis.cause.to_string();
+    error.truncate(error.floor_char_boundary(ERROR_BYTES_MAX));
+    let headers = original
+        .headers
+        .to_builder()
+        .with_room_for_dead_letter()
+        .push(LETTER, id.to_string())?
+        .push(CAUSE, diagnosis.cause.name())?
+        .push(ERROR, error)?
+        .push(ATTEMPTS, diagnosis.attempts.to_string())?
+        .push(
+            FIRST_FAILED_AT,
+            diagnosis.first_failed.unwrap_or(now).to_string(),
+        )?
+        .push(FAILED_AT, now.to_string())?
+        .push(TOPIC, original.topic.as_str())?
+        .push(PARTITION, scope.partition().to_string())?
+        .push_some(
+            POSITION,
+            scope.position().map(|position| position.to_string()),
+        )?
+        .build();
+    let mut letter = Message::new(
+        topic_of(&original.topic, scope.group())?,
+        original.payload.clone(),
+    )
+    .with_headers(headers);
+    letter.key = original.key.clone();
+    Ok(letter)
+}
+
+fn redrives(headers: &Headers) -> u32 {
+    KnownHeaders::of(headers)
+        .redrives
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(0)
+}
+
+/// A message that could not be handled.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct DeadLetter {
+    /// The letter's identity; it differs for each time the same event is dead-lettered.
+    pub id: EventId,
+    /// The message as it was published.
+    pub message: Message,
+    /// The group that could not handle it.
+    pub group: Group,
+    /// The partition it was read from.
+    pub partition: u32,
+    /// Its place there, where the broker has positions.
+    pub position: Option<Position>,
+    /// What kind of cause: `error`, `panic`, `deadline`, `undecodable`, `no_handler`, `hand_outs`.
+    pub cause: String,
+    /// The error and its causes in one line.
+    pub error: String,
+    /// Failed attempts.
+    pub attempts: u32,
+    /// When the first attempt failed.
+    pub first_failed_at: Timestamp,
+    /// When the last attempt failed.
+    pub failed_at: Timestamp,
+    /// What has become of it.
+    pub status: DeadLetterStatus,
+}
+
+/// What has become of a dead letter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeadLetterStatus {
+    /// Nobody has dealt with it.
+    Open,
+    /// It was given to its group again.
+    Redriven(Decision),
+    /// It was put aside for good.
+    Discarded(Decision),
+}
+
+/// Who decided about a dead letter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Decision {
+    /// Who.
+    pub by: String,
+    /// Why.
+    pub because: String,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// Which dead letters to re-drive or discard, how fast, and on whose behalf.
+///
+/// # Examples
+///
+/// ```
+/// use eventbus_core::Redrive;
+///
+/// let redrive = Redrive::matching(|letter| letter.error.contains("PSP"))
+///     .by("ann")
+///     .because("the PSP is back")
+///     .rate(50);
+/// ```
+#[must_use]
+pub struct Redrive {
+    choose: Box<dyn Fn(&DeadLetter) -> bool + Send + Sync>,
+    by: String,
+    because: String,
+    rate: Option<u32>,
+}
+
+impl Redrive {
+    /// All open letters.
+    pub fn all() -> Self {
+        Self::matching(|_| true)
+    }
+
+    /// The open letter with this id.
+    pub fn one(id: EventId) -> Self {
+        Self::matching(move |letter| letter.id == id)
+    }
+
+    /// The open letters that `choose` picks.
+    pub fn matching(choose: impl Fn(&DeadLetter) -> bool + Send + Sync + 'static) -> Self {
+        Self {
+            choose: Box::new(choose),
+            by: "unknown".to_owned(),
+            because: String::new(),
+            rate: None,
+        }
+    }
+
+    /// Records who decided.
+    pub fn by(mut self, who: impl Into<String>) -> Self {
+        self.by = who.into();
+        self
+    }
+
+    /// Records why.
+    pub fn because(mut self, reason: impl Into<String>) -> Self {
+        self.because = reason.into();
+        self
+    }
+
+    /// Re-drives at most so many a second.
+    pub fn rate(mut self, per_second: u32) -> Self {
+        self.rate = Some(per_second.max(1));
+        self
+    }
+}
+
+impl fmt::Debug for Redrive {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Redrive")
+            .field("by", &self.by)
+            .field("because", &self.because)
+            .field("rate", &self.rate)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The dead letters of one group; made by [`EventBus::dead_letters`].
+#[derive(Clone, Debug)]
+pub struct DeadLetters {
+    bus: EventBus,
+    group: Group,
+    topics: Vec<Topic>,
+}
+
+/// Most letters that one call returns or re-drives; call again for more.
+pub const DEAD_LETTERS_MAX: usize = 10_000;
+
+impl DeadLetters {
+    pub(crate) fn new(bus: EventBus, group: Group, topics: Vec<Topic>) -> Self {
+        Self { bus, group, topics }
+    }
+
+    /// The open letters, oldest first, at most [`DEAD_LETTERS_MAX`].
+    ///
+    /// # Errors
+    ///
+    /// Those of reading a topic from its beginning.
+    pub async fn list(&self) -> Result<Vec<DeadLetter>> {
+        let mut letters = self.read().await?;
+        letters.retain(|letter| letter.status == DeadLetterStatus::Open);
+        letters.truncate(DEAD_LETTERS_MAX);
+        Ok(letters)
+    }
+
+    /// One letter, whatever has become of it.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` when there is none with this id.
+    pub async fn show(&self, id: &EventId) -> Result<DeadLetter> {
+        let letters = self.read().await?;
+        letters
+            .into_iter()
+            .find(|letter| letter.id == *id)
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::NotFound,
+                    "show dead letter",
+                    "there is no such letter: `list` shows the open ones",
+                )
+                .with("group", &self.group)
+                .with("id", id)
+            })
+    }
+
+    /// Gives letters to their group again, and to no other: each event keeps its id and key, its
+    /// attempts start anew. Returns how many.
+    ///
+    /// A letter counts as re-driven once the event is on the broker; after a crash in between it
+    /// is still open, and re-driving it again publishes the same event id again.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading and publishing; letters before the failing one are re-driven.
+    pub async fn redrive(&self, redrive: Redrive) -> Result<usize> {
+        let begun = Instant::now();
+        let mut count = 0u32;
+        for letter in self.chosen(&redrive).await? {
+            if let Some(rate) = redrive.rate {
+                tokio::time::sleep_until(begun + Duration::from_secs(1) * count / rate).await;
+            }
+            let event = redriven(&letter)?;
+            self.bus.send(vec![event]).await.map_err(Error::from)?;
+            self.decide(&letter, REDRIVEN, &redrive).await?;
+            count += 1;
+        }
+        Ok(count as usize)
+    }
+
+    /// Puts letters aside for good: they stay readable but are open no more. Returns how many.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading and publishing; letters before the failing one are discarded.
+    pub async fn discard(&self, discard: Redrive) -> Result<usize> {
+        let chosen = self.chosen(&discard).await?;
+        for letter in &chosen {
+            self.decide(letter, DISCARDED, &discard).await?;
+        }
+        Ok(chosen.len())
+    }
+
+    async fn chosen(&self, redrive: &Redrive) -> Result<Vec<DeadLetter>> {
+        let mut letters = self.list().await?;
+        letters.retain(|letter| (redrive.choose)(letter));
+        Ok(letters)
+    }
+
+    /// Records a decision beside the letter.
+    async fn decide(&self, letter: &DeadLetter, status: &str, decision: &Redrive) -> Result<()> {
+        let headers = Headers::builder()
+            .push(LETTER, letter.id.to_string())?
+            .push(STATUS, status)?
+            .push(BY, &decision.by)?
+            .push(BECAUSE, &decision.because)?
+            .push(AT, self.bus.clock().now().to_string())?
+            .build();
+        let mut record = Message::new(topic_of(&letter.message.topic, &self.group)?, Vec::new())
+            .with_headers(headers);
+        record.key = letter.message.key.clone();
+        self.bus.send(vec![record]).await.map_err(Error::from)
+    }
+
+    /// Reads all letters and what was decided about them.
+    async fn read(&self) -> Result<Vec<DeadLetter>> {
+        let topics = self
+            .topics
+            .iter()
+            .map(|topic| topic_of(topic, &self.group))
+            .collect::<Result<Vec<_>>>()?;
+        let mut reader = self
+            .bus
+            .read_physical(topics, Start::Earliest, Some(Until::Now))
+            .await?;
+        let mut letters: Vec<DeadLetter> = Vec::new();
+        let mut places = HashMap::new();
+        while let Some(record) = reader.next().await? {
+            let headers = &record.message.headers;
+            let Some(id) = headers.get_str(LETTER).map(EventId::parse).transpose()? else {
+                continue;
+            };
+            match headers.get_str(STATUS) {
+                Some(status) => {
+                    if let Some(place) = places.get(&id) {
+                        let letter: &mut DeadLetter = &mut letters[*place];
+                        letter.status = decided(status, headers)?;
+                    }
+                }
+                // A letter stored twice after an unknown outcome is one letter.
+                None if places.contains_key(&id) => {}
+                None => {
+                    places.insert(id.clone(), letters.len());
+                    letters.push(parse(id, &self.group, &record.message)?);
+                }
+            }
+        }
+        Ok(letters)
+    }
+}
+
+fn decided(status: &str, headers: &Headers) -> Result<DeadLetterStatus> {
+    let decision = Decision {
+        by: headers.get_str(BY).unwrap_or_default().to_owned(),
+        because: headers.get_str(BECAUSE).unwrap_or_default().to_owned(),
+        at: time(headers, AT)?,
+    };
+    Ok(match status {
+        REDRIVEN => DeadLetterStatus::Redriven(decision),
+        _ => DeadLetterStatus::Discarded(decision),
+    })
+}
+
+fn time(headers: &Headers, name: &str) -> Result<Timestamp> {
+    headers.get_str(name).unwrap_or_default().parse()
+}
+
+fn parse(id: EventId, group: &Group, letter: &Message) -> Result<DeadLetter> {
+    let headers = &letter.headers;
+    let text = |name: &str| headers.get_str(name).unwrap_or_default().to_owned();
+    let mut original = Headers::builder().with_room_for_dead_letter();
+    for (name, value) in headers.iter() {
+        if !name.starts_with(DEAD_LETTER_PREFIX) {
+            original = original.push(name, value)?;
+        }
+    }
+    let mut message = Message::new(Topic::new(&text(TOPIC))?, letter.payload.clone())
+        .with_headers(original.build());
+    message.key = letter.key.clone();
+    Ok(DeadLetter {
+        id,
+        message,
+        group: group.clone(),
+        partition: text(PARTITION).parse().unwrap_or(0),
+        position: text(POSITION).parse().ok().map(Position),
+        cause: text(CAUSE),
+        error: text(ERROR),
+        attempts: text(ATTEMPTS).parse().unwrap_or(0),
+        first_failed_at: time(headers, FIRST_FAILED_AT)?,
+        failed_at: time(headers, FAILED_AT)?,
+        status: DeadLetterStatus::Open,
+    })
+}
+
+/// The event of a letter, directed to the letter's group alone.
+fn redriven(letter: &DeadLetter) -> Result<Message> {
+    let count = redrives(&letter.message.headers) + 1;
+    let mut headers = Headers::builder().with_room_for_dead_letter();
+    for (name, value) in letter.message.headers.iter() {
+        if name != header::TO_GROUP && name != header::REDRIVES {
+            headers = headers.push(name, value)?;
+        }
+    }
+    // A message without an id had one from its place; in its new place it keeps that one.
+    if letter.message.headers.get(header::ID).is_none()
+        && let Some(position) = letter.position
+    {
+        let id = EventId::of_place(&letter.message.topic, letter.partition, position.0);
+        headers = headers.push(header::ID, id.to_string())?;
+    }
+    let headers = headers
+        .push(header::TO_GROUP, letter.group.as_str())?
+        .push(header::REDRIVES, count.to_string())?
+        .build();
+    Ok(letter.message.clone().with_headers(headers))
+}

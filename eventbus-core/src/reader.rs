@@ -1,0 +1,96 @@
+//! Reads topics without a group: a bounded look, or a tail.
+
+use std::collections::HashMap;
+
+use crate::broker::Member;
+use crate::delivery::{Delivery, Lane, Position, Signal, Verdict};
+use crate::error::Result;
+use crate::message::{Message, Topic};
+
+/// Reads messages without moving any group; made by [`EventBus::read`](crate::EventBus::read).
+#[derive(Debug)]
+pub struct Reader {
+    member: Member,
+    /// Where lanes that have not ended come from.
+    lanes: HashMap<Lane, (Topic, u32)>,
+    ended: bool,
+    delivered: std::vec::IntoIter<Delivery>,
+    bounded: bool,
+}
+
+/// One message as a [`Reader`] finds it.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Record {
+    /// The message.
+    pub message: Message,
+    /// Its partition.
+    pub partition: u32,
+    /// Its place there, where the broker has positions.
+    pub position: Option<Position>,
+}
+
+impl Reader {
+    pub(crate) fn new(member: Member, bounded: bool) -> Self {
+        Self {
+            member,
+            lanes: HashMap::new(),
+            ended: false,
+            delivered: Vec::new().into_iter(),
+            bounded,
+        }
+    }
+
+    /// The next message: in order within a partition; `None` at the end of a bounded read.
+    ///
+    /// # Errors
+    ///
+    /// Those of the broker; after a retryable one the next call goes on.
+    pub async fn next(&mut self) -> Result<Option<Record>> {
+        loop {
+            if let Some(delivery) = self.delivered.next() {
+                let partition = self
+                    .lanes
+                    .get(&delivery.receipt.lane)
+                    .map_or(0, |(_, partition)| *partition);
+                return Ok(Some(Record {
+                    message: delivery.message,
+                    partition,
+                    position: delivery.position,
+                }));
+            }
+            if self.ended {
+                return Ok(None);
+            }
+            match self.member.deliveries.next().await? {
+                Signal::Assigned(assignments) => {
+                    for assignment in assignments {
+                        self.lanes
+                            .insert(assignment.lane, (assignment.topic, assignment.partition));
+                    }
+                }
+                Signal::Delivered(deliveries) => {
+                    let receipts: Vec<_> = deliveries
+                        .iter()
+                        .map(|delivery| (delivery.receipt, Verdict::Done))
+                        .collect();
+                    self.member.settlement.settle(&receipts).await?;
+                    self.delivered = deliveries.into_iter();
+                }
+                Signal::Ended(ended) => self.end(&ended),
+                Signal::Lost(lost) | Signal::Revoking(lost) => self.end(&lost),
+                Signal::Gap { lane, from, to } => {
+                    let topic = self.lanes.get(&lane).map(|(topic, _)| topic.as_str());
+                    tracing::warn!(topic, %from, %to, "messages vanished before they were read");
+                }
+            }
+        }
+    }
+
+    fn end(&mut self, lanes: &[Lane]) {
+        for lane in lanes {
+            self.lanes.remove(lane);
+        }
+        self.ended = self.bounded && self.lanes.is_empty();
+    }
+}

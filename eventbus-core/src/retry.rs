@@ -1,0 +1,216 @@
+//! What to do with a handler's error, decided by its value.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Decides after each failed attempt whether and when there is another one.
+///
+/// Attempts are made in place: a message holds its key until it is handled or dead-lettered. Times
+/// are lower bounds: up to a tenth is added at random, never taken away.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use eventbus_core::{OnError, RetryPolicy};
+///
+/// #[derive(Debug)]
+/// enum PspError { Declined, Busy }
+/// # impl std::fmt::Display for PspError {
+/// #     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { write!(f, "{self:?}") }
+/// # }
+/// # impl std::error::Error for PspError {}
+///
+/// let policy = RetryPolicy::exponential(5, Duration::from_millis(100), Duration::from_secs(10))
+///     .when(|error: &PspError| match error {
+///         PspError::Declined => OnError::DeadLetter,
+///         PspError::Busy => OnError::After(Duration::from_secs(30)),
+///     });
+/// ```
+#[derive(Clone)]
+pub struct RetryPolicy {
+    attempts_max: u32,
+    first: Duration,
+    longest: Duration,
+    rules: Vec<Rule>,
+}
+
+type Rule = Arc<dyn Fn(&(dyn StdError + 'static)) -> Option<OnError> + Send + Sync>;
+
+/// What a rule says about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnError {
+    /// Try again as the policy's schedule says, as long as attempts are left.
+    Next,
+    /// Try again after this time, as long as attempts are left.
+    After(Duration),
+    /// Trying again does not help: dead-letter it now.
+    DeadLetter,
+}
+
+impl RetryPolicy {
+    /// One attempt: any error goes to the dead letters.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::immediate(1)
+    }
+
+    /// Up to `attempts` in all, one right after the other.
+    #[must_use]
+    pub fn immediate(attempts: u32) -> Self {
+        Self::exponential(attempts, Duration::ZERO, Duration::ZERO)
+    }
+
+    /// Up to `attempts` in all, `delay` apart.
+    #[must_use]
+    pub fn fixed(attempts: u32, delay: Duration) -> Self {
+        Self::exponential(attempts, delay, delay)
+    }
+
+    /// Up to `attempts` in all: the second after `first`, each later one after twice the time of
+    /// the one before, never more than `longest`.
+    #[must_use]
+    pub fn exponential(attempts: u32, first: Duration, longest: Duration) -> Self {
+        Self {
+            attempts_max: attempts.max(1),
+            first,
+            longest: longest.max(first),
+            rules: Vec::new(),
+        }
+    }
+
+    /// Adds a rule for errors of one type, found anywhere in the chain of causes. The first rule
+    /// that fits decides; what none fits is tried again as the schedule says.
+    #[must_use]
+    pub fn when<E: StdError + 'static>(
+        mut self,
+        rule: impl Fn(&E) -> OnError + Send + Sync + 'static,
+    ) -> Self {
+        self.rules.push(Arc::new(move |error| {
+            let mut cause = Some(error);
+            while let Some(error) = cause {
+                if let Some(found) = error.downcast_ref::<E>() {
+                    return Some(rule(found));
+                }
+                cause = error.source();
+            }
+            None
+        }));
+        self
+    }
+
+    /// Most attempts.
+    pub fn attempts_max(&self) -> u32 {
+        self.attempts_max
+    }
+
+    /// The longest time between two attempts of the schedule.
+    pub fn longest(&self) -> Duration {
+        self.longest
+    }
+
+    /// What the rules say of `error`, apart from how many attempts are left.
+    pub(crate) fn classify(&self, error: &(dyn StdError + 'static)) -> OnError {
+        self.rules
+            .iter()
+            .find_map(|rule| rule(error))
+            .unwrap_or(OnError::Next)
+    }
+
+    /// How long to wait after attempt number `attempt` (from 1), or `None` when it was the last.
+    pub(crate) fn delay(&self, attempt: u32, decision: OnError, jitter: u64) -> Option<Duration> {
+        if attempt >= self.attempts_max {
+            return None;
+        }
+        let delay = match decision {
+            OnError::DeadLetter => return None,
+            OnError::After(delay) => delay,
+            OnError::Next => self.scheduled(attempt),
+        };
+        Some(with_jitter(delay, jitter))
+    }
+
+    fn scheduled(&self, attempt: u32) -> Duration {
+        let doublings = attempt.saturating_sub(1).min(32);
+        self.first
+            .saturating_mul(1u32.checked_shl(doublings).unwrap_or(u32::MAX))
+            .min(self.longest)
+    }
+}
+
+/// Adds up to a tenth of `delay`, by a random number.
+pub(crate) fn with_jitter(delay: Duration, random: u64) -> Duration {
+    let tenth = u64::try_from(delay.as_nanos() / 10).unwrap_or(u64::MAX);
+    match tenth {
+        0 => delay,
+        tenth => delay + Duration::from_nanos(random % tenth),
+    }
+}
+
+impl Default for RetryPolicy {
+    /// Five attempts within about a second and a half: 100, 200, 400 and 800 milliseconds apart.
+    fn default() -> Self {
+        Self::exponential(5, Duration::from_millis(100), Duration::from_secs(10))
+    }
+}
+
+impl fmt::Debug for RetryPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RetryPolicy")
+            .field("attempts_max", &self.attempts_max)
+            .field("first", &self.first)
+            .field("longest", &self.longest)
+            .field("rules", &self.rules.len())
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Error, ErrorKind};
+
+    #[test]
+    fn the_schedule_doubles_up_to_the_longest() {
+        let policy = RetryPolicy::exponential(6, Duration::from_secs(1), Duration::from_secs(5));
+        let delays: Vec<_> = (1..=6)
+            .map(|attempt| policy.delay(attempt, OnError::Next, 0))
+            .collect();
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        assert_eq!(
+            delays,
+            [
+                seconds(1),
+                seconds(2),
+                seconds(4),
+                seconds(5),
+                seconds(5),
+                None
+            ]
+        );
+    }
+
+    #[test]
+    fn jitter_only_extends() {
+        let policy = RetryPolicy::fixed(2, Duration::from_secs(10));
+        for random in [0, 1, 999_999_999, u64::MAX] {
+            let delay = policy.delay(1, OnError::Next, random).expect("one is left");
+            assert!(delay >= Duration::from_secs(10) && delay < Duration::from_secs(11));
+        }
+    }
+
+    #[test]
+    fn a_rule_finds_its_error_below_others() {
+        let policy = RetryPolicy::immediate(3).when(|error: &Error| match error.kind() {
+            ErrorKind::Conflict => OnError::DeadLetter,
+            _ => OnError::After(Duration::from_secs(1)),
+        });
+        let wrapped = std::io::Error::other(Error::new(ErrorKind::Conflict, "charge", "declined"));
+        assert_eq!(policy.classify(&wrapped), OnError::DeadLetter);
+        let other = std::fmt::Error;
+        assert_eq!(policy.classify(&other), OnError::Next);
+    }
+}
