@@ -10,6 +10,7 @@ mod event;
 mod format;
 pub mod header;
 mod lane_table;
+mod memory;
 mod message;
 mod topic;
 
@@ -28,6 +29,7 @@ pub use error::{BoxError, Error, ErrorKind, Result, Retry, error_chain};
 pub use event::{Event, read_event, unknown_version, upcast_from};
 pub use format::{EnvelopeFormat, FlatFormat, Format, Formats, Reading};
 pub use lane_table::{LaneTable, Settled};
+pub use memory::{MemoryBroker, MemoryConfig, MemoryProfile};
 pub use message::{
     Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,
     Message, NAME_LENGTH_MAX, Topic,
