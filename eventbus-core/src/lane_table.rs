@@ -143,6 +143,12 @@ impl LaneTable {
         window.min(total).min(self.limits.batch)
     }
 
+    /// Whether the credit over all lanes is used up, whatever a single lane still has.
+    pub fn is_full(&self) -> bool {
+        self.messages >= self.limits.messages
+            || (self.bytes >= self.limits.bytes && self.messages > 0)
+    }
+
     /// Whether a message of `bytes` fits the bytes left.
     pub fn fits(&self, bytes: usize) -> bool {
         self.messages == 0 || self.bytes + bytes <= self.limits.bytes
@@ -283,7 +289,9 @@ mod tests {
         assert_eq!(lanes.credit(lane), 2);
         let large = lanes.hand_out(lane, Position(0), 500);
         assert_eq!(lanes.credit(lane), 0, "the bytes are used up");
+        assert!(lanes.is_full());
         lanes.settle(large);
+        assert!(!lanes.is_full());
         assert!(lanes.fits(500), "alone, a large message passes");
         let first = lanes.hand_out(lane, Position(1), 40);
         assert!(lanes.fits(60) && !lanes.fits(61));

@@ -17,6 +17,7 @@ mod format;
 mod handler;
 pub mod header;
 mod lane_table;
+mod memory;
 mod message;
 mod outgoing;
 mod reader;
@@ -42,6 +43,7 @@ pub use event::assert_upcast;
 pub use event::{Event, read_event, unknown_version, upcast_from};
 pub use format::{EnvelopeFormat, FlatFormat, Format, Formats, Reading};
 pub use lane_table::{LaneTable, Settled};
+pub use memory::{MemoryBroker, MemoryConfig, MemoryProfile};
 pub use message::{
     Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,
     Message, NAME_LENGTH_MAX, Topic,
