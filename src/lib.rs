@@ -1,1 +1,14 @@
-//! Placeholder.
+#![doc = include_str!("../README.md")]
+
+mod config;
+mod connect;
+mod signal;
+
+pub mod prelude;
+
+pub use config::EventBusConfig;
+pub use connect::{Connect, connect};
+pub use eventbus_core::*;
+#[cfg(feature = "macros")]
+pub use eventbus_macros::Event;
+pub use signal::shutdown_signal;

@@ -113,6 +113,8 @@ impl Default for Settings {
 pub(crate) struct Runtime {
     pub(crate) group: Group,
     pub(crate) bus: EventBus,
+    /// What is consumed, by its name on the broker.
+    pub(crate) topics: Vec<Topic>,
     pub(crate) settings: Settings,
     pub(crate) unit: Option<Arc<dyn UnitOfWork>>,
     pub(crate) replay: Option<Replay>,
@@ -464,10 +466,11 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
         <L::Service as Service<Request>>::Future: Send,
     {
         let parts = self.check(None)?;
-        create_dead_letter_topics(&parts.runtime, &parts.topics).await?;
-        let subscription = Subscription::group(parts.runtime.group.clone(), parts.topics)
-            .with_start(parts.runtime.settings.start)
-            .with_limits(parts.runtime.settings.limits);
+        create_dead_letter_topics(&parts.runtime).await?;
+        let subscription =
+            Subscription::group(parts.runtime.group.clone(), parts.runtime.topics.clone())
+                .with_start(parts.runtime.settings.start)
+                .with_limits(parts.runtime.settings.limits);
         running::start(parts.runtime, subscription, parts.service).await
     }
 
@@ -493,7 +496,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
     {
         let limits = self.settings.limits;
         let parts = self.check(Some(replay.clone()))?;
-        let subscription = replay.subscription(parts.topics, limits);
+        let subscription = replay.subscription(parts.runtime.topics.clone(), limits);
         replay::run(running::start(parts.runtime, subscription, parts.service).await?).await
     }
 
@@ -543,6 +546,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             telemetry: Telemetry::new(self.bus.capabilities().system, &group),
             group,
             bus: self.bus,
+            topics,
             unit: self.unit,
             replay,
             gate: Gate::new(settings.breaker),
@@ -555,7 +559,6 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
         };
         Ok(Parts {
             runtime: Arc::new(runtime),
-            topics,
             service: self.layer.layer(Dispatch::new(self.handlers, self.state)),
         })
     }
@@ -564,17 +567,16 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
 /// A consumer that was checked.
 struct Parts<V> {
     runtime: Arc<Runtime>,
-    /// Their names on the broker.
-    topics: Vec<Topic>,
     service: V,
 }
 
 /// So that a missing permission shows now and not with the first dead letter.
-async fn create_dead_letter_topics(runtime: &Runtime, topics: &[Topic]) -> Result<()> {
+async fn create_dead_letter_topics(runtime: &Runtime) -> Result<()> {
     if runtime.settings.on_poison != OnPoison::SkipKey {
         return Ok(());
     }
-    let specs = topics
+    let specs = runtime
+        .topics
         .iter()
         .map(|topic| {
             let name = dead_letter::topic_of(topic, &runtime.group)?;

@@ -19,9 +19,10 @@ use super::telemetry::Counts;
 use super::worker::{Inbox, Item, Stop, Worker};
 use crate::broker::Deliveries;
 use crate::coalescer::Coalescer;
+use crate::dead_letter::DeadLetters;
 use crate::delivery::Subscription;
 use crate::error::{BoxError, Error, ErrorKind, Result};
-use crate::message::Group;
+use crate::message::{Group, Topic};
 
 /// A consumer that runs. Dropping it is a crash: handlers are dropped, nothing more is settled, and
 /// what was unsettled is handed out again; end it with [`shutdown`](Self::shutdown).
@@ -207,6 +208,20 @@ impl Consumer {
     /// Its group.
     pub fn group(&self) -> &Group {
         &self.runtime.group
+    }
+
+    /// The topics it consumes, by their names on the broker.
+    pub fn topics(&self) -> &[Topic] {
+        &self.runtime.topics
+    }
+
+    /// The dead letters it and other members of its group left.
+    pub fn dead_letters(&self) -> DeadLetters {
+        DeadLetters::new(
+            self.runtime.bus.clone(),
+            self.runtime.group.clone(),
+            self.runtime.topics.clone(),
+        )
     }
 
     /// What it is doing, what is in flight, what was counted. Never blocks.

@@ -140,10 +140,7 @@ impl<F: Future> SlotSet<F> {
 
     /// Polls every woken slot once and adds those that ended; `Err` holds a panic. Returns whether
     /// any slot was polled.
-    pub(crate) fn poll(
-        &mut self,
-        ended: &mut Vec<(usize, Caught<F::Output>)>,
-    ) -> bool {
+    pub(crate) fn poll(&mut self, ended: &mut Vec<(usize, Caught<F::Output>)>) -> bool {
         let mut polled = false;
         for word in 0..self.wakes.bits.len() {
             let mut bits = self.wakes.bits[word].swap(0, Ordering::AcqRel);

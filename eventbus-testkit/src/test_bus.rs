@@ -1,0 +1,267 @@
+//! A bus for tests of services: in memory, with virtual time, and with an end to waiting.
+
+use std::future::Future;
+use std::ops::Deref;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use eventbus_core::{
+    BoxError, Clock, Consumer, ConsumerBuilder, DeadLetter, DeadLetters, Dispatch, Event, EventBus,
+    MemoryBroker, MemoryConfig, MemoryProfile, Request, Start, Timestamp, Unit, Until,
+};
+use tokio::time::Instant;
+use tower::{Layer, Service};
+
+/// An [`EventBus`] in memory whose time stands still until the test moves it.
+///
+/// Made inside a plain `#[tokio::test]`. Nothing sleeps: [`settled`](Self::settled) counts work,
+/// and retries, deadlines and schedules wait for [`advance`](Self::advance) or
+/// [`run_out`](Self::run_out). A handler that itself waits for time is work: while the test waits
+/// for it, time runs on to the next timer, at no real cost.
+///
+/// # Examples
+///
+/// ```
+/// # use eventbus_core::{BoxError, Context, Event, Json, Key, Result, Topic, unknown_version};
+/// # #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+/// # struct OrderCreated { order_id: u64 }
+/// # impl Event for OrderCreated {
+/// #     const TYPE: &'static str = "OrderCreated";
+/// #     const TOPIC: Topic = Topic::from_static("order-events");
+/// #     const VERSION: u32 = 1;
+/// #     type Codec = Json;
+/// #     fn key(&self) -> Option<Key> { Some(Key::display(self.order_id)) }
+/// #     fn upcast(version: u32, _: &[u8]) -> Result<Self> { Err(unknown_version::<Self>(version)) }
+/// # }
+/// use eventbus_testkit::TestBus;
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(async {
+/// let test = TestBus::new();
+/// let consumer = test
+///     .spawn(test.consumer("billing").on(async |_: OrderCreated, _: Context| Ok(())))
+///     .await;
+/// test.publish(OrderCreated { order_id: 1 }).await?;
+/// test.settled().await;
+/// assert_eq!(consumer.status().counts.handled, 1);
+/// # Ok::<(), eventbus_core::Error>(())
+/// # }).unwrap();
+/// ```
+#[derive(Debug)]
+pub struct TestBus {
+    bus: EventBus,
+    server: MemoryBroker,
+    consumed: Mutex<Vec<DeadLetters>>,
+}
+
+/// The date of tests: it begins on 1 January 2026 and follows tokio's time.
+#[derive(Debug)]
+struct TestClock {
+    begun: Instant,
+}
+
+const BEGINNING: Timestamp = Timestamp::from_micros(1_767_225_600_000_000);
+
+impl Clock for TestClock {
+    fn now(&self) -> Timestamp {
+        BEGINNING.plus(self.begun.elapsed())
+    }
+}
+
+/// How far [`TestBus::run_out`] goes at most.
+const RUN_OUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+impl TestBus {
+    /// A bus on a new in-memory broker; stops tokio's clock if it runs.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime with one thread, which `#[tokio::test]` gives.
+    #[allow(clippy::new_without_default, reason = "it stops the clock")]
+    pub fn new() -> Self {
+        Self::like(MemoryProfile::Memory)
+    }
+
+    /// As [`new`](Self::new), with the declared capabilities and limits of another broker, so that
+    /// what production refuses is refused in the test.
+    ///
+    /// # Panics
+    ///
+    /// As [`new`](Self::new).
+    pub fn like(profile: MemoryProfile) -> Self {
+        if !is_paused() {
+            tokio::time::pause();
+        }
+        let clock: Arc<dyn Clock> = Arc::new(TestClock {
+            begun: Instant::now(),
+        });
+        let config = MemoryConfig::default()
+            .like(profile)
+            .with_clock(Arc::clone(&clock));
+        let server = MemoryBroker::with(config);
+        let bus = EventBus::builder(server.clone())
+            .source("test")
+            .clock(clock)
+            .build();
+        Self {
+            bus,
+            server,
+            consumed: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// The bus.
+    pub fn bus(&self) -> &EventBus {
+        &self.bus
+    }
+
+    /// The broker, for faults such as [`MemoryBroker::lose`].
+    pub fn broker(&self) -> &MemoryBroker {
+        &self.server
+    }
+
+    /// Spawns a consumer whose dead letters [`dead_letters`](Self::dead_letters) shows.
+    ///
+    /// # Panics
+    ///
+    /// When it is set up wrongly.
+    pub async fn spawn<S, U, L>(&self, consumer: ConsumerBuilder<S, U, L>) -> Consumer
+    where
+        S: Send + Sync + 'static,
+        U: Unit,
+        L: Layer<Dispatch<S>> + Send,
+        L::Service: Service<Request, Response = ()> + Clone + Send + 'static,
+        <L::Service as Service<Request>>::Error: Into<BoxError>,
+        <L::Service as Service<Request>>::Future: Send,
+    {
+        let consumer = match consumer.spawn().await {
+            Ok(consumer) => consumer,
+            Err(error) => panic!("the consumer was refused: {error:?}"),
+        };
+        let mut consumed = self.consumed.lock().unwrap_or_else(PoisonError::into_inner);
+        consumed.push(consumer.dead_letters());
+        drop(consumed);
+        consumer
+    }
+
+    /// Resolves when nothing can go on without time passing: no message is on its way, no handler
+    /// runs, no verdict is unsettled. What waits for a retry, a probe or a paused consumer is left.
+    pub async fn settled(&self) {
+        loop {
+            let mut changed = pin!(self.bus.activity().changed());
+            // Registers before it looks, so that no change is missed.
+            let already = poll_once(changed.as_mut()).await;
+            if self.bus.activity().is_quiet() && !self.server.deliverable() {
+                return;
+            }
+            if !already {
+                changed.await;
+            }
+        }
+    }
+
+    /// Lets time pass, then waits until nothing more can go on.
+    pub async fn advance(&self, duration: Duration) {
+        self.settled().await;
+        let until = Instant::now() + duration;
+        // From one timer to the next, so that what one of them starts happens at its own time.
+        while let Some(due) = self.bus.activity().next_due()
+            && due < until
+        {
+            self.pass(due.saturating_duration_since(Instant::now()))
+                .await;
+        }
+        self.pass(until.saturating_duration_since(Instant::now()))
+            .await;
+    }
+
+    async fn pass(&self, duration: Duration) {
+        // tokio's timers have a granularity of a millisecond and never fire early.
+        tokio::time::advance(duration + Duration::from_millis(1)).await;
+        self.settled().await;
+    }
+
+    /// Lets time pass until no retry and no probe is pending.
+    ///
+    /// # Panics
+    ///
+    /// When some still are after a day: a blocked key or a held consumer never runs out.
+    pub async fn run_out(&self) {
+        self.settled().await;
+        let end = Instant::now() + RUN_OUT_MAX;
+        while let Some(due) = self.bus.activity().next_due() {
+            assert!(
+                due <= end,
+                "retries are still pending after a day: a key is blocked or a consumer holds"
+            );
+            self.pass(due.saturating_duration_since(Instant::now()))
+                .await;
+        }
+    }
+
+    /// All events of a type that were published so far, in order within each key.
+    ///
+    /// # Panics
+    ///
+    /// When one of its topic can't be read.
+    pub async fn published<E: Event>(&self) -> Vec<E> {
+        let mut reader = self
+            .bus
+            .read(&[E::TOPIC], Start::Earliest, Some(Until::Now))
+            .await
+            .expect("the in-memory broker reads every topic");
+        let mut events = Vec::new();
+        while let Some(record) = reader.next().await.expect("the in-memory broker reads on") {
+            match self.bus.event::<E>(&record.message) {
+                Ok(Some(event)) => events.push(event),
+                Ok(None) => {}
+                Err(error) => panic!("a message on {} can't be read: {error:?}", E::TOPIC),
+            }
+        }
+        events
+    }
+
+    /// The open dead letters of all consumers spawned here.
+    ///
+    /// # Panics
+    ///
+    /// When they can't be read.
+    pub async fn dead_letters(&self) -> Vec<DeadLetter> {
+        let desks = {
+            let consumed = self.consumed.lock().unwrap_or_else(PoisonError::into_inner);
+            consumed.clone()
+        };
+        let mut letters: Vec<DeadLetter> = Vec::new();
+        for desk in desks {
+            let found = desk.list().await.expect("dead letters can be listed");
+            for letter in found {
+                if !letters.iter().any(|known| known.id == letter.id) {
+                    letters.push(letter);
+                }
+            }
+        }
+        letters
+    }
+}
+
+impl Deref for TestBus {
+    type Target = EventBus;
+
+    fn deref(&self) -> &EventBus {
+        &self.bus
+    }
+}
+
+/// Whether tokio's clock stands still: it does not move while the machine's does.
+fn is_paused() -> bool {
+    let (tokio, machine) = (Instant::now(), std::time::Instant::now());
+    while machine.elapsed() < Duration::from_micros(50) {
+        std::hint::spin_loop();
+    }
+    tokio == Instant::now()
+}
+
+/// Polls once, to register a waiter; says whether it is over already.
+async fn poll_once(mut future: std::pin::Pin<&mut impl Future<Output = ()>>) -> bool {
+    std::future::poll_fn(|cx| std::task::Poll::Ready(future.as_mut().poll(cx).is_ready())).await
+}

@@ -1,0 +1,98 @@
+//! From a URL to a bus.
+
+use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result};
+
+use crate::config::{EventBusConfig, redacted};
+
+/// Every scheme there is, and the feature that brings it.
+const SCHEMES: &[(&str, &str)] = &[("memory", "memory")];
+
+/// Connects an [`EventBus`]; in scope with the prelude, so that `EventBus::connect` is there.
+pub trait Connect: Sized {
+    /// Connects to the broker that `url` names, such as `memory:` or `memory:?like=kafka`.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` for an unknown scheme or option, `Unsupported` for a scheme whose feature is
+    /// off, and those of connecting. A password in the URL is in none of them.
+    fn connect(url: &str) -> impl Future<Output = Result<Self>> + Send;
+
+    /// Connects as a configuration says.
+    ///
+    /// # Errors
+    ///
+    /// As [`connect`](Self::connect).
+    fn connect_with(config: &EventBusConfig) -> impl Future<Output = Result<Self>> + Send;
+}
+
+impl Connect for EventBus {
+    async fn connect(url: &str) -> Result<Self> {
+        connect(url).await
+    }
+
+    async fn connect_with(config: &EventBusConfig) -> Result<Self> {
+        let mut builder = builder(&config.url)
+            .await?
+            .topic_prefix(&config.topic_prefix);
+        if let Some(source) = &config.source {
+            builder = builder.source(source);
+        }
+        Ok(builder.build())
+    }
+}
+
+/// Connects to the broker that `url` names.
+///
+/// # Errors
+///
+/// As [`Connect::connect`].
+///
+/// # Examples
+///
+/// ```
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// let bus = eventbus::connect("memory:").await?;
+/// assert_eq!(bus.capabilities().system, "memory");
+///
+/// let error = eventbus::connect("carrier-pigeon://loft").await.unwrap_err();
+/// assert!(error.to_string().contains("known schemes"));
+/// # Ok::<(), eventbus::Error>(())
+/// # }).unwrap();
+/// ```
+pub async fn connect(url: &str) -> Result<EventBus> {
+    Ok(builder(url).await?.build())
+}
+
+async fn builder(url: &str) -> Result<EventBusBuilder> {
+    let scheme = url.split_once(':').map_or(url, |(scheme, _)| scheme);
+    match scheme {
+        #[cfg(feature = "memory")]
+        "memory" => {
+            let config = eventbus_core::MemoryConfig::from_url(url)?;
+            Ok(EventBus::builder(eventbus_core::MemoryBroker::with(config)))
+        }
+        scheme => Err(unknown(scheme, url)),
+    }
+}
+
+fn unknown(scheme: &str, url: &str) -> Error {
+    let feature = SCHEMES.iter().find(|(known, _)| *known == scheme);
+    if let Some((_, feature)) = feature {
+        return Error::new(
+            ErrorKind::Unsupported,
+            "connect",
+            format!("this build leaves {scheme} out: add `features = [\"{feature}\"]` to the dependency on eventbus"),
+        )
+        .with("url", redacted(url));
+    }
+    let known: Vec<_> = SCHEMES
+        .iter()
+        .map(|(scheme, _)| format!("{scheme}:"))
+        .collect();
+    Error::new(
+        ErrorKind::InvalidInput,
+        "connect",
+        format!("unknown scheme: known schemes are {}", known.join(", ")),
+    )
+    .with("url", redacted(url))
+}
