@@ -179,6 +179,7 @@ pub trait Deliveries: Debug + Send {
     ///
     /// - Keeps to the subscription's limits itself, counted until settled, so that the caller
     ///   never stops calling it and control signals always pass.
+    /// - The first signal of a reader without a group assigns all its lanes; they stay its own.
     /// - Messages of one lane come in order, each once per epoch.
     /// - After `Revoking` no delivery of these lanes comes until they are assigned again.
     ///

@@ -242,6 +242,14 @@ impl MemberState {
 
     /// Adds a control signal; neighbours of a kind become one.
     pub(super) fn tell(&mut self, signal: Signal) {
+        // A reader's lanes are all assigned by its first signal, before any of them ends.
+        if self.group.is_none()
+            && let Signal::Assigned(more) = &signal
+            && let Some(Signal::Assigned(first)) = self.control.front_mut()
+        {
+            first.extend(more.iter().cloned());
+            return;
+        }
         match (self.control.back_mut(), signal) {
             (Some(Signal::Assigned(last)), Signal::Assigned(more)) => last.extend(more),
             (Some(Signal::Revoking(last)), Signal::Revoking(more))
