@@ -77,12 +77,16 @@ impl<T> Mailbox<T> {
         if items.is_empty() {
             return None;
         }
-        if into.is_empty() {
-            std::mem::swap(&mut *items, into);
-        } else {
-            into.append(&mut items);
-        }
+        move_all(&mut items, into);
         Some(taken())
+    }
+}
+
+/// Moves all items, without copying them where nothing is there yet.
+pub(crate) fn move_all<T>(from: &mut Vec<T>, to: &mut Vec<T>) {
+    match to.is_empty() {
+        true => std::mem::swap(from, to),
+        false => to.append(from),
     }
 }
 
@@ -171,12 +175,12 @@ impl<T> Coalescer<T> {
 
     /// Puts in one item.
     pub fn add(&self, item: T) -> Ticket {
-        self.put(|items| items.push(item))
+        self.put(|there| there.push(item))
     }
 
     /// Moves all of `items` in, leaving it empty with its capacity.
     pub fn append(&self, items: &mut Vec<T>) -> Ticket {
-        self.put(|there| there.append(items))
+        self.put(|there| move_all(items, there))
     }
 
     fn put(&self, fill: impl FnOnce(&mut Vec<T>)) -> Ticket {

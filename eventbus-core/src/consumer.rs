@@ -136,27 +136,32 @@ struct Registered {
 }
 
 impl Runtime {
+    #[inline]
     pub(crate) fn hash_key(&self, key: &Key) -> u64 {
         self.hasher.hash_one(key.as_bytes())
     }
 
+    #[inline]
     pub(crate) fn handler_of(&self, event_type: &str) -> Option<usize> {
         self.handlers
             .iter()
             .position(|handler| handler.event_type == event_type)
     }
 
+    #[inline]
     fn handler(&self, scope: &Scope) -> Option<&Registered> {
         scope.route().map(|route| &self.handlers[route.handler])
     }
 
     /// Whether the handler takes several events in one call.
+    #[inline]
     pub(crate) fn is_batch(&self, scope: &Scope) -> bool {
         self.handler(scope)
             .is_some_and(|handler| handler.batch_max.is_some())
     }
 
     /// How many deliveries one run with this one may hold.
+    #[inline]
     pub(crate) fn batch_max(&self, scope: &Scope) -> usize {
         match &self.unit {
             Some(unit) => unit.group_max().max(1),

@@ -2,9 +2,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
-
-use tokio::time::Instant;
 
 use crate::consumer::scope::Scope;
 use crate::delivery::Position;
@@ -115,13 +112,6 @@ impl<S, U: Unit> Context<S, U> {
     /// Whether this is a replay: effects beyond the consumer's own state are out of place.
     pub fn is_replay(&self) -> bool {
         self.scope.is_replay()
-    }
-
-    /// How much time is left before this run is dropped and counts as failed.
-    pub fn time_left(&self) -> Duration {
-        self.scope
-            .deadline()
-            .saturating_duration_since(Instant::now())
     }
 
     /// What the unit of work gives to write through, such as a connection.

@@ -135,7 +135,7 @@ pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Messa
 
 fn redrives(headers: &Headers) -> u32 {
     KnownHeaders::of(headers)
-        .redrives
+        .redrives()
         .and_then(|count| count.parse().ok())
         .unwrap_or(0)
 }

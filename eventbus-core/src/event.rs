@@ -121,7 +121,8 @@ pub fn unknown_version<E: Event>(version: u32) -> Error {
     Error::new(ErrorKind::Codec, "read event", message).with("known version", E::VERSION)
 }
 
-const fn is_same(a: &str, b: &str) -> bool {
+/// Whether two names are the same, where `==` is not to be had.
+pub(crate) const fn is_same(a: &str, b: &str) -> bool {
     let (a, b) = (a.as_bytes(), b.as_bytes());
     if a.len() != b.len() {
         return false;

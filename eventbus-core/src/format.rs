@@ -179,20 +179,20 @@ pub(crate) fn envelope_from_headers(
     known: &KnownHeaders<'_>,
     now: Timestamp,
 ) -> Result<Option<Envelope>> {
-    let (Some(id), Some(event_type)) = (known.id, known.event_type) else {
+    let (Some(id), Some(event_type)) = (known.id(), known.event_type()) else {
         return Ok(None);
     };
     let version = known
-        .version
+        .version()
         .map_or(Ok(1), crate::envelope::parse_version)?;
-    let time = known.time.map_or(Ok(now), str::parse)?;
+    let time = known.time().map_or(Ok(now), str::parse)?;
     let mut envelope = Envelope::new(EventId::parse(id)?, event_type, version, time);
-    envelope.source = known.source.unwrap_or_default().to_owned();
-    if let Some(correlation_id) = known.correlation_id {
+    envelope.source = known.source().unwrap_or_default().to_owned();
+    if let Some(correlation_id) = known.correlation_id() {
         envelope.correlation_id = correlation_id.to_owned();
     }
-    envelope.causation_id = known.causation_id.map(str::to_owned);
-    if let Some(metadata) = known.metadata {
+    envelope.causation_id = known.causation_id().map(str::to_owned);
+    if let Some(metadata) = known.metadata() {
         envelope.metadata = serde_json::from_str(metadata).map_err(|error| {
             Error::new(
                 ErrorKind::Codec,

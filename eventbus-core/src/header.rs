@@ -1,5 +1,6 @@
 //! The names of all headers the SDK writes, and one pass over a message that finds them.
 
+use crate::event::is_same;
 use crate::message::Headers;
 
 /// How the payload is laid out, such as `envelope`.
@@ -36,67 +37,146 @@ pub const TRACESTATE: &str = "tracestate";
 /// Headers of dead letters begin with this; see `dead_letter.rs`.
 pub const DEAD_LETTER_PREFIX: &str = "eb-dlq-";
 
-/// The headers the SDK knows, found in one pass.
+/// Where the data stand in a payload that is a document around them, such as `213-260`: saves
+/// reading the document. It is checked before it is trusted.
+pub const DATA: &str = "eb-data";
+
+/// The headers the SDK knows, found in one pass; read as text only when asked for.
 #[derive(Clone, Copy, Debug, Default)]
-#[non_exhaustive]
 pub struct KnownHeaders<'m> {
-    /// [`FORMAT`].
-    pub format: Option<&'m str>,
-    /// [`ID`].
-    pub id: Option<&'m str>,
-    /// [`TYPE`].
-    pub event_type: Option<&'m str>,
-    /// [`VERSION`].
-    pub version: Option<&'m str>,
-    /// [`TIME`].
-    pub time: Option<&'m str>,
-    /// [`SOURCE`].
-    pub source: Option<&'m str>,
-    /// [`CORRELATION_ID`].
-    pub correlation_id: Option<&'m str>,
-    /// [`CAUSATION_ID`].
-    pub causation_id: Option<&'m str>,
-    /// [`METADATA`].
-    pub metadata: Option<&'m str>,
-    /// [`EXPIRES_AT`].
-    pub expires_at: Option<&'m str>,
-    /// [`TO_GROUP`].
-    pub to_group: Option<&'m str>,
-    /// [`REDRIVES`].
-    pub redrives: Option<&'m str>,
-    /// [`CONTENT_TYPE`].
-    pub content_type: Option<&'m str>,
-    /// [`TRACEPARENT`].
-    pub traceparent: Option<&'m str>,
-    /// [`TRACESTATE`].
-    pub tracestate: Option<&'m str>,
+    values: [Option<&'m [u8]>; NAMES.len()],
+}
+
+/// Every header there is a getter for.
+const NAMES: [&str; 16] = [
+    FORMAT,
+    ID,
+    TYPE,
+    VERSION,
+    TIME,
+    SOURCE,
+    CORRELATION_ID,
+    CAUSATION_ID,
+    METADATA,
+    EXPIRES_AT,
+    TO_GROUP,
+    REDRIVES,
+    DATA,
+    CONTENT_TYPE,
+    TRACEPARENT,
+    TRACESTATE,
+];
+
+/// The place of a name in [`NAMES`], found when this is compiled.
+const fn place(name: &str) -> usize {
+    let mut index = 0;
+    while index < NAMES.len() {
+        if is_same(NAMES[index], name) {
+            return index;
+        }
+        index += 1;
+    }
+    panic!("not a known header")
+}
+
+/// The place of a name that is on a message.
+#[inline]
+fn place_of(name: &[u8]) -> Option<usize> {
+    Some(match name {
+        b"eb-id" => const { place(ID) },
+        b"eb-type" => const { place(TYPE) },
+        b"eb-time" => const { place(TIME) },
+        b"eb-data" => const { place(DATA) },
+        b"eb-format" => const { place(FORMAT) },
+        b"eb-source" => const { place(SOURCE) },
+        b"eb-version" => const { place(VERSION) },
+        b"tracestate" => const { place(TRACESTATE) },
+        b"eb-metadata" => const { place(METADATA) },
+        b"eb-to-group" => const { place(TO_GROUP) },
+        b"eb-redrives" => const { place(REDRIVES) },
+        b"traceparent" => const { place(TRACEPARENT) },
+        b"content-type" => const { place(CONTENT_TYPE) },
+        b"eb-expires-at" => const { place(EXPIRES_AT) },
+        b"eb-causation-id" => const { place(CAUSATION_ID) },
+        b"eb-correlation-id" => const { place(CORRELATION_ID) },
+        _ => return None,
+    })
+}
+
+macro_rules! getters {
+    ($($getter:ident $name:ident,)*) => {
+        impl<'m> KnownHeaders<'m> {
+            $(
+                #[doc = concat!("[`", stringify!($name), "`], if it is there and text.")]
+                #[inline]
+                pub fn $getter(&self) -> Option<&'m str> {
+                    self.text(const { place($name) })
+                }
+            )*
+        }
+    };
+}
+
+getters! {
+    format FORMAT,
+    id ID,
+    event_type TYPE,
+    version VERSION,
+    time TIME,
+    source SOURCE,
+    correlation_id CORRELATION_ID,
+    causation_id CAUSATION_ID,
+    metadata METADATA,
+    expires_at EXPIRES_AT,
+    to_group TO_GROUP,
+    redrives REDRIVES,
+    data DATA,
+    content_type CONTENT_TYPE,
+    traceparent TRACEPARENT,
+    tracestate TRACESTATE,
 }
 
 impl<'m> KnownHeaders<'m> {
-    /// Finds them; of repeated ones the last counts, and one that is not text is not there.
+    /// Finds them; of repeated ones the last counts.
     pub fn of(headers: &'m Headers) -> Self {
         let mut known = Self::default();
-        for (name, value) in headers.iter() {
-            let place = match name {
-                FORMAT => &mut known.format,
-                ID => &mut known.id,
-                TYPE => &mut known.event_type,
-                VERSION => &mut known.version,
-                TIME => &mut known.time,
-                SOURCE => &mut known.source,
-                CORRELATION_ID => &mut known.correlation_id,
-                CAUSATION_ID => &mut known.causation_id,
-                METADATA => &mut known.metadata,
-                EXPIRES_AT => &mut known.expires_at,
-                TO_GROUP => &mut known.to_group,
-                REDRIVES => &mut known.redrives,
-                CONTENT_TYPE => &mut known.content_type,
-                TRACEPARENT => &mut known.traceparent,
-                TRACESTATE => &mut known.tracestate,
-                _ => continue,
-            };
-            *place = std::str::from_utf8(value).ok();
+        for (name, value) in headers.iter_bytes() {
+            if let Some(place) = place_of(name) {
+                known.values[place] = Some(value);
+            }
         }
         known
+    }
+
+    #[inline]
+    fn text(&self, place: usize) -> Option<&'m str> {
+        std::str::from_utf8(self.values[place]?).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_known_header_is_found_by_its_getter() {
+        for (index, name) in NAMES.iter().enumerate() {
+            assert_eq!(place_of(name.as_bytes()), Some(index), "{name}");
+        }
+        assert_eq!(place_of(b"eb-unknown"), None);
+    }
+
+    #[test]
+    fn the_last_of_repeated_headers_counts_and_bytes_are_no_text() {
+        let headers = Headers::builder()
+            .push(ID, "first")
+            .and_then(|builder| builder.push(ID, "second"))
+            .and_then(|builder| builder.push(TYPE, [0xff]))
+            .expect("within limits")
+            .build();
+        let known = KnownHeaders::of(&headers);
+        assert_eq!(known.id(), Some("second"));
+        assert_eq!(known.event_type(), None);
+        assert_eq!(known.version(), None);
     }
 }

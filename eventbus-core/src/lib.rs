@@ -1,5 +1,7 @@
 //! Contracts, message, envelope, consumer runtime and in-memory broker of eventbus.
 
+#![warn(clippy::unwrap_used, clippy::print_stdout)]
+
 mod activity;
 mod broker;
 mod bus;

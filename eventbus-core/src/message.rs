@@ -257,8 +257,8 @@ impl Headers {
 
     /// The value of the first header called `name`.
     pub fn get(&self, name: &str) -> Option<&[u8]> {
-        self.iter()
-            .find(|(found, _)| *found == name)
+        self.iter_bytes()
+            .find(|(found, _)| *found == name.as_bytes())
             .map(|(_, value)| value)
     }
 
@@ -270,7 +270,13 @@ impl Headers {
 
     /// All headers in the order in which they were added.
     pub fn iter(&self) -> HeadersIter<'_> {
-        HeadersIter { rest: &self.0 }
+        HeadersIter(self.iter_bytes())
+    }
+
+    /// As [`iter`](Self::iter), without reading the names as text.
+    #[inline]
+    pub(crate) fn iter_bytes(&self) -> PackedIter<'_> {
+        PackedIter { rest: &self.0 }
     }
 
     /// Whether there are none.
@@ -297,13 +303,27 @@ impl fmt::Debug for Headers {
 
 /// Iterates over the names and values of [`Headers`].
 #[derive(Clone, Debug)]
-pub struct HeadersIter<'a> {
-    rest: &'a [u8],
-}
+pub struct HeadersIter<'a>(PackedIter<'a>);
 
 impl<'a> Iterator for HeadersIter<'a> {
     type Item = (&'a str, &'a [u8]);
 
+    fn next(&mut self) -> Option<Self::Item> {
+        let (name, value) = self.0.next()?;
+        Some((std::str::from_utf8(name).ok()?, value))
+    }
+}
+
+/// Iterates over packed headers as bytes; ends where they are cut.
+#[derive(Clone, Debug)]
+pub(crate) struct PackedIter<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Iterator for PackedIter<'a> {
+    type Item = (&'a [u8], &'a [u8]);
+
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         let (prefix, rest) = self.rest.split_at_checked(HEADER_PREFIX)?;
         let name_length = usize::from(prefix[0]);
@@ -312,7 +332,7 @@ impl<'a> Iterator for HeadersIter<'a> {
         let (name, rest) = rest.split_at_checked(name_length)?;
         let (value, rest) = rest.split_at_checked(value_length)?;
         self.rest = rest;
-        Some((std::str::from_utf8(name).ok()?, value))
+        Some((name, value))
     }
 }
 

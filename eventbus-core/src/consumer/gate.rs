@@ -121,11 +121,13 @@ impl Gate {
         workers.push(inbox);
     }
 
+    #[inline]
     pub(crate) fn is_open(&self) -> bool {
         self.open.load(Ordering::Acquire)
     }
 
     /// Whether a run may start now.
+    #[inline]
     pub(crate) fn admit(&self) -> Admission {
         if self.is_open() {
             return Admission::Yes;

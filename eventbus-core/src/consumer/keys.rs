@@ -71,15 +71,18 @@ pub(crate) struct Keys {
 }
 
 impl Keys {
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         self.count == 0
     }
 
+    #[inline]
     pub(crate) fn has_ready(&self) -> bool {
         !self.ready.is_empty()
     }
 
     /// Takes in a delivery: ready at once, or behind the last of its key.
+    #[inline]
     pub(crate) fn push(&mut self, scope: Arc<Scope>, key: Option<u64>) {
         self.sequence += 1;
         let node = Node {
@@ -117,12 +120,14 @@ impl Keys {
         }
     }
 
+    #[inline]
     pub(crate) fn get(&self, id: NodeId) -> &Node {
         self.nodes[id as usize]
             .as_ref()
             .expect("a node is used only until it is removed")
     }
 
+    #[inline]
     pub(crate) fn get_mut(&mut self, id: NodeId) -> &mut Node {
         self.nodes[id as usize]
             .as_mut()
@@ -130,36 +135,43 @@ impl Keys {
     }
 
     /// Whether `id` still means the delivery that had this sequence number.
+    #[inline]
     pub(crate) fn is_current(&self, id: NodeId, sequence: u64) -> bool {
         matches!(&self.nodes[id as usize], Some(node) if node.sequence == sequence)
     }
 
+    #[inline]
     pub(crate) fn pop_ready(&mut self) -> Option<NodeId> {
         self.ready.pop_front()
     }
 
+    #[inline]
     pub(crate) fn peek_ready(&self) -> Option<NodeId> {
         self.ready.front().copied()
     }
 
     /// Puts a delivery last among the ready ones.
+    #[inline]
     pub(crate) fn push_ready(&mut self, id: NodeId) {
         self.get_mut(id).state = NodeState::Ready;
         self.ready.push_back(id);
     }
 
     /// Puts a delivery first among the ready ones.
+    #[inline]
     pub(crate) fn push_ready_first(&mut self, id: NodeId) {
         self.get_mut(id).state = NodeState::Ready;
         self.ready.push_front(id);
     }
 
     /// The next delivery of the same key.
+    #[inline]
     pub(crate) fn successor(&self, id: NodeId) -> Option<NodeId> {
         self.get(id).next
     }
 
     /// Removes the first delivery of a key; the next one is ready now, unless it was started with it.
+    #[inline]
     pub(crate) fn remove(&mut self, id: NodeId) -> Arc<Scope> {
         let node = self.nodes[id as usize]
             .take()

@@ -144,10 +144,16 @@ impl Pump {
                 passed_over.push(SettleItem::Settled(delivery.receipt, Verdict::Done));
                 return;
             }
-            let worker = self.worker_of(&delivery);
+            let key = delivery
+                .message
+                .key
+                .as_ref()
+                .map(|key| runtime.hash_key(key));
+            let worker = self.worker_of(key);
             self.sorted[worker].push(Item::Delivery {
                 delivery,
                 partition,
+                key,
             });
         });
         for (inbox, items) in self.inboxes.iter().zip(&mut self.sorted) {
@@ -171,10 +177,11 @@ impl Pump {
         Some(Duration::from_secs(1) * count as u32 / rate)
     }
 
-    fn worker_of(&mut self, delivery: &Delivery) -> usize {
-        match &delivery.message.key {
+    fn worker_of(&mut self, key: Option<u64>) -> usize {
+        match key {
+            _ if self.inboxes.len() == 1 => 0,
             // The low bits choose among a worker's keys; these are independent of them.
-            Some(key) => (self.runtime.hash_key(key) >> 32) as usize % self.inboxes.len(),
+            Some(key) => (key >> 32) as usize % self.inboxes.len(),
             None => {
                 self.turn = (self.turn + 1) % self.inboxes.len();
                 self.turn

@@ -65,11 +65,14 @@ where
 {
     match run {
         Run::Handle(scope) => {
-            let span = process_span(&scope);
-            Ended::One(handle_one(service, scope).instrument(span).await)
+            let outcome = match process_span(&scope) {
+                None => handle_one(service, scope).await,
+                Some(span) => handle_one(service, scope).instrument(span).await,
+            };
+            Ended::One(outcome)
         }
         Run::Group(scopes) => {
-            let span = process_span(&scopes[0]);
+            let span = process_span(&scopes[0]).unwrap_or_else(tracing::Span::none);
             handle_group(service, scopes).instrument(span).await
         }
         Run::Publish(scope, messages) => Ended::One(publish(&scope, messages).await),
@@ -78,12 +81,12 @@ where
 }
 
 /// The span of a run, after OpenTelemetry's messaging conventions; free when nobody listens.
-fn process_span(scope: &Scope) -> tracing::Span {
+fn process_span(scope: &Scope) -> Option<tracing::Span> {
     if !tracing::enabled!(tracing::Level::INFO) {
-        return tracing::Span::none();
+        return None;
     }
     let message = scope.message();
-    tracing::info_span!(
+    let span = tracing::info_span!(
         "process",
         otel.name = format_args!("process {}", message.topic),
         otel.kind = "consumer",
@@ -96,7 +99,8 @@ fn process_span(scope: &Scope) -> tracing::Span {
         messaging.message.id = %scope.id(),
         messaging.message.conversation_id = message.headers.get_str(crate::header::CORRELATION_ID),
         attempt = scope.attempt(),
-    )
+    );
+    Some(span)
 }
 
 async fn call<V>(service: &mut V, request: Request) -> Result<(), BoxError>

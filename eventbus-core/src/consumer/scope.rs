@@ -1,11 +1,10 @@
 //! One delivery while it is being handled: shared by worker, layers and context, and used again.
 
 use std::borrow::Cow;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
-use tokio::time::Instant;
 
 use super::Runtime;
 use crate::delivery::{Delivery, Lane, Position};
@@ -26,6 +25,8 @@ pub(crate) struct Scope {
     id: OnceLock<EventId>,
     route: Option<Route>,
     attempt: AtomicU32,
+    /// Whether `state` may hold anything: most handlers leave nothing in it.
+    touched: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -37,8 +38,8 @@ pub(crate) struct Route {
     pub(crate) data: Bytes,
 }
 
+#[derive(Default)]
 struct State {
-    deadline: Instant,
     outgoing: Vec<Collected>,
     work: Option<Box<dyn Work>>,
     failure: Option<Failure>,
@@ -85,80 +86,106 @@ impl Scope {
             id: OnceLock::new(),
             route: None,
             attempt: AtomicU32::new(1),
-            state: Mutex::new(State {
-                deadline: Instant::now(),
-                outgoing: Vec::new(),
-                work: None,
-                failure: None,
-            }),
+            touched: AtomicBool::new(false),
+            state: Mutex::default(),
         }
     }
 
+    #[inline]
     pub(crate) fn fill(&mut self, delivery: Delivery, partition: u32) {
         self.delivery = Some(delivery);
         self.partition = partition;
     }
 
     /// Empties it for the next delivery; keeps the allocations.
+    #[inline]
     pub(crate) fn clear(&mut self) {
         self.delivery = None;
         self.id = OnceLock::new();
         self.route = None;
         *self.attempt.get_mut() = 1;
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        state.outgoing.clear();
-        state.work = None;
-        state.failure = None;
+        self.forget();
     }
 
+    #[inline]
     pub(crate) fn delivery(&self) -> &Delivery {
         self.delivery
             .as_ref()
             .expect("a scope outside the pool holds a delivery")
     }
 
+    #[inline]
     pub(crate) fn message(&self) -> &Message {
         &self.delivery().message
     }
 
+    #[inline]
     pub(crate) fn lane(&self) -> Lane {
         self.delivery().receipt.lane
     }
 
+    #[inline]
     pub(crate) fn group(&self) -> &Group {
         &self.runtime.group
     }
 
+    #[inline]
     pub(crate) fn runtime(&self) -> &Arc<Runtime> {
         &self.runtime
     }
 
+    #[inline]
     pub(crate) fn partition(&self) -> u32 {
         self.partition
     }
 
+    #[inline]
     pub(crate) fn position(&self) -> Option<Position> {
         self.delivery().position
     }
 
+    #[inline]
     pub(crate) fn attempt(&self) -> u32 {
         self.attempt.load(Ordering::Relaxed)
     }
 
+    #[inline]
     pub(crate) fn is_replay(&self) -> bool {
         self.runtime.replay.is_some()
     }
 
-    pub(crate) fn deadline(&self) -> Instant {
-        self.state().deadline
-    }
-
+    #[inline]
     pub(crate) fn route(&self) -> Option<&Route> {
         self.route.as_ref()
     }
 
+    #[inline]
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, to put something into it.
+    #[inline]
+    fn touch(&self) -> MutexGuard<'_, State> {
+        self.touched.store(true, Ordering::Release);
+        self.state()
+    }
+
+    #[inline]
+    fn is_touched(&self) -> bool {
+        self.touched.load(Ordering::Acquire)
+    }
+
+    /// Forgets what an attempt left.
+    #[inline]
+    fn forget(&self) {
+        if self.is_touched() {
+            let mut state = self.state();
+            state.outgoing.clear();
+            state.work = None;
+            state.failure = None;
+            self.touched.store(false, Ordering::Release);
+        }
     }
 
     /// Finds out what the message is; the one place where headers and format are read.
@@ -168,12 +195,12 @@ impl Scope {
         };
         let known = KnownHeaders::of(&delivery.message.headers);
         if known
-            .to_group
+            .to_group()
             .is_some_and(|group| group != self.runtime.group.as_str())
         {
             return Routed::Skip(Skip::OtherGroup);
         }
-        match known.expires_at.map(str::parse::<crate::Timestamp>) {
+        match known.expires_at().map(str::parse::<crate::Timestamp>) {
             Some(Ok(expiry)) if expiry <= self.runtime.bus.clock().now() => {
                 return Routed::Skip(Skip::Expired);
             }
@@ -219,7 +246,7 @@ impl Scope {
     /// places, a new one, by which duplicates cannot be recognised.
     fn find_id(&self) -> EventId {
         let known = KnownHeaders::of(&self.message().headers);
-        if let Some(Ok(id)) = known.id.map(EventId::parse) {
+        if let Some(Ok(id)) = known.id().map(EventId::parse) {
             return id;
         }
         let fallback = self.place_id();
@@ -257,13 +284,10 @@ impl Scope {
     }
 
     /// Forgets what an earlier attempt left and counts a new one.
-    pub(crate) fn begin_attempt(&self, attempt: u32, deadline: Instant) {
+    #[inline]
+    pub(crate) fn begin_attempt(&self, attempt: u32) {
         self.attempt.store(attempt, Ordering::Relaxed);
-        let mut state = self.state();
-        state.deadline = deadline;
-        state.outgoing.clear();
-        state.work = None;
-        state.failure = None;
+        self.forget();
     }
 
     pub(crate) fn publish<E: Event>(&self, outgoing: Outgoing<E>) -> Result<EventId> {
@@ -287,11 +311,11 @@ impl Scope {
             correlation_id: Some(cause.correlation_id),
             causation_id: Some(cause.id.to_string()),
             metadata: cause.metadata,
-            traceparent: known.traceparent.map(str::to_owned),
-            tracestate: known.tracestate.map(str::to_owned),
+            traceparent: known.traceparent().map(str::to_owned),
+            tracestate: known.tracestate().map(str::to_owned),
         };
         let key = outgoing.key();
-        let mut state = self.state();
+        let mut state = self.touch();
         let ordinal = state
             .outgoing
             .iter()
@@ -324,31 +348,40 @@ impl Scope {
     }
 
     /// Takes what the handler collected.
+    #[inline]
     pub(crate) fn take_outgoing(&self, into: &mut Vec<Message>) {
+        if !self.is_touched() {
+            return;
+        }
         let mut state = self.state();
         into.extend(state.outgoing.drain(..).map(|collected| collected.message));
     }
 
     pub(crate) fn fail(&self, error: BoxError) {
-        self.state().failure = Some(Failure::Item(error));
+        self.touch().failure = Some(Failure::Item(error));
     }
 
     pub(crate) fn reject(&self, error: Error) {
-        self.state().failure = Some(Failure::Undecodable(error));
+        self.touch().failure = Some(Failure::Undecodable(error));
     }
 
+    #[inline]
     pub(crate) fn take_failure(&self) -> Option<Failure> {
-        self.state().failure.take()
+        match self.is_touched() {
+            true => self.state().failure.take(),
+            false => None,
+        }
     }
 
     pub(crate) fn give_work(&self, work: Box<dyn Work>) {
-        self.state().work = Some(work);
+        self.touch().work = Some(work);
     }
 
     pub(crate) fn return_work(&self, work: Box<dyn Work>) {
         self.give_work(work);
     }
 
+    #[inline]
     pub(crate) fn take_work(&self) -> Option<Box<dyn Work>> {
         // Most consumers have no unit of work: they do not pay for the lock.
         self.runtime.unit.as_ref()?;

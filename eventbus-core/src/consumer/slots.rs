@@ -25,6 +25,7 @@ pub(crate) fn is_in_handler() -> bool {
 struct InHandler(bool);
 
 impl InHandler {
+    #[inline]
     fn enter() -> Self {
         Self(IN_HANDLER.replace(true))
     }
@@ -77,6 +78,7 @@ impl Wake for SlotWaker {
 }
 
 impl Wakes {
+    #[inline]
     fn mark(&self, index: usize) {
         self.bits[index / 64].fetch_or(1 << (index % 64), Ordering::AcqRel);
     }

@@ -78,6 +78,7 @@ pub(crate) struct Tally {
 const DURATIONS_MAX: usize = 64;
 
 impl Tally {
+    #[inline]
     pub(crate) fn handled(&mut self, first_attempt: bool) {
         self.handled += 1;
         if first_attempt {
@@ -94,6 +95,7 @@ impl Tally {
         self.skipped[skip as usize] += 1;
     }
 
+    #[inline]
     pub(crate) fn ran(&mut self, duration: Duration) {
         if self.durations.len() < DURATIONS_MAX {
             self.durations.push(duration);

@@ -30,7 +30,7 @@ use super::settler::SettleItem;
 use super::slots::{Caught, SlotSet, panic_text};
 use super::{OnPoison, telemetry::Tally};
 use crate::activity::Part;
-use crate::coalescer::{Coalescer, Mailbox};
+use crate::coalescer::{Coalescer, Mailbox, move_all};
 use crate::dead_letter::{Cause, Diagnosis};
 use crate::delivery::{Delivery, Lane, Verdict};
 use crate::retry::{OnError, with_jitter};
@@ -41,6 +41,8 @@ pub(crate) enum Item {
     Delivery {
         delivery: Delivery,
         partition: u32,
+        /// The hash of its key.
+        key: Option<u64>,
     },
     Revoke(Arc<Revocation>),
     Stop(Arc<Stop>),
@@ -59,7 +61,7 @@ impl Inbox {
 
     /// Moves all of `items` in.
     pub(crate) fn append(&self, items: &mut Vec<Item>) {
-        self.0.put(|there| there.append(items));
+        self.0.put(|there| move_all(items, there));
     }
 
     pub(crate) fn push(&self, item: Item) {
@@ -273,7 +275,8 @@ where
                 Item::Delivery {
                     delivery,
                     partition,
-                } => self.accept(delivery, partition),
+                    key,
+                } => self.accept(delivery, partition, key),
                 Item::Revoke(revocation) => self.begin_revocation(revocation),
                 Item::Stop(stop) => self.begin_stop(stop, now),
                 Item::Wake => {}
@@ -283,16 +286,11 @@ where
         progress
     }
 
-    fn accept(&mut self, delivery: Delivery, partition: u32) {
+    fn accept(&mut self, delivery: Delivery, partition: u32, key: Option<u64>) {
         if self.stop.as_ref().is_some_and(|stop| !stop.finish) {
             // Never started: the next owner gets it.
             return;
         }
-        let key = delivery
-            .message
-            .key
-            .as_ref()
-            .map(|key| self.runtime.hash_key(key));
         let mut scope = self
             .pool
             .pop()
@@ -423,12 +421,12 @@ where
         };
         if batch_max <= 1 && !self.runtime.is_batch(&node.scope) {
             let scope = Arc::clone(&node.scope);
-            self.begin_attempt(id, now);
+            self.begin_attempt(id);
             return self.start_run(Nodes::One(id), Run::Handle(scope), now, true);
         }
         let ids = self.gather(id, batch_max);
         for id in &ids {
-            self.begin_attempt(*id, now);
+            self.begin_attempt(*id);
         }
         let scopes = ids
             .iter()
@@ -437,10 +435,9 @@ where
         self.start_run(Nodes::Group(ids), Run::Group(scopes), now, true);
     }
 
-    fn begin_attempt(&mut self, id: NodeId, now: Instant) {
+    fn begin_attempt(&self, id: NodeId) {
         let node = self.keys.get(id);
-        let deadline = now + self.runtime.settings.deadline;
-        node.scope.begin_attempt(node.failures + 1, deadline);
+        node.scope.begin_attempt(node.failures + 1);
     }
 
     /// Collects deliveries for one run: of the same key in their order, then other ready ones.

@@ -13,7 +13,7 @@ use super::{
 use crate::clock::Timestamp;
 use crate::envelope::{Envelope, EventId, parse_version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::KnownHeaders;
+use crate::header::{self, KnownHeaders};
 use crate::message::{Headers, Message};
 
 /// `{"eventId", "eventType", "eventVersion": "v1", "timestamp", "source", "correlationId",
@@ -23,6 +23,8 @@ use crate::message::{Headers, Message};
 pub struct EnvelopeFormat;
 
 const NAME: &str = "envelope";
+const BEFORE_DATA: &[u8] = b",\"data\":";
+const BEHIND_DATA: &[u8] = b",\"metadata\":";
 
 /// Everything before `data`, in the order of the document.
 #[derive(Serialize)]
@@ -111,12 +113,16 @@ impl Format for EnvelopeFormat {
         })?;
         // The data are JSON already: they are put in as they are instead of being parsed again.
         payload.pop();
-        payload.extend_from_slice(b",\"data\":");
+        payload.extend_from_slice(BEFORE_DATA);
+        let begin = payload.len();
         payload.extend_from_slice(data);
-        payload.extend_from_slice(b",\"metadata\":");
+        let end = payload.len();
+        payload.extend_from_slice(BEHIND_DATA);
         payload.extend_from_slice(metadata_json(&envelope.metadata)?.as_bytes());
         payload.push(b'}');
-        let headers = envelope_headers(NAME, envelope, content_type)?.build();
+        let headers = envelope_headers(NAME, envelope, content_type)?
+            .push(header::DATA, format!("{begin}-{end}"))?
+            .build();
         Ok((headers, Bytes::from(payload)))
     }
 
@@ -125,20 +131,28 @@ impl Format for EnvelopeFormat {
         message: &'m Message,
         known: &KnownHeaders<'m>,
     ) -> Result<Option<Reading<'m>>> {
-        if known.format.is_some_and(|format| format != NAME) {
+        if known.format().is_some_and(|format| format != NAME) {
             return Ok(None);
         }
-        if known.format.is_some()
-            && let Some(event_type) = known.event_type
+        if known.format().is_some()
+            && let Some(event_type) = known.event_type()
         {
-            let document: DataOnly<'m> = parse(&message.payload)?;
-            let version = known.version.map_or(Ok(1), parse_version)?;
-            let data = message.payload.slice_ref(document.data.get().as_bytes());
+            let version = known.version().map_or(Ok(1), parse_version)?;
+            let data = match known
+                .data()
+                .and_then(|place| data_at(&message.payload, place))
+            {
+                Some(data) => data,
+                None => {
+                    let document: DataOnly<'m> = parse(&message.payload)?;
+                    message.payload.slice_ref(document.data.get().as_bytes())
+                }
+            };
             return Ok(Some(Reading::new(event_type, version, data)));
         }
         let document: Document<'m> = match parse(&message.payload) {
             Ok(document) => document,
-            Err(error) if known.format.is_some() => return Err(error),
+            Err(error) if known.format().is_some() => return Err(error),
             Err(_) => return Ok(None),
         };
         let (Some(event_type), Some(data)) = (document.event_type, document.data) else {
@@ -185,6 +199,17 @@ impl Format for EnvelopeFormat {
             .collect();
         Ok(envelope)
     }
+}
+
+/// The data where the header says they are, if they stand between what `write` puts around them:
+/// whoever rewrote the body may have left the header.
+fn data_at(payload: &Bytes, place: &str) -> Option<Bytes> {
+    let (begin, end) = place.split_once('-')?;
+    let (begin, end) = (begin.parse().ok()?, end.parse().ok()?);
+    let is_data = payload.get(..begin)?.ends_with(BEFORE_DATA)
+        && payload.get(end..)?.starts_with(BEHIND_DATA)
+        && begin <= end;
+    is_data.then(|| payload.slice(begin..end))
 }
 
 /// A string as its text, anything else as its JSON: metadata of foreign publishers may be either.

@@ -66,12 +66,12 @@ impl Format for FlatFormat {
         message: &'m Message,
         known: &KnownHeaders<'m>,
     ) -> Result<Option<Reading<'m>>> {
-        if known.format.is_some_and(|format| format != NAME) {
+        if known.format().is_some_and(|format| format != NAME) {
             return Ok(None);
         }
-        let version = known.version.map_or(Ok(1), parse_version)?;
-        if known.format.is_some()
-            && let Some(event_type) = known.event_type
+        let version = known.version().map_or(Ok(1), parse_version)?;
+        if known.format().is_some()
+            && let Some(event_type) = known.event_type()
         {
             return Ok(Some(Reading::new(
                 event_type,
@@ -85,7 +85,7 @@ impl Format for FlatFormat {
                 version,
                 message.payload.clone(),
             ))),
-            Err(error) if known.format.is_some() => Err(Error::new(
+            Err(error) if known.format().is_some() => Err(Error::new(
                 ErrorKind::Codec,
                 "read flat event",
                 "the body is not a JSON object with an event_type",
