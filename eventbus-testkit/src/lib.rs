@@ -1,5 +1,9 @@
 //! For tests of services and of brokers: a bus with virtual time, and the conformance suite.
 
+pub mod broker;
+mod probe;
 mod test_bus;
 
+pub use broker::BrokerHarness;
+pub use probe::{Ledger, Probe, Record, text_of, within};
 pub use test_bus::TestBus;

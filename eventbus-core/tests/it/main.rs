@@ -1,0 +1,3 @@
+//! Tests of eventbus-core through the testkit.
+
+mod conformance;
