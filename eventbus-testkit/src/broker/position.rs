@@ -230,7 +230,7 @@ pub async fn gap_is_reported_with_its_range(harness: &dyn BrokerHarness) {
             .expect("`gaps` is declared");
         let mut probe = stage.member().await;
         assert_eq!(probe.collect_texts(2).await, ["d", "e"]);
-        let (lane, from, to) = probe.gaps()[0];
+        let (lane, from, to) = *probe.gaps().first().expect("the gap is reported");
         assert_eq!(lane, probe.lane(&stage.topic, 0));
         assert_eq!(to, before);
         let lost = all[1].position.expect("a broker with gaps has positions");

@@ -25,8 +25,9 @@ async fn work_off(probe: &mut Probe, total: usize, most: usize) {
     while done < total {
         let first = probe.collect(1).await;
         let rest = probe.collect(probe.waiting()).await;
-        assert!(1 + rest.len() <= most, "{} are unsettled", 1 + rest.len());
-        done += 1 + rest.len();
+        let count = first.len() + rest.len();
+        assert!(count <= most, "{count} are unsettled");
+        done += count;
         probe.settle(first.iter().chain(&rest)).await;
     }
     assert_eq!(done, total);
