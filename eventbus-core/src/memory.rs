@@ -11,6 +11,8 @@ mod config;
 mod group;
 mod log;
 mod member;
+mod room;
+mod settle;
 mod state;
 
 use std::collections::HashSet;

@@ -168,15 +168,15 @@ impl Slot {
                 }
                 None => self.next += 1,
             }
-            let position_given = Position(u128::from(position));
-            let receipt = lanes.hand_out(self.lane, position_given, stored.size);
-            let mut delivery =
-                Delivery::new(stored.message.clone(), receipt).with_position(position_given);
-            if let Some(cursor) = &mut cursor {
-                let times = cursor.count(position);
-                delivery.handed_out = counted.then_some(times);
-            }
-            batch.push(delivery);
+            let times = cursor.as_mut().map(|cursor| cursor.count(position));
+            let position = Position(u128::from(position));
+            // Written in place: a delivery is large to be passed from setter to setter.
+            batch.push(Delivery {
+                message: stored.message.clone(),
+                receipt: lanes.hand_out(self.lane, position, stored.size),
+                position: Some(position),
+                handed_out: times.filter(|_| counted),
+            });
             credit -= 1;
         }
         exhausted
@@ -289,7 +289,9 @@ impl MemberState {
         });
         self.skip_to(lane, partition.log.base());
         self.check_end(lane.id);
-        self.queue_if_more(lane.id, partition);
+        if self.slots[index].has_more(partition) {
+            self.queue(lane.id);
+        }
         lane
     }
 
@@ -394,9 +396,9 @@ impl MemberState {
     }
 
     /// Puts a lane in line if there is something on it.
-    pub(super) fn queue_if_more(&mut self, id: u32, partition: &Partition) {
+    pub(super) fn queue_if_more(&mut self, id: u32, topics: &[TopicState]) {
         let slot = &self.slots[id as usize];
-        if !slot.queued && slot.has_more(partition) {
+        if !slot.queued && slot.has_more(&topics[slot.topic].partitions[slot.partition]) {
             self.queue(id);
         }
     }
