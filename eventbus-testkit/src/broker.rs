@@ -53,9 +53,10 @@ pub use lifecycle::{
 };
 pub use position::{
     bounded_read_ends_where_it_says, empty_partition_ends_at_once, gap_is_reported_with_its_range,
-    group_is_reset_only_without_members, lag_counts_what_is_not_settled, reader_moves_no_group,
-    reading_starts_at_a_position, reading_starts_at_a_time,
-    start_earliest_sees_history_where_declared, start_latest_sees_only_what_comes,
+    group_is_reset_only_without_members, lag_counts_what_is_not_settled,
+    reader_has_all_its_lanes_at_once, reader_moves_no_group, reading_starts_at_a_position,
+    reading_starts_at_a_time, start_earliest_sees_history_where_declared,
+    start_latest_sees_only_what_comes,
 };
 pub use pressure::{
     byte_limit_is_kept_and_large_messages_pass, control_signals_pass_while_full,
@@ -138,6 +139,7 @@ macro_rules! broker_conformance {
             reading_starts_at_a_time
             bounded_read_ends_where_it_says
             empty_partition_ends_at_once
+            reader_has_all_its_lanes_at_once
             reader_moves_no_group
             gap_is_reported_with_its_range
             lag_counts_what_is_not_settled

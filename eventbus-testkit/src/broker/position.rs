@@ -6,7 +6,7 @@ use eventbus_core::{
     AdminReply, AdminRequest, Delivery, ErrorKind, Group, Key, Position, Start, Subscription, Until,
 };
 
-use super::{BrokerHarness, DEADLINE, Stage, unique_group};
+use super::{BrokerHarness, DEADLINE, Stage, unique_group, unique_topic};
 use crate::probe::{Probe, text_of, within};
 
 /// A new group that starts at the earliest message sees what was published before it existed,
@@ -170,6 +170,38 @@ pub async fn empty_partition_ends_at_once(harness: &dyn BrokerHarness) {
         let mut probe = stage.only_member(reader).await;
         probe.hear_until(|probe| probe.ended().len() == 3).await;
         assert_eq!(probe.waiting(), 0);
+    })
+    .await;
+}
+
+/// The first signal of a reader assigns all its lanes, of all topics, with and without messages;
+/// they stay its own when another reader comes.
+pub async fn reader_has_all_its_lanes_at_once(harness: &dyn BrokerHarness) {
+    within(DEADLINE, async {
+        let stage = Stage::new(harness, 3).await;
+        let empty = unique_topic();
+        stage.create(&empty, 2).await;
+        let topics = vec![empty, stage.topic.clone()];
+        let reader = Subscription::reader(topics).with_until(Until::Now);
+        if !stage.capabilities.replay {
+            stage.refuses(reader).await;
+            return;
+        }
+        for key in stage.keys() {
+            stage.publish(&key, &["a"]).await;
+        }
+        let mut probe = stage.join(reader.clone()).await;
+        probe.step().await.expect("the reader goes on");
+        assert_eq!(probe.assigned().len(), 5);
+        let mut other = stage.join(reader).await;
+        other.step().await.expect("the reader goes on");
+        assert_eq!(other.assigned().len(), 5);
+        for mut probe in [probe, other] {
+            probe.hear_until(|probe| probe.ended().len() == 5).await;
+            assert_eq!(probe.collect_texts(3).await, ["a", "a", "a"]);
+            assert!(probe.revoking().is_empty() && probe.lost().is_empty());
+            assert_eq!(probe.assigned().len(), 5);
+        }
     })
     .await;
 }
