@@ -2,10 +2,33 @@
 //!
 //! An adapter's `tests/it/conformance.rs` holds a [`BrokerHarness`] and one line:
 //!
-//! ```ignore
-//! eventbus_testkit::broker_conformance!(KafkaHarness::start().await);
-//! // or, where a server is needed:
-//! eventbus_testkit::broker_conformance!(#[ignore = "needs brokers: ./dev/test"] KafkaHarness::start().await);
+//! ```
+//! use std::sync::Arc;
+//!
+//! use eventbus_core::{Broker, MemoryBroker, Result};
+//! use eventbus_testkit::{BrokerHarness, broker_conformance};
+//!
+//! struct Harness(MemoryBroker);
+//!
+//! impl Harness {
+//!     async fn start() -> Self {
+//!         Self(MemoryBroker::new())
+//!     }
+//! }
+//!
+//! #[async_trait::async_trait]
+//! impl BrokerHarness for Harness {
+//!     async fn connect(&self) -> Result<Arc<dyn Broker>> {
+//!         Ok(Arc::new(self.0.connect()))
+//!     }
+//!
+//!     async fn restart(&self) -> Result<bool> {
+//!         Ok(false)
+//!     }
+//! }
+//!
+//! // Without the attribute where no server is needed.
+//! broker_conformance!(#[ignore = "needs brokers: ./dev/test"] Harness::start().await);
 //! ```
 //!
 //! A check panics when the broker breaks the contract. What a broker does not declare in its

@@ -129,6 +129,10 @@ impl Probe {
 
     /// Hears one signal and notes it.
     ///
+    /// # Cancellation
+    ///
+    /// Safe where `next` is: a release that was interrupted is made again by the next call.
+    ///
     /// # Errors
     ///
     /// Those of `next`, and of releasing.
@@ -138,6 +142,7 @@ impl Probe {
     /// When a signal breaks the contract: an empty one, a delivery on a lane that is not assigned
     /// or is being revoked, a lane that is assigned twice.
     pub async fn step(&mut self) -> Result<()> {
+        self.give_way().await?;
         match self.deliveries.next().await? {
             Signal::Assigned(lanes) => {
                 assert!(!lanes.is_empty(), "an empty `Assigned`");
@@ -167,10 +172,8 @@ impl Probe {
                 for lane in &lanes {
                     assert!(self.holds_lane(*lane), "revoking {lane:?}, not assigned");
                 }
-                self.revoking.extend(&lanes);
-                if !self.holds {
-                    self.release(&lanes).await?;
-                }
+                self.revoking.extend(lanes);
+                self.give_way().await?;
             }
             Signal::Lost(lanes) => {
                 self.forget(&lanes);
@@ -260,8 +263,18 @@ impl Probe {
     ///
     /// Those of the broker.
     pub async fn release(&mut self, lanes: &[Lane]) -> Result<()> {
+        self.settlement.release(lanes).await?;
         self.forget(lanes);
-        self.settlement.release(lanes).await
+        Ok(())
+    }
+
+    /// Releases what is being revoked, unless it holds such lanes.
+    async fn give_way(&mut self) -> Result<()> {
+        if self.holds || self.revoking.is_empty() {
+            return Ok(());
+        }
+        let lanes = self.revoking.clone();
+        self.release(&lanes).await
     }
 
     /// Leaves in order.

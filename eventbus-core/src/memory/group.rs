@@ -98,8 +98,17 @@ impl Cursor {
         position < self.high && self.settled.contains(&position)
     }
 
+    /// Records everything before `committed` as settled.
+    pub(super) fn settle_up_to(&mut self, committed: u64) {
+        self.committed = committed;
+        if !self.again.is_empty() {
+            self.prune();
+        }
+    }
+
     /// Records one position as settled, whatever is before it; what is before `base` is gone.
     pub(super) fn settle_one(&mut self, position: u64, base: u64) {
+        self.again.remove(&position);
         self.settled.insert(position);
         self.committed = self.committed.max(base);
         while self.settled.remove(&self.committed) {
@@ -317,8 +326,7 @@ mod tests {
         let mut cursor = Cursor::new(5);
         assert_eq!([cursor.count(5), cursor.count(6)], [1, 1]);
         assert_eq!([cursor.count(5), cursor.count(5)], [2, 3]);
-        cursor.committed = 6;
-        cursor.prune();
+        cursor.settle_up_to(6);
         assert!(cursor.again.is_empty());
         assert_eq!([cursor.count(6), cursor.count(7)], [2, 1]);
     }

@@ -42,7 +42,7 @@ impl State {
                 let slot = &member.slots[lane.id as usize];
                 let partition = &mut topics[slot.topic].partitions[slot.partition];
                 if let Some(cursor) = slot.cursor {
-                    partition.cursors[cursor].committed = low_water + 1;
+                    partition.cursors[cursor].settle_up_to(low_water + 1);
                     advanced = true;
                 }
             }
