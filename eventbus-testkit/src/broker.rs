@@ -116,8 +116,8 @@ pub trait BrokerHarness: Send + Sync {
 
 /// Expands to one `#[tokio::test]` for each check of [`broker`](crate::broker).
 ///
-/// The expression makes the [`BrokerHarness`] of one test and may `await`. Attributes in front of
-/// it are put on every test.
+/// The expression makes the [`BrokerHarness`] of one test and may `await`. An attribute in front of
+/// it is put on every test.
 #[macro_export]
 macro_rules! broker_conformance {
     (@checks $attributes:tt $harness:expr; $($check:ident)*) => {
@@ -131,8 +131,8 @@ macro_rules! broker_conformance {
             $crate::broker::$check(&harness).await;
         }
     };
-    ($(#[$attribute:meta])* $harness:expr) => {
-        $crate::broker_conformance!(@checks [$(#[$attribute])*] $harness;
+    (@all $attributes:tt $harness:expr) => {
+        $crate::broker_conformance!(@checks $attributes $harness;
             bytes_and_headers_arrive_unchanged
             large_message_arrives_unchanged
             message_published_twice_arrives_twice
@@ -182,6 +182,13 @@ macro_rules! broker_conformance {
             topics_are_applied_and_drift_is_reported
             missing_topic_is_not_found
         );
+    };
+    // One attribute, not several: before an expression a repetition would be ambiguous.
+    (#[$attribute:meta] $harness:expr) => {
+        $crate::broker_conformance!(@all [#[$attribute]] $harness);
+    };
+    ($harness:expr) => {
+        $crate::broker_conformance!(@all [] $harness);
     };
 }
 
