@@ -55,8 +55,8 @@ pub use config::{MemoryConfig, MemoryProfile};
 ///   declared. Lanes move one by one: a moving lane goes on when it is released or
 ///   `revoke_timeout` after `Revoking`, which is looked at whenever a member of the group calls
 ///   `next` or `settle`.
-/// - **Redelivery.** `Retry` waits on the lane: when the lane moves or its member crashes, the
-///   message is unsettled like others and comes at once, first and in order.
+/// - **Redelivery.** A message that waits for its `Retry` goes on waiting when its lane moves or
+///   its member crashes.
 /// - **Settling** is done when the call returns. After `close`, `next` and `settle` answer
 ///   `Closed`.
 ///

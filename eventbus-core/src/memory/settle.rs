@@ -136,7 +136,9 @@ fn settle_each(
                 advanced = true;
             }
             Verdict::Retry { after } => {
-                member.retry(receipt.lane, position, Instant::now() + *after)
+                partition.cursors[cursor].retry(position, Instant::now() + *after);
+                // `next` has to learn of the new date.
+                member.wake();
             }
         }
     }

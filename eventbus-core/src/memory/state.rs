@@ -384,7 +384,12 @@ impl State {
             return Ok(Turn::Signal(signal));
         }
         if self.capabilities.redelivery {
-            let due = self.member_mut(id).queue_due();
+            let Self {
+                members, topics, ..
+            } = self;
+            let due = members[id]
+                .as_mut()
+                .and_then(|member| member.queue_due(topics));
             deadline = deadline.into_iter().chain(due).min();
         }
         if let Some(time) = self.member(id).until_time {
