@@ -11,6 +11,8 @@ mod config;
 mod group;
 mod log;
 mod member;
+mod room;
+mod settle;
 mod state;
 
 use std::collections::HashSet;
@@ -53,6 +55,8 @@ pub use config::{MemoryConfig, MemoryProfile};
 ///   declared. Lanes move one by one: a moving lane goes on when it is released or
 ///   `revoke_timeout` after `Revoking`, which is looked at whenever a member of the group calls
 ///   `next` or `settle`.
+/// - **Redelivery.** A message that waits for its `Retry` goes on waiting when its lane moves or
+///   its member crashes.
 /// - **Settling** is done when the call returns. After `close`, `next` and `settle` answer
 ///   `Closed`.
 ///

@@ -61,6 +61,10 @@ pub(super) struct Cursor {
     high: u64,
     /// How often positions below `high` were handed out; one that is missing was once.
     again: BTreeMap<u64, u32>,
+    /// Positions to be handed out once more, by time; they wait on whoever owns the partition.
+    retries: BTreeSet<(Instant, u64)>,
+    /// The same by position, so that reading on passes them by.
+    waiting: BTreeMap<u64, Instant>,
     pub(super) owner: Option<Owner>,
 }
 
@@ -78,6 +82,8 @@ impl Cursor {
             settled: BTreeSet::new(),
             high: committed,
             again: BTreeMap::new(),
+            retries: BTreeSet::new(),
+            waiting: BTreeMap::new(),
             owner: None,
         }
     }
@@ -93,13 +99,48 @@ impl Cursor {
         *times
     }
 
-    /// Whether `position` is settled although something older is not.
-    pub(super) fn is_settled(&self, position: u64) -> bool {
-        position < self.high && self.settled.contains(&position)
+    /// Whether reading on passes `position` by: it is settled although something older is not, or
+    /// it waits for its retry.
+    pub(super) fn skips(&self, position: u64) -> bool {
+        position < self.high
+            && (self.settled.contains(&position) || self.waiting.contains_key(&position))
+    }
+
+    /// Plans to hand out `position` once more.
+    pub(super) fn retry(&mut self, position: u64, due: Instant) {
+        self.retries.insert((due, position));
+        self.waiting.insert(position, due);
+    }
+
+    /// A position whose retry is due.
+    pub(super) fn due(&self) -> Option<u64> {
+        let (due, position) = self.retries.first()?;
+        (*due <= Instant::now()).then_some(*position)
+    }
+
+    /// When the next retry is due.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.retries.first().map(|(due, _)| *due)
+    }
+
+    /// Ends the waiting of a position, because it is handed out.
+    pub(super) fn take_retry(&mut self, position: u64) {
+        if let Some(due) = self.waiting.remove(&position) {
+            self.retries.remove(&(due, position));
+        }
+    }
+
+    /// Records everything before `committed` as settled.
+    pub(super) fn settle_up_to(&mut self, committed: u64) {
+        self.committed = committed;
+        if !self.again.is_empty() {
+            self.prune();
+        }
     }
 
     /// Records one position as settled, whatever is before it; what is before `base` is gone.
     pub(super) fn settle_one(&mut self, position: u64, base: u64) {
+        self.again.remove(&position);
         self.settled.insert(position);
         self.committed = self.committed.max(base);
         while self.settled.remove(&self.committed) {
@@ -317,8 +358,7 @@ mod tests {
         let mut cursor = Cursor::new(5);
         assert_eq!([cursor.count(5), cursor.count(6)], [1, 1]);
         assert_eq!([cursor.count(5), cursor.count(5)], [2, 3]);
-        cursor.committed = 6;
-        cursor.prune();
+        cursor.settle_up_to(6);
         assert!(cursor.again.is_empty());
         assert_eq!([cursor.count(6), cursor.count(7)], [2, 1]);
     }
@@ -333,7 +373,7 @@ mod tests {
             cursor.settle_one(position, 0);
         }
         assert_eq!((cursor.committed, cursor.lag(0, 5)), (0, 2));
-        assert!(cursor.is_settled(4) && !cursor.is_settled(3));
+        assert!(cursor.skips(4) && !cursor.skips(3));
         cursor.settle_one(0, 0);
         assert_eq!((cursor.committed, cursor.lag(0, 5)), (3, 1));
         cursor.settle_one(3, 0);

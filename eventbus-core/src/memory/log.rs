@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use super::config::MemoryConfig;
 use crate::clock::Timestamp;
 use crate::message::Message;
 
@@ -12,6 +13,8 @@ pub(super) struct Log {
     entries: VecDeque<Stored>,
     /// When the last message was taken; kept when it is trimmed, because times never fall.
     newest: Timestamp,
+    /// Bytes ever taken, with the overhead of each message.
+    taken: u64,
 }
 
 /// A message as it is kept.
@@ -23,7 +26,9 @@ pub(super) struct Stored {
     /// When it was taken; within a log it never falls, so that it can be searched.
     time: Timestamp,
     /// Its number over all topics, by which the oldest of several partitions is found.
-    pub(super) sequence: u64,
+    sequence: u64,
+    /// Bytes taken before it, from which the bytes of any range follow.
+    offset: u64,
 }
 
 impl Log {
@@ -32,6 +37,7 @@ impl Log {
             base: 0,
             entries: VecDeque::new(),
             newest: Timestamp::from_micros(i64::MIN),
+            taken: 0,
         }
     }
 
@@ -52,7 +58,9 @@ impl Log {
             size,
             time: self.newest,
             sequence,
+            offset: self.taken,
         });
+        self.taken += (size + MemoryConfig::MESSAGE_OVERHEAD) as u64;
     }
 
     pub(super) fn get(&self, position: u64) -> Option<&Stored> {
@@ -70,14 +78,30 @@ impl Log {
         self.base + self.entries.partition_point(|stored| stored.time < time) as u64
     }
 
-    /// Drops what is before `before` and returns how many messages and bytes that were.
-    pub(super) fn trim(&mut self, before: u64) -> (usize, usize) {
+    /// The first position whose number over all topics is `sequence` or more.
+    pub(super) fn first_from(&self, sequence: u64) -> u64 {
+        let before = |stored: &Stored| stored.sequence < sequence;
+        self.base + self.entries.partition_point(before) as u64
+    }
+
+    /// The bytes, with overhead, that trimming before a position would give back.
+    pub(super) fn bytes_before(&self, position: u64) -> usize {
+        let offset = |position| {
+            self.get(position)
+                .map_or(self.taken, |stored| stored.offset)
+        };
+        // What is stored fits the memory.
+        offset(position.max(self.base)).saturating_sub(offset(self.base)) as usize
+    }
+
+    /// Drops what is before `before` and returns the bytes, with overhead, that this gave back.
+    pub(super) fn trim(&mut self, before: u64) -> usize {
+        let bytes = self.bytes_before(before);
         let count = before.min(self.end()).saturating_sub(self.base);
         // At most the number of entries.
-        let count = count as usize;
-        let bytes = self.entries.drain(..count).map(|stored| stored.size).sum();
-        self.base += count as u64;
-        (count, bytes)
+        self.entries.drain(..count as usize);
+        self.base += count;
+        bytes
     }
 }
 
@@ -85,6 +109,8 @@ impl Log {
 mod tests {
     use super::*;
     use crate::message::Topic;
+
+    const WEIGHT: usize = 10 + MemoryConfig::MESSAGE_OVERHEAD;
 
     fn log(times: &[i64]) -> Log {
         let mut log = Log::new();
@@ -98,12 +124,15 @@ mod tests {
     #[test]
     fn positions_survive_trimming() {
         let mut log = log(&[1, 2, 3, 4]);
-        assert_eq!(log.trim(2), (2, 20));
+        assert_eq!(log.trim(2), 2 * WEIGHT);
         assert_eq!((log.base(), log.end()), (2, 4));
         assert!(log.get(1).is_none());
         assert_eq!(log.get(2).map(|stored| stored.sequence), Some(2));
-        assert_eq!(log.trim(1), (0, 0), "the base never falls");
-        assert_eq!(log.trim(u64::MAX), (2, 20));
+        assert_eq!((log.first_from(0), log.first_from(3)), (2, 3));
+        assert_eq!(log.bytes_before(3), WEIGHT);
+        assert_eq!(log.trim(1), 0, "the base never falls");
+        assert_eq!(log.trim(u64::MAX), 2 * WEIGHT);
+        assert_eq!(log.trim(u64::MAX), 0);
         assert_eq!((log.base(), log.end()), (4, 4));
     }
 

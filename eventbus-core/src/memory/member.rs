@@ -1,12 +1,12 @@
 //! One member or reader: its lanes, the signals that wait for it, and what it can be handed.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::group::Place;
+use super::group::{Cursor, Place};
 use super::state::{Listener, Partition, TopicState};
 use crate::clock::Timestamp;
 use crate::delivery::{Assignment, Delivery, Lane, Limits, Position, Signal};
@@ -55,8 +55,6 @@ pub(super) struct Slot {
     queued: bool,
     /// Its owner was told to release it.
     revoking: bool,
-    /// Positions to be handed out once more, and when.
-    retries: BTreeSet<(Instant, u64)>,
 }
 
 /// How it went with one lane.
@@ -82,7 +80,6 @@ impl Slot {
             ended: false,
             queued: false,
             revoking: false,
-            retries: BTreeSet::new(),
         }
     }
 
@@ -102,13 +99,12 @@ impl Slot {
         if self.revoking {
             return false;
         }
-        self.next < partition.log.end().min(self.until) || self.has_due()
+        let retry = self.cursor(partition).and_then(Cursor::due);
+        retry.is_some() || self.next < partition.log.end().min(self.until)
     }
 
-    fn has_due(&self) -> bool {
-        self.retries
-            .first()
-            .is_some_and(|(due, _)| *due <= Instant::now())
+    fn cursor<'p>(&self, partition: &'p Partition) -> Option<&'p Cursor> {
+        self.cursor.map(|index| &partition.cursors[index])
     }
 
     /// Hands out what credit, `room` and the end of the reading allow.
@@ -134,17 +130,16 @@ impl Slot {
         let Partition { log, cursors, .. } = partition;
         let mut cursor = self.cursor.map(|index| &mut cursors[index]);
         while credit > 0 {
-            let retry = self.retries.first().copied();
-            let retry = retry.filter(|(due, _)| *due <= Instant::now());
+            let retry = cursor.as_deref().and_then(Cursor::due);
             let position = match retry {
-                Some((_, position)) => position,
+                Some(position) => position,
                 None if self.next >= self.until => return Handed::Drained,
                 None => self.next,
             };
             let Some(stored) = log.get(position) else {
-                if let Some(retry) = retry {
+                if let (Some(position), Some(cursor)) = (retry, cursor.as_deref_mut()) {
                     // Trimmed while it waited: there is nothing to hand out any more.
-                    self.retries.remove(&retry);
+                    cursor.take_retry(position);
                     continue;
                 }
                 return Handed::Drained;
@@ -153,30 +148,26 @@ impl Slot {
                 self.until = position;
                 return Handed::Drained;
             }
-            if let Some(cursor) = &cursor
-                && cursor.is_settled(position)
-            {
+            if retry.is_none() && cursor.as_deref().is_some_and(|found| found.skips(position)) {
                 self.next += 1;
                 continue;
             }
             if !lanes.fits(stored.size) {
                 return Handed::Full;
             }
-            match retry {
-                Some(retry) => {
-                    self.retries.remove(&retry);
-                }
-                None => self.next += 1,
+            match (retry, cursor.as_deref_mut()) {
+                (Some(position), Some(cursor)) => cursor.take_retry(position),
+                _ => self.next += 1,
             }
-            let position_given = Position(u128::from(position));
-            let receipt = lanes.hand_out(self.lane, position_given, stored.size);
-            let mut delivery =
-                Delivery::new(stored.message.clone(), receipt).with_position(position_given);
-            if let Some(cursor) = &mut cursor {
-                let times = cursor.count(position);
-                delivery.handed_out = counted.then_some(times);
-            }
-            batch.push(delivery);
+            let times = cursor.as_deref_mut().map(|cursor| cursor.count(position));
+            let position = Position(u128::from(position));
+            // Written in place: a delivery is large to be passed from setter to setter.
+            batch.push(Delivery {
+                message: stored.message.clone(),
+                receipt: lanes.hand_out(self.lane, position, stored.size),
+                position: Some(position),
+                handed_out: times.filter(|_| counted),
+            });
             credit -= 1;
         }
         exhausted
@@ -184,11 +175,8 @@ impl Slot {
 
     /// The size of what would be handed out next.
     fn next_size(&self, partition: &Partition) -> Option<usize> {
-        let position = match self.retries.first() {
-            Some((due, position)) if *due <= Instant::now() => *position,
-            _ if self.next < self.until => self.next,
-            _ => return None,
-        };
+        let retry = self.cursor(partition).and_then(Cursor::due);
+        let position = retry.or_else(|| (self.next < self.until).then_some(self.next))?;
         partition.log.get(position).map(|stored| stored.size)
     }
 }
@@ -289,7 +277,9 @@ impl MemberState {
         });
         self.skip_to(lane, partition.log.base());
         self.check_end(lane.id);
-        self.queue_if_more(lane.id, partition);
+        if self.slots[index].has_more(partition) {
+            self.queue(lane.id);
+        }
         lane
     }
 
@@ -394,9 +384,9 @@ impl MemberState {
     }
 
     /// Puts a lane in line if there is something on it.
-    pub(super) fn queue_if_more(&mut self, id: u32, partition: &Partition) {
+    pub(super) fn queue_if_more(&mut self, id: u32, topics: &[TopicState]) {
         let slot = &self.slots[id as usize];
-        if !slot.queued && slot.has_more(partition) {
+        if !slot.queued && slot.has_more(&topics[slot.topic].partitions[slot.partition]) {
             self.queue(id);
         }
     }
@@ -414,26 +404,23 @@ impl MemberState {
         })
     }
 
-    /// Plans to hand out `position` of a lane once more.
-    pub(super) fn retry(&mut self, lane: Lane, position: u64, due: Instant) {
-        self.slots[lane.id as usize].retries.insert((due, position));
-        // `next` has to learn of the new date.
-        self.wake();
-    }
-
     /// Puts lanes with a due retry in line and returns when the next one is due.
-    pub(super) fn queue_due(&mut self) -> Option<Instant> {
+    pub(super) fn queue_due(&mut self, topics: &[TopicState]) -> Option<Instant> {
         let mut earliest = None;
         for index in 0..self.slots.len() {
             let slot = &self.slots[index];
-            if slot.retries.is_empty() || !self.lanes.is_open(slot.lane) {
+            if !self.lanes.is_open(slot.lane) {
                 continue;
             }
-            if slot.has_due() {
+            let partition = &topics[slot.topic].partitions[slot.partition];
+            let Some(cursor) = slot.cursor(partition) else {
+                continue;
+            };
+            if cursor.due().is_some() {
                 // Lane numbers are small.
                 self.queue(index as u32);
-            } else if let Some((due, _)) = slot.retries.first() {
-                earliest = Some(earliest.map_or(*due, |found: Instant| found.min(*due)));
+            } else {
+                earliest = earliest.into_iter().chain(cursor.next_due()).min();
             }
         }
         earliest

@@ -1,7 +1,6 @@
 //! What one server holds behind its lock: topics, groups, members, and the bytes they may take.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
@@ -15,9 +14,8 @@ use super::log::Log;
 use super::member::{MemberState, Slot};
 use crate::broker::Capabilities;
 use crate::clock::Timestamp;
-use crate::delivery::{Lane, Receipt, Signal, Start, Subscription, Until, Verdict};
+use crate::delivery::{Lane, Signal, Start, Subscription, Until};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lane_table::Settled;
 use crate::message::{Group, Message, Topic};
 use crate::topic::partition_of;
 
@@ -73,11 +71,11 @@ pub(super) struct State {
     pub(super) members: Vec<Option<MemberState>>,
     free: Vec<usize>,
     /// Bytes of all messages, each with its overhead.
-    stored: usize,
-    sequence: u64,
+    pub(super) stored: usize,
+    pub(super) sequence: u64,
     pub(super) stale: u64,
     /// A publish waits for room.
-    is_full: bool,
+    pub(super) is_full: bool,
     /// Wakes publishes that wait for room.
     pub(super) space: Arc<Notify>,
 }
@@ -368,69 +366,6 @@ impl State {
         }
     }
 
-    /// Makes room for `needed` bytes by dropping, oldest first, what nobody is owed.
-    fn make_room(&mut self, needed: usize) -> bool {
-        if self.stored + needed <= self.config.bytes {
-            return true;
-        }
-        // A sixteenth more than asked for, so that this is not done for each message.
-        let goal = self
-            .config
-            .bytes
-            .saturating_sub(needed + self.config.bytes / 16);
-        let mut oldest = BinaryHeap::new();
-        for (topic_index, topic) in self.topics.iter().enumerate() {
-            for (index, partition) in topic.partitions.iter().enumerate() {
-                let base = partition.log.base();
-                if let Some(stored) = partition.log.get(base)
-                    && base < topic.owed_from(index)
-                {
-                    oldest.push(Reverse((stored.sequence, topic_index, index, base)));
-                }
-            }
-        }
-        let mut freed = 0;
-        let mut trims: HashMap<(usize, usize), u64, RandomState> = HashMap::default();
-        while self.stored - freed > goal
-            && let Some(Reverse((_, topic, index, position))) = oldest.pop()
-        {
-            let log = &self.topics[topic].partitions[index].log;
-            freed +=
-                log.get(position).map_or(0, |stored| stored.size) + MemoryConfig::MESSAGE_OVERHEAD;
-            trims.insert((topic, index), position + 1);
-            if let Some(next) = log.get(position + 1)
-                && position + 1 < self.topics[topic].owed_from(index)
-            {
-                oldest.push(Reverse((next.sequence, topic, index, position + 1)));
-            }
-        }
-        for ((topic, partition), before) in trims {
-            self.trim(topic, partition, before);
-        }
-        self.stored + needed <= self.config.bytes
-    }
-
-    /// Drops messages before a position and tells whoever had not read them.
-    pub(super) fn trim(&mut self, topic: usize, partition: usize, before: u64) {
-        let partition = &mut self.topics[topic].partitions[partition];
-        let (count, bytes) = partition.log.trim(before);
-        self.stored -= bytes + count * MemoryConfig::MESSAGE_OVERHEAD;
-        let base = partition.log.base();
-        for listener in &partition.listeners {
-            if let Some(member) = &mut self.members[listener.member] {
-                member.skip_to(listener.lane, base);
-            }
-        }
-        self.announce_space();
-    }
-
-    /// Wakes publishes that wait for room.
-    pub(super) fn announce_space(&mut self) {
-        if std::mem::take(&mut self.is_full) {
-            self.space.notify_waiters();
-        }
-    }
-
     /// What `next` of this member answers now.
     pub(super) fn turn(&mut self, id: usize) -> Result<Turn> {
         if self.member(id).ended {
@@ -449,7 +384,12 @@ impl State {
             return Ok(Turn::Signal(signal));
         }
         if self.capabilities.redelivery {
-            let due = self.member_mut(id).queue_due();
+            let Self {
+                members, topics, ..
+            } = self;
+            let due = members[id]
+                .as_mut()
+                .and_then(|member| member.queue_due(topics));
             deadline = deadline.into_iter().chain(due).min();
         }
         if let Some(time) = self.member(id).until_time {
@@ -489,110 +429,6 @@ impl State {
         None
     }
 
-    /// Records verdicts of a member.
-    pub(super) fn settle(&mut self, id: usize, settled: &[(Receipt, Verdict)]) -> Result<()> {
-        if self.member(id).ended {
-            return Err(ended("settle"));
-        }
-        if let Some(group) = self.member(id).group {
-            self.take_overdue(group);
-        }
-        if settled
-            .iter()
-            .any(|(_, verdict)| matches!(verdict, Verdict::Retry { .. }))
-        {
-            self.check_retries(id, settled)?;
-        }
-        let selective = self.capabilities.selective_settlement;
-        let Self {
-            members, topics, ..
-        } = self;
-        let member = members[id]
-            .as_mut()
-            .expect("a member is kept until both its halves are dropped");
-        let stale_before = member.lanes.stale();
-        let mut advanced = false;
-        for (receipt, verdict) in settled {
-            let position = if selective {
-                member.lanes.position(*receipt)
-            } else {
-                None
-            };
-            let outcome = member.lanes.settle(*receipt);
-            if outcome == Settled::Stale {
-                continue;
-            }
-            let slot = &member.slots[receipt.lane.id as usize];
-            let partition = &mut topics[slot.topic].partitions[slot.partition];
-            let base = partition.log.base();
-            let cursor = slot.cursor.map(|index| &mut partition.cursors[index]);
-            match (verdict, outcome, cursor, position) {
-                (Verdict::Retry { after }, _, _, Some(position)) => {
-                    let due = Instant::now() + *after;
-                    member.retry(receipt.lane, position.0 as u64, due);
-                }
-                (Verdict::Done, _, Some(cursor), Some(position)) => {
-                    cursor.settle_one(position.0 as u64, base);
-                    advanced = true;
-                }
-                (Verdict::Done, Settled::LowWater(low), Some(cursor), None) => {
-                    // Positions of this broker are 64 bits wide.
-                    cursor.committed = low.0 as u64 + 1;
-                    advanced = true;
-                }
-                _ => {}
-            }
-            member.queue_if_more(receipt.lane.id, partition);
-        }
-        if !member.ready.is_empty() {
-            member.wake();
-        }
-        self.stale += member.lanes.stale() - stale_before;
-        if advanced {
-            self.announce_space();
-        }
-        Ok(())
-    }
-
-    /// Refuses retries that this broker does not declare, and retries of keyed messages.
-    fn check_retries(&self, id: usize, settled: &[(Receipt, Verdict)]) -> Result<()> {
-        if !self.capabilities.redelivery {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "settle",
-                "this broker does not declare `redelivery`: retry in place and settle `Done`",
-            ));
-        }
-        let member = self.member(id);
-        if member.group.is_none() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "settle",
-                "a reader is handed nothing again: subscribe with a group",
-            ));
-        }
-        for (receipt, verdict) in settled {
-            let Some(position) = member.lanes.position(*receipt) else {
-                continue;
-            };
-            let slot = &member.slots[receipt.lane.id as usize];
-            let log = &self.topics[slot.topic].partitions[slot.partition].log;
-            let keyed = log
-                .get(position.0 as u64)
-                .is_some_and(|stored| stored.message.key.is_some());
-            if keyed && matches!(verdict, Verdict::Retry { .. }) {
-                return Err(Error::new(
-                    ErrorKind::Unsupported,
-                    "settle",
-                    "a message with a key is not handed out again later, that would break its order: retry in place",
-                )
-                .with("topic", &self.topics[slot.topic].name)
-                .with("position", position));
-            }
-        }
-        Ok(())
-    }
-
     /// Whether some member would be given something at once.
     pub(super) fn is_deliverable(&self) -> bool {
         let now = Instant::now();
@@ -608,22 +444,6 @@ impl State {
                 .iter()
                 .flatten()
                 .any(|member| member.is_deliverable(&self.topics))
-    }
-}
-
-impl TopicState {
-    /// The first position of a partition that somebody is owed and that is therefore kept.
-    fn owed_from(&self, partition: usize) -> u64 {
-        let partition = &self.partitions[partition];
-        if is_dead_letters(&self.name) {
-            return partition.log.base();
-        }
-        partition
-            .cursors
-            .iter()
-            .map(|cursor| cursor.committed)
-            .min()
-            .unwrap_or_else(|| partition.log.end())
     }
 }
 

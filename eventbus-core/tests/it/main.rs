@@ -1,0 +1,4 @@
+//! Tests of eventbus-core through the testkit.
+
+mod conformance;
+mod memory;
