@@ -95,7 +95,7 @@ impl RetryPolicy {
                 if let Some(found) = error.downcast_ref::<E>() {
                     return Some(rule(found));
                 }
-                cause = error.source();
+                cause = below(error);
             }
             None
         }));
@@ -138,6 +138,14 @@ impl RetryPolicy {
         self.first
             .saturating_mul(1u32.checked_shl(doublings).unwrap_or(u32::MAX))
             .min(self.longest)
+    }
+}
+
+/// The error that `error` wraps. An I/O error made from another one skips that in its `source`.
+fn below<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e (dyn StdError + 'static)> {
+    match error.downcast_ref::<std::io::Error>() {
+        Some(error) => error.get_ref().map(|inner| inner as _),
+        None => error.source(),
     }
 }
 

@@ -82,26 +82,31 @@ impl Lanes {
     pub(crate) fn delivered(&self, deliveries: Vec<Delivery>, mut pass: impl FnMut(Delivery, u32)) {
         let now = Instant::now();
         let mut lanes = self.lock();
+        // A batch is a few stretches of one lane each: what is noted is noted per stretch.
+        let mut stretch: Option<Stretch> = None;
         for delivery in deliveries {
             let receipt = delivery.receipt;
-            let Some(entry) = find(&mut lanes, receipt.lane) else {
-                continue;
-            };
-            entry.in_flight += 1;
-            match entry.arrivals.back_mut().filter(|last| last.at == now) {
-                Some(last) => {
-                    last.end = receipt.tag + 1;
-                    last.unsettled += 1;
+            match &mut stretch {
+                Some(stretch) if stretch.lane == receipt.lane => {
+                    stretch.count += 1;
+                    stretch.end = receipt.tag + 1;
                 }
-                None => entry.arrivals.push_back(Arrival {
-                    end: receipt.tag + 1,
-                    unsettled: 1,
-                    at: now,
-                }),
+                _ => {
+                    note_delivered(&mut lanes, stretch.take(), now);
+                    let partition = find(&mut lanes, receipt.lane).map(|entry| entry.partition);
+                    stretch = Some(Stretch {
+                        lane: receipt.lane,
+                        partition,
+                        count: 1,
+                        end: receipt.tag + 1,
+                    });
+                }
             }
-            let partition = entry.partition;
-            pass(delivery, partition);
+            if let Some(partition) = stretch.as_ref().and_then(|stretch| stretch.partition) {
+                pass(delivery, partition);
+            }
         }
+        note_delivered(&mut lanes, stretch, now);
     }
 
     pub(crate) fn settled(&self, items: &[SettleItem]) {
@@ -139,6 +144,28 @@ fn find(lanes: &mut [Option<LaneEntry>], lane: Lane) -> Option<&mut LaneEntry> {
         .get_mut(lane.id as usize)?
         .as_mut()
         .filter(|entry| entry.lane == lane)
+}
+
+/// Deliveries of one lane in a row.
+struct Stretch {
+    lane: Lane,
+    /// `None` when the lane is closed.
+    partition: Option<u32>,
+    count: usize,
+    /// The tag behind the last of them.
+    end: u64,
+}
+
+fn note_delivered(lanes: &mut [Option<LaneEntry>], stretch: Option<Stretch>, now: Instant) {
+    let Some(stretch) = stretch else { return };
+    if let Some(entry) = find(lanes, stretch.lane) {
+        entry.in_flight += stretch.count;
+        entry.arrivals.push_back(Arrival {
+            end: stretch.end,
+            unsettled: stretch.count,
+            at: now,
+        });
+    }
 }
 
 fn note_settled(lanes: &mut [Option<LaneEntry>], receipt: Receipt) {

@@ -63,20 +63,20 @@ where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
 {
+    // What is rare, or expensive anyway, is boxed: the common run stays small enough to be moved
+    // into its slot at little cost.
     match run {
-        Run::Handle(scope) => {
-            let outcome = match process_span(&scope) {
-                None => handle_one(service, scope).await,
-                Some(span) => handle_one(service, scope).instrument(span).await,
-            };
-            Ended::One(outcome)
-        }
+        Run::Handle(scope) => Ended::One(match process_span(&scope) {
+            None if scope.runtime().unit.is_none() => handle_plain(service, scope).await,
+            None => Box::pin(handle_in_unit(service, scope)).await,
+            Some(span) => Box::pin(handle_one(service, scope).instrument(span)).await,
+        }),
         Run::Group(scopes) => {
             let span = process_span(&scopes[0]).unwrap_or_else(tracing::Span::none);
-            handle_group(service, scopes).instrument(span).await
+            Box::pin(handle_group(service, scopes).instrument(span)).await
         }
         Run::Publish(scope, messages) => Ended::One(publish(&scope, messages).await),
-        Run::DeadLetter(scope, diagnosis) => Ended::One(store(&scope, &diagnosis).await),
+        Run::DeadLetter(scope, diagnosis) => Ended::One(Box::pin(store(&scope, &diagnosis)).await),
     }
 }
 
@@ -123,18 +123,37 @@ fn failure(scope: &Scope, result: Result<(), BoxError>) -> Result<(), Cause> {
     }
 }
 
-async fn handle_one<V>(mut service: V, scope: Arc<Scope>) -> Outcome
+async fn handle_one<V>(service: V, scope: Arc<Scope>) -> Outcome
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
 {
-    if let Some(unit) = scope.runtime().unit.clone() {
-        return match in_transaction(&mut service, &unit, std::slice::from_ref(&scope)).await {
-            Transaction::Committed(mut outcomes) => outcomes.pop().unwrap_or(Outcome::Done),
-            Transaction::Failed(cause) => Outcome::Failed(cause),
-            Transaction::Unavailable(error) => Outcome::Unavailable(error),
-        };
+    match scope.runtime().unit.is_none() {
+        true => handle_plain(service, scope).await,
+        false => handle_in_unit(service, scope).await,
     }
+}
+
+async fn handle_in_unit<V>(mut service: V, scope: Arc<Scope>) -> Outcome
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    let Some(unit) = scope.runtime().unit.clone() else {
+        return handle_plain(service, scope).await;
+    };
+    match in_transaction(&mut service, &unit, std::slice::from_ref(&scope)).await {
+        Transaction::Committed(mut outcomes) => outcomes.pop().unwrap_or(Outcome::Done),
+        Transaction::Failed(cause) => Outcome::Failed(cause),
+        Transaction::Unavailable(error) => Outcome::Unavailable(error),
+    }
+}
+
+async fn handle_plain<V>(mut service: V, scope: Arc<Scope>) -> Outcome
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
     let result = call(&mut service, Request::one(Arc::clone(&scope))).await;
     if let Err(cause) = failure(&scope, result) {
         return Outcome::Failed(cause);
@@ -258,7 +277,7 @@ where
 }
 
 async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {
-    match scope.runtime().bus.send(messages).await {
+    match Box::pin(scope.runtime().bus.send(messages)).await {
         Ok(()) => Outcome::Done,
         Err(error) if error.is_retryable() => {
             let messages = error

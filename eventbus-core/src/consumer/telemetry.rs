@@ -71,7 +71,8 @@ pub(crate) struct Tally {
     skipped: [u64; 4],
     first_seen: u32,
     first_failed: u32,
-    durations: Vec<Duration>,
+    /// In nanoseconds.
+    durations: Vec<u64>,
 }
 
 /// How many durations wait for being passed on: more are not measured in that turn.
@@ -96,9 +97,9 @@ impl Tally {
     }
 
     #[inline]
-    pub(crate) fn ran(&mut self, duration: Duration) {
+    pub(crate) fn ran(&mut self, nanos: u64) {
         if self.durations.len() < DURATIONS_MAX {
-            self.durations.push(duration);
+            self.durations.push(nanos);
         }
     }
 
@@ -215,8 +216,8 @@ impl Telemetry {
             let now = self.blocked.fetch_add(blocked, Ordering::Relaxed) + blocked;
             self.blocked_gauge.set(now as f64);
         }
-        for duration in tally.durations.drain(..) {
-            self.duration.record(duration);
+        for nanos in tally.durations.drain(..) {
+            self.duration.record(Duration::from_nanos(nanos));
         }
     }
 

@@ -149,11 +149,15 @@ pub(crate) struct Worker<V, Fut> {
     /// Whether anything ready may not be started now.
     held: bool,
     random: u64,
+    begun: Instant,
+    /// The present turn's time, in nanoseconds after `begun`.
+    turn: u64,
 }
 
 struct Running {
     nodes: Nodes,
-    started: Instant,
+    /// Nanoseconds after `Worker::begun`: cheaper to compare than an instant.
+    started: u64,
     /// The deadline of handlers applies.
     is_handler: bool,
 }
@@ -208,6 +212,8 @@ where
             probe_at: None,
             held: false,
             random,
+            begun: Instant::now(),
+            turn: 0,
         }
     }
 
@@ -224,9 +230,10 @@ where
         let mut passes = 0;
         loop {
             let now = Instant::now();
+            self.turn = self.since_begun(now);
             let mut progress = self.receive(cx, now);
             progress |= self.fire_timers(now);
-            progress |= self.start_ready(now);
+            progress |= self.start_ready();
             progress |= self.slots.poll(&mut self.ended);
             self.conclude();
             self.check_stop(now);
@@ -325,7 +332,7 @@ where
         fired
     }
 
-    fn start_ready(&mut self, now: Instant) -> bool {
+    fn start_ready(&mut self) -> bool {
         let mut started = false;
         self.held = false;
         self.probe_at = None;
@@ -349,13 +356,13 @@ where
             };
             self.keys.pop_ready();
             self.keys.get_mut(id).probe = probe;
-            self.start_one(id, now);
+            self.start_one(id);
             started = true;
         }
         started
     }
 
-    fn start_one(&mut self, id: NodeId, now: Instant) {
+    fn start_one(&mut self, id: NodeId) {
         if self.keys.get(id).scope.route().is_none()
             && matches!(self.keys.get(id).stage, Stage::Handle)
             && !self.route(id)
@@ -364,14 +371,14 @@ where
         }
         let node = self.keys.get_mut(id);
         let run = match std::mem::replace(&mut node.stage, Stage::Handle) {
-            Stage::Handle => return self.start_handler(id, now),
+            Stage::Handle => return self.start_handler(id),
             Stage::Publish(messages) => Run::Publish(Arc::clone(&node.scope), messages),
             Stage::DeadLetter(cause) => {
                 node.stage = Stage::DeadLetter(Arc::clone(&cause));
                 Run::DeadLetter(Arc::clone(&node.scope), cause)
             }
         };
-        self.start_run(Nodes::One(id), run, now, false);
+        self.start_run(Nodes::One(id), run, false);
     }
 
     /// Finds the handler; `false` when the message has none and was dealt with.
@@ -413,7 +420,7 @@ where
         self.settle(id);
     }
 
-    fn start_handler(&mut self, id: NodeId, now: Instant) {
+    fn start_handler(&mut self, id: NodeId) {
         let node = self.keys.get(id);
         let batch_max = match node.alone || node.probe {
             true => 1,
@@ -422,7 +429,7 @@ where
         if batch_max <= 1 && !self.runtime.is_batch(&node.scope) {
             let scope = Arc::clone(&node.scope);
             self.begin_attempt(id);
-            return self.start_run(Nodes::One(id), Run::Handle(scope), now, true);
+            return self.start_run(Nodes::One(id), Run::Handle(scope), true);
         }
         let ids = self.gather(id, batch_max);
         for id in &ids {
@@ -432,7 +439,7 @@ where
             .iter()
             .map(|id| Arc::clone(&self.keys.get(*id).scope))
             .collect();
-        self.start_run(Nodes::Group(ids), Run::Group(scopes), now, true);
+        self.start_run(Nodes::Group(ids), Run::Group(scopes), true);
     }
 
     fn begin_attempt(&self, id: NodeId) {
@@ -490,14 +497,14 @@ where
         self.runtime.may_share_run(scope, first)
     }
 
-    fn start_run(&mut self, nodes: Nodes, run: Run, now: Instant, is_handler: bool) {
+    fn start_run(&mut self, nodes: Nodes, run: Run, is_handler: bool) {
         let slot = self.slots.start((self.start)(run));
         for id in nodes.iter() {
             self.keys.get_mut(id).state = NodeState::Running(slot);
         }
         self.running[slot] = Some(Running {
             nodes,
-            started: now,
+            started: self.turn,
             is_handler,
         });
     }
@@ -508,15 +515,14 @@ where
         if self.ended.is_empty() {
             return;
         }
-        let now = Instant::now();
+        let now = self.since_begun(Instant::now());
         let mut ended = std::mem::take(&mut self.ended);
         for (slot, result) in ended.drain(..) {
             let Some(running) = self.running[slot].take() else {
                 continue;
             };
             if running.is_handler {
-                self.tally
-                    .ran(now.saturating_duration_since(running.started));
+                self.tally.ran(now.saturating_sub(running.started));
             }
             match result {
                 Ok(ended) => self.conclude_run(running, ended),
@@ -964,8 +970,9 @@ where
             let Some(running) = &self.running[slot] else {
                 continue;
             };
-            if running.started + deadline > now {
-                oldest = oldest.min(running.started);
+            let started = self.begun + Duration::from_nanos(running.started);
+            if started + deadline > now {
+                oldest = oldest.min(started);
                 continue;
             }
             if let Some(running) = self.running[slot].take() {
@@ -977,6 +984,11 @@ where
         (oldest + deadline)
             .min(now + tick)
             .max(now + Duration::from_millis(1))
+    }
+
+    fn since_begun(&self, now: Instant) -> u64 {
+        // Nanoseconds of centuries fit.
+        now.saturating_duration_since(self.begun).as_nanos() as u64
     }
 
     fn random(&mut self) -> u64 {
