@@ -87,7 +87,7 @@ impl<E> Outgoing<E> {
     }
 }
 
-impl<E> From<E> for Outgoing<E> {
+impl<E: Event> From<E> for Outgoing<E> {
     fn from(event: E) -> Self {
         Self::new(event)
     }

@@ -94,3 +94,27 @@ impl Reader {
         self.ended = self.bounded && self.lanes.is_empty();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::broker::Publisher as _;
+    use crate::bus::EventBus;
+    use crate::delivery::{Start, Until};
+    use crate::memory::MemoryBroker;
+    use crate::message::{Message, Topic};
+
+    #[tokio::test]
+    async fn a_bounded_read_goes_past_partitions_that_are_empty() {
+        let (first, last) = (Topic::from_static("first"), Topic::from_static("last"));
+        let broker = MemoryBroker::new();
+        let message = Message::new(last.clone(), "found").with_key("42");
+        broker.publish(vec![message]).await.expect("there is room");
+        let bus = EventBus::new(broker);
+        let topics = [first, last];
+        let reader = bus.read(&topics, Start::Earliest, Some(Until::Now)).await;
+        let mut reader = reader.expect("the broker has a history");
+        let found = reader.next().await.expect("it can be read");
+        assert!(found.is_some_and(|record| record.message.payload == "found"));
+        assert!(reader.next().await.expect("it ends").is_none());
+    }
+}

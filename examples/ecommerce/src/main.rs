@@ -1,2 +1,166 @@
-//! Placeholder.
-fn main() {}
+//! The reference system of eventbus: a shop of small services that talk through events only.
+#![allow(
+    unreachable_pub,
+    reason = "a program: nothing is reachable from outside, and `pub(crate)` everywhere reads worse"
+)]
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use eventbus::prelude::shutdown_signal;
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+
+mod broker;
+mod catalogue;
+mod client;
+mod demo;
+mod events;
+mod fake;
+mod service;
+mod shop;
+
+use broker::ShopBroker;
+use demo::DemoArgs;
+use fake::FakeProcess;
+use fake::mailer::MailerArgs;
+use fake::psp::PspArgs;
+use shop::{Service, Shop, Surroundings};
+
+/// A shop of small services that talk through events only.
+///
+/// Six services share nothing but an event bus:
+///
+///   gateway ─ OrderCreated ▶ inventory ─ InventoryReserved ▶ payment ─ PaymentProcessed ▶
+///   shipping ─ ShippingCreated ▶ notification ─ NotificationSent ▶ order ─ OrderShipped
+///
+/// Begin with `ecommerce demo`, which needs nothing else.
+#[derive(Debug, Parser)]
+#[command(name = "ecommerce", version, verbatim_doc_comment)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Places a thousand orders, shows one order's events, and checks that everything adds up
+    ///
+    /// Starts all services and two fake providers, places orders of which some fall short, are
+    /// declined, come twice, or are refused, waits until each has ended, and prints a summary.
+    /// Exits with 1 when stock, money or orders do not add up.
+    Demo(DemoArgs),
+    /// Runs the services until ctrl-c
+    ///
+    /// Then order something:
+    ///
+    ///   curl -i localhost:8080/orders -H 'content-type: application/json' -d '{
+    ///     "customer": {"name": "Ada", "email": "ada@example.com"},
+    ///     "card": "tok_4242", "items": [{"product": "teapot", "quantity": 1}]}'
+    ///
+    /// and follow the Location header of the answer.
+    #[command(verbatim_doc_comment)]
+    Run(RunArgs),
+    /// Runs the fake payment provider until stdin closes
+    ///
+    /// POST /charges charges once per Idempotency-Key; GET /calls tells what it was asked.
+    FakePsp(PspArgs),
+    /// Runs the fake mail provider until stdin closes
+    ///
+    /// POST /mails sends once per Idempotency-Key; GET /calls tells what it was asked.
+    FakeMailer(MailerArgs),
+}
+
+/// How the services run.
+#[derive(Args, Debug)]
+struct RunArgs {
+    /// The broker on which the services meet; `memory:` lives inside this process
+    #[arg(long, default_value = "memory:")]
+    broker: String,
+    /// The gateway's port on loopback; 0 takes a free one
+    #[arg(long, default_value_t = 8080)]
+    port: u16,
+    /// Only these services, such as `order,payment`; needs a broker that processes can share
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<Service>,
+    /// A payment provider that is running already; otherwise a fake one is started
+    #[arg(long, value_name = "URL")]
+    psp: Option<String>,
+    /// A mail provider that is running already; otherwise a fake one is started
+    #[arg(long, value_name = "URL")]
+    mailer: Option<String>,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let quiet = matches!(cli.command, Command::Demo(_));
+    start_logging(if quiet { "warn" } else { "info" });
+    let outcome = match cli.command {
+        Command::Demo(args) => demo::run(args).await,
+        Command::Run(args) => run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::FakePsp(args) => fake::psp::run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::FakeMailer(args) => fake::mailer::run(args).await.map(|()| ExitCode::SUCCESS),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Logs to stderr; `RUST_LOG` overrides what.
+fn start_logging(default: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+async fn run(args: RunArgs) -> anyhow::Result<()> {
+    let broker = ShopBroker::new(&args.broker)?;
+    anyhow::ensure!(
+        args.only.is_empty() || !broker.is_memory(),
+        "`--only` runs some services in this process and leaves the others to other processes, but \
+         `memory:` lives inside one process: leave out `--only`, or give a broker that processes \
+         share with `--broker`"
+    );
+    let services = match args.only.is_empty() {
+        true => Service::value_variants().to_vec(),
+        false => args.only,
+    };
+    // The fakes are kept until the services have stopped.
+    let psp = FakeProcess::unless_given(args.psp, "fake-psp").await?;
+    let mailer = FakeProcess::unless_given(args.mailer, "fake-mailer").await?;
+    let surroundings = Surroundings {
+        port: args.port,
+        psp_url: psp.url.clone(),
+        mailer_url: mailer.url.clone(),
+        stock: usual_stock(),
+    };
+    let mut shop = Shop::start(&broker, &services, surroundings).await?;
+    if let Some(url) = shop.gateway_url() {
+        info!("taking orders at {url}/orders, until ctrl-c");
+    }
+    let ended = tokio::select! {
+        () = shutdown_signal() => Ok(()),
+        error = shop.failed() => Err(error),
+    };
+    info!("stopping");
+    let stopped = shop.stop().await;
+    ended.and(stopped)
+}
+
+/// Enough of everything, and a few of what is limited.
+fn usual_stock() -> BTreeMap<String, u32> {
+    catalogue::PRODUCTS
+        .iter()
+        .map(|product| {
+            let limited = product.id == catalogue::LIMITED;
+            (product.id.to_owned(), if limited { 10 } else { 10_000 })
+        })
+        .collect()
+}

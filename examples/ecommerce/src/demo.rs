@@ -1,0 +1,171 @@
+//! The demo: everything started, an order book placed over HTTP, one order's events shown, and a
+//! summary that must add up.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::time::timeout;
+
+use crate::broker::ShopBroker;
+use crate::fake::FakeProcess;
+use crate::shop::{Service, Shop, Surroundings};
+
+mod checkout;
+mod history;
+mod order_book;
+mod summary;
+mod timeline;
+
+use checkout::Checkout;
+use history::History;
+use order_book::OrderBook;
+use summary::{Findings, Summary};
+
+/// Without any order ending for so long, the rest counts as unfinished.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// About twice what the events of one order take on the in-memory broker.
+const ORDER_BYTES: usize = 32 * 1024;
+const EVENT_BYTES_MIN: usize = 16 * 1024 * 1024;
+
+/// What the demo does.
+#[derive(Args, Debug)]
+pub struct DemoArgs {
+    /// How many orders to place; some that must be refused come on top
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    orders: u32,
+    /// Decides who orders what and which calls the payment provider fails at first
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Makes the last line of stdout one JSON object; everything else goes to stderr
+    #[arg(long)]
+    json: bool,
+    /// The broker on which the services meet; `memory:` lives inside this process
+    #[arg(long, default_value = "memory:")]
+    broker: String,
+}
+
+/// Runs the demo; the exit code says whether it adds up.
+///
+/// # Errors
+///
+/// When something cannot be started or asked.
+pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
+    let broker = ShopBroker::new(&broker_url(&args))?;
+    let book = OrderBook::write(args.orders, args.seed, &run_name(&broker, args.seed));
+    let book = Arc::new(book);
+    let (psp, mailer) = start_fakes(args.seed).await?;
+    let surroundings = Surroundings {
+        port: 0,
+        psp_url: psp.url.clone(),
+        mailer_url: mailer.url.clone(),
+        stock: book.stock.clone(),
+    };
+    let shop = Shop::start(&broker, Service::value_variants(), surroundings).await?;
+    let reader = broker.bus("demo").await?;
+
+    let bar = progress_bar(args.orders);
+    let gateway = shop.gateway_url().context("the demo runs a gateway")?;
+    let checkout = Checkout::place_all(gateway, &book, &shop.board, &bar).await?;
+    let unfinished = wait_for_ends(&shop, &bar).await;
+    bar.finish_and_clear();
+
+    let history = History::read(&reader).await?;
+    let findings = Findings {
+        psp: ask(&psp, "calls").await?,
+        mailer: ask(&mailer, "calls").await?,
+        unfinished,
+        dead_letters: shop.dead_letters().await?,
+        board: shop.board.clone(),
+        on_shelf: shop.warehouse.on_shelf(),
+        set_aside: shop.warehouse.set_aside(),
+    };
+    let summary = Summary::of(&book, &checkout, &history, &findings);
+    let shown = checkout.one_of_each_end(&book, &shop.board);
+    shop.stop().await?;
+
+    let mut out: Box<dyn Write + Send> = match args.json {
+        true => Box::new(std::io::stderr()),
+        false => Box::new(std::io::stdout()),
+    };
+    for (title, order_id) in shown {
+        let drawing = timeline::draw(&history.of(order_id));
+        writeln!(out, "{title}: {order_id}\n{drawing}")?;
+    }
+    writeln!(out, "{summary}")?;
+    if args.json {
+        let line = serde_json::to_string(&summary.line())?;
+        writeln!(std::io::stdout(), "{line}")?;
+    }
+    reader.close().await?;
+    Ok(match summary.complaints.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// The in-memory broker gets room for all events of the run, to be able to show and count them.
+fn broker_url(args: &DemoArgs) -> String {
+    match args.broker.as_str() {
+        "memory:" => format!(
+            "memory:?bytes={}",
+            EVENT_BYTES_MIN + args.orders as usize * ORDER_BYTES
+        ),
+        url => url.to_owned(),
+    }
+}
+
+/// Names the run's idempotency keys: the same seed places the same orders, but a broker that
+/// outlives the run has to see other orders every time.
+fn run_name(broker: &ShopBroker, seed: u64) -> String {
+    match broker.is_memory() {
+        true => format!("demo-{seed}"),
+        false => format!("demo-{seed}-{}", uuid::Uuid::now_v7()),
+    }
+}
+
+async fn start_fakes(seed: u64) -> anyhow::Result<(FakeProcess, FakeProcess)> {
+    let seed = ["--seed".to_owned(), seed.to_string()];
+    let psp = FakeProcess::start("fake-psp", &seed);
+    let mailer = FakeProcess::start("fake-mailer", &[]);
+    tokio::try_join!(psp, mailer)
+}
+
+/// Asks a fake what it was asked.
+async fn ask<T: serde::de::DeserializeOwned>(fake: &FakeProcess, what: &str) -> anyhow::Result<T> {
+    let client = reqwest::Client::builder().no_proxy().build()?;
+    let response = client.get(format!("{}/{what}", fake.url)).send().await;
+    let response = response.with_context(|| format!("ask the fake provider at {}", fake.url))?;
+    Ok(response.error_for_status()?.json().await?)
+}
+
+/// Waits until every order on the board is over, and counts those that are not.
+async fn wait_for_ends(shop: &Shop, bar: &ProgressBar) -> usize {
+    let mut open = shop.board.open();
+    bar.set_message("waiting for the ends");
+    loop {
+        let left = *open.borrow_and_update();
+        if left == 0 {
+            return 0;
+        }
+        if timeout(PATIENCE, open.changed()).await.is_err() {
+            return left;
+        }
+    }
+}
+
+/// Shown on a terminal only.
+fn progress_bar(orders: u32) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} orders, {elapsed}, {msg}");
+    let bar = ProgressBar::new(u64::from(orders)).with_message("placing");
+    match style {
+        Ok(style) => bar.with_style(style),
+        // The bar is decoration: its default style will do.
+        Err(_) => bar,
+    }
+}

@@ -1,0 +1,272 @@
+//! A payment provider that declines some cards, is busy or slow now and then, and charges once per
+//! idempotency key.
+
+use std::collections::BTreeMap;
+use std::hash::BuildHasher;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use clap::Args;
+use foldhash::fast::FixedState;
+use serde::{Deserialize, Serialize};
+
+use super::ledger::Ledger;
+use super::{FakeArgs, idempotency_key, serve};
+use crate::client::psp::{Charge, ChargeOutcome};
+
+/// How the fake payment provider behaves.
+#[derive(Args, Clone, Debug)]
+pub struct PspArgs {
+    #[command(flatten)]
+    fake: FakeArgs,
+    /// Which calls it fails at first: the same seed fails the same idempotency keys
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Declines cards whose token ends like this
+    #[arg(long, default_value = DECLINED)]
+    decline: String,
+}
+
+/// How the tokens of declined cards end.
+pub const DECLINED: &str = "0002";
+
+/// Longer than any client waits.
+const HANG: Duration = Duration::from_secs(1);
+
+/// What happens to a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reaction {
+    /// It is answered.
+    Answer(ChargeOutcome),
+    /// It is charged or declined, but the answer comes too late.
+    AnswerLate(ChargeOutcome),
+    /// Nothing happens: the provider is busy.
+    Busy,
+}
+
+/// The provider's books.
+#[derive(Debug)]
+pub struct FakePsp {
+    faults: FixedState,
+    decline: String,
+    ledger: Ledger<ChargeOutcome>,
+    charged_cents: u64,
+    declined: u64,
+}
+
+/// What `GET /calls` answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PspCalls {
+    /// Calls in all.
+    pub calls: u64,
+    /// Calls that repeated a key: they charged nothing.
+    pub repeats: u64,
+    /// What was taken.
+    pub charged_cents: u64,
+    /// What was given back; this provider never does.
+    pub refunded_cents: u64,
+    /// Charges declined.
+    pub declined: u64,
+    /// Orders charged under more than one key.
+    pub charges_twice: u64,
+    /// Calls per key.
+    pub keys: BTreeMap<String, u64>,
+}
+
+impl FakePsp {
+    /// A provider without customers yet.
+    pub fn new(seed: u64, decline: &str) -> Self {
+        Self {
+            faults: FixedState::with_seed(seed),
+            decline: decline.to_owned(),
+            ledger: Ledger::default(),
+            charged_cents: 0,
+            declined: 0,
+        }
+    }
+
+    /// Takes a call: the first with its key may meet a busy or slow provider.
+    pub fn call(&mut self, key: &str, charge: &Charge) -> Reaction {
+        let first = self.ledger.called(key);
+        let roll = self.faults.hash_one(key) % 1000;
+        match (first, roll) {
+            (true, 0..15) => Reaction::Busy,
+            (true, 15..20) => Reaction::AnswerLate(self.charge(key, charge)),
+            _ => Reaction::Answer(self.charge(key, charge)),
+        }
+    }
+
+    /// Charges once per key.
+    fn charge(&mut self, key: &str, charge: &Charge) -> ChargeOutcome {
+        if let Some(outcome) = self.ledger.answer(key) {
+            return outcome;
+        }
+        let outcome = if charge.card.ends_with(&self.decline) {
+            self.declined += 1;
+            ChargeOutcome::Declined {
+                reason: "insufficient funds".to_owned(),
+            }
+        } else {
+            self.charged_cents += charge.amount.0;
+            self.ledger.served(charge.order_id);
+            ChargeOutcome::Charged {
+                charge_id: format!("ch_{:016x}", self.faults.hash_one(key)),
+            }
+        };
+        self.ledger.answered(key, outcome.clone());
+        outcome
+    }
+
+    /// Everything it was asked.
+    pub fn calls(&self) -> PspCalls {
+        let (calls, repeats) = self.ledger.totals();
+        PspCalls {
+            calls,
+            repeats,
+            charged_cents: self.charged_cents,
+            refunded_cents: 0,
+            declined: self.declined,
+            charges_twice: self.ledger.served_twice(),
+            keys: self.ledger.calls().clone(),
+        }
+    }
+}
+
+/// Runs the provider until it is told to stop.
+///
+/// # Errors
+///
+/// When the port is taken.
+pub async fn run(args: PspArgs) -> anyhow::Result<()> {
+    let psp = Arc::new(Mutex::new(FakePsp::new(args.seed, &args.decline)));
+    let routes = Router::new()
+        .route("/charges", post(take_charge))
+        .route("/calls", get(show_calls))
+        .with_state(psp);
+    serve(args.fake.port, routes).await
+}
+
+async fn take_charge(
+    State(psp): State<Arc<Mutex<FakePsp>>>,
+    headers: HeaderMap,
+    Json(charge): Json<Charge>,
+) -> Response {
+    let Some(key) = idempotency_key(&headers) else {
+        let text = "name the call with an Idempotency-Key header";
+        return (StatusCode::BAD_REQUEST, text).into_response();
+    };
+    let reaction = lock(&psp).call(&key, &charge);
+    match reaction {
+        Reaction::Answer(outcome) => answer(outcome),
+        Reaction::AnswerLate(outcome) => {
+            tokio::time::sleep(HANG).await;
+            answer(outcome)
+        }
+        Reaction::Busy => {
+            let retry = [(header::RETRY_AFTER, "0")];
+            (StatusCode::SERVICE_UNAVAILABLE, retry, "busy").into_response()
+        }
+    }
+}
+
+fn answer(outcome: ChargeOutcome) -> Response {
+    let status = match &outcome {
+        ChargeOutcome::Charged { .. } => StatusCode::CREATED,
+        ChargeOutcome::Declined { .. } => StatusCode::PAYMENT_REQUIRED,
+    };
+    (status, Json(outcome)).into_response()
+}
+
+async fn show_calls(State(psp): State<Arc<Mutex<FakePsp>>>) -> Json<PspCalls> {
+    Json(lock(&psp).calls())
+}
+
+fn lock(psp: &Mutex<FakePsp>) -> std::sync::MutexGuard<'_, FakePsp> {
+    psp.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::events::{Cents, OrderId};
+
+    fn charge(number: u128, card: &str) -> Charge {
+        Charge {
+            order_id: OrderId(Uuid::from_u128(number)),
+            amount: Cents(500),
+            card: card.to_owned(),
+        }
+    }
+
+    /// A key that the seed lets through, and one that it meets with `wanted`.
+    fn key_met_with(psp: &mut FakePsp, wanted: impl Fn(&Reaction) -> bool) -> String {
+        (0..10_000)
+            .map(|number| format!("search/{number}"))
+            .find(|key| wanted(&FakePsp::new(1, DECLINED).call(key, &charge(0, "tok_1"))))
+            .inspect(|key| assert!(!psp.ledger.calls().contains_key(key)))
+            .expect("one key in a thousand is enough")
+    }
+
+    #[test]
+    fn a_repeated_key_charges_nothing() {
+        let mut psp = FakePsp::new(1, DECLINED);
+        let key = key_met_with(&mut psp, |reaction| matches!(reaction, Reaction::Answer(_)));
+        let first = psp.call(&key, &charge(1, "tok_4242"));
+        assert_eq!(psp.call(&key, &charge(1, "tok_4242")), first);
+        let calls = psp.calls();
+        assert_eq!((calls.calls, calls.repeats), (2, 1));
+        assert_eq!((calls.charged_cents, calls.charges_twice), (500, 0));
+        assert_eq!(calls.keys[&key], 2);
+    }
+
+    #[test]
+    fn an_order_charged_under_two_keys_is_charged_twice() {
+        let mut psp = FakePsp::new(1, DECLINED);
+        for key in ["a", "b", "a", "b"] {
+            psp.call(key, &charge(1, "tok_4242"));
+        }
+        assert_eq!(psp.calls().charges_twice, 1);
+        assert_eq!(psp.calls().charged_cents, 1000);
+    }
+
+    #[test]
+    fn a_busy_provider_charges_nothing_and_a_slow_one_once() {
+        let mut psp = FakePsp::new(1, DECLINED);
+        let busy = key_met_with(&mut psp, |reaction| *reaction == Reaction::Busy);
+        assert_eq!(psp.call(&busy, &charge(1, "tok_1")), Reaction::Busy);
+        assert_eq!(psp.calls().charged_cents, 0);
+        assert!(matches!(
+            psp.call(&busy, &charge(1, "tok_1")),
+            Reaction::Answer(_)
+        ));
+
+        let slow = key_met_with(&mut psp, |reaction| {
+            matches!(reaction, Reaction::AnswerLate(_))
+        });
+        let Reaction::AnswerLate(late) = psp.call(&slow, &charge(2, "tok_1")) else {
+            panic!("the same seed reacts in the same way");
+        };
+        assert_eq!(psp.call(&slow, &charge(2, "tok_1")), Reaction::Answer(late));
+        assert_eq!(psp.calls().charged_cents, 1000);
+    }
+
+    #[test]
+    fn a_declined_card_stays_declined() {
+        let mut psp = FakePsp::new(1, DECLINED);
+        for _ in 0..2 {
+            let reaction = psp.call("a", &charge(1, "tok_0002"));
+            assert!(matches!(
+                reaction,
+                Reaction::Answer(ChargeOutcome::Declined { .. })
+            ));
+        }
+        assert_eq!((psp.calls().declined, psp.calls().charged_cents), (1, 0));
+    }
+}

@@ -1,0 +1,303 @@
+//! The gateway through its real HTTP listener.
+
+use std::time::Duration;
+
+use eventbus::MemoryBroker;
+use eventbus::prelude::{BoxError, Context, EventBus, Replay, Start, Until};
+use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use serde_json::{Value, json};
+
+use super::{Board, Gateway, consumer};
+use crate::events::{Cents, OrderCreated};
+use crate::service::sample::{order_id, reserved};
+
+struct Counter {
+    gateway: Gateway,
+    bus: EventBus,
+    client: Client,
+}
+
+impl Counter {
+    async fn open() -> Self {
+        let bus = EventBus::builder(MemoryBroker::new())
+            .source("gateway")
+            .build();
+        let gateway = Gateway::start(bus.clone(), Board::default(), 0)
+            .await
+            .unwrap();
+        let client = Client::builder().no_proxy().build().unwrap();
+        Self {
+            gateway,
+            bus,
+            client,
+        }
+    }
+
+    fn post(&self, body: impl Into<reqwest::Body>) -> RequestBuilder {
+        let orders = format!("{}/orders", self.gateway.url);
+        let request = self.client.post(orders).body(body);
+        request.header("content-type", "application/json")
+    }
+
+    async fn get(&self, path: &str) -> Response {
+        let url = format!("{}{path}", self.gateway.url);
+        self.client.get(url).send().await.unwrap()
+    }
+
+    /// All `OrderCreated` there are, each with its envelope.
+    async fn created(&self) -> Vec<(OrderCreated, eventbus::Envelope)> {
+        type Seen = std::sync::Arc<std::sync::Mutex<Vec<(OrderCreated, eventbus::Envelope)>>>;
+        async fn see(order: OrderCreated, cx: Context<Seen>) -> Result<(), BoxError> {
+            let envelope = cx.envelope()?;
+            cx.state().lock().unwrap().push((order, envelope));
+            Ok(())
+        }
+        let seen = Seen::default();
+        let replay = Replay::from(Start::Earliest).until(Until::Now);
+        let reader = self.bus.consumer("test").state(Seen::clone(&seen)).on(see);
+        reader.replay(replay).await.unwrap();
+        std::mem::take(&mut seen.lock().unwrap())
+    }
+}
+
+fn order() -> Value {
+    json!({
+        "customer": { "name": "Ada Moreau", "email": "ada@example.com" },
+        "card": "tok_4242",
+        "items": [{ "product": "teapot", "quantity": 2 }, { "product": "timer", "quantity": 1 }],
+    })
+}
+
+async fn problem(response: Response) -> (StatusCode, Value) {
+    let status = response.status();
+    assert_eq!(
+        response.headers()["content-type"],
+        "application/problem+json"
+    );
+    let problem: Value = response.json().await.unwrap();
+    assert_eq!(problem["status"], status.as_u16());
+    for member in ["type", "title", "detail", "instance"] {
+        assert!(problem[member].is_string(), "{member} of {problem}");
+    }
+    (status, problem)
+}
+
+#[tokio::test]
+async fn an_order_is_accepted_and_published_with_its_origin() {
+    let shop = Counter::open().await;
+    let request = shop
+        .post(order().to_string())
+        .header("x-user-id", "u-17")
+        .header("x-session-id", "s-4")
+        .header("x-correlation-id", "req-9");
+    let response = request.send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::ACCEPTED);
+    let location = response.headers()["location"].to_str().unwrap().to_owned();
+    let answer: Value = response.json().await.unwrap();
+    assert_eq!(
+        location,
+        format!("/orders/{}", answer["order_id"].as_str().unwrap())
+    );
+
+    let created = shop.created().await;
+    let (order, envelope) = &created[0];
+    assert_eq!(order.order_id.to_string(), answer["order_id"]);
+    assert_eq!(order.total, Cents(2 * 3900 + 595));
+    assert_eq!(envelope.source, "gateway");
+    assert_eq!(envelope.correlation_id, "req-9");
+    assert_eq!(envelope.metadata["userId"], "u-17");
+    assert_eq!(envelope.metadata["sessionId"], "s-4");
+
+    let shown = shop.get(&location).await;
+    assert_eq!(shown.status(), StatusCode::OK);
+    let shown: Value = shown.json().await.unwrap();
+    assert_eq!(shown["status"], "placed", "known at once");
+    assert_eq!(shop.get("/health").await.status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn the_board_follows_the_events() {
+    let shop = Counter::open().await;
+    let board = Board::default();
+    let watched = Gateway::start(shop.bus.clone(), board.clone(), 0)
+        .await
+        .unwrap();
+    let following = consumer(&shop.bus, board.clone()).spawn().await.unwrap();
+    let mut open = board.open();
+    shop.bus.publish(reserved(1)).await.unwrap();
+    let heard = open.wait_for(|open| *open == 1);
+    let heard = tokio::time::timeout(Duration::from_secs(10), heard).await;
+    heard.unwrap().unwrap();
+    let url = format!("{}/orders/{}", watched.url, order_id(1));
+    let shown = shop.client.get(url).send().await.unwrap();
+    let shown: Value = shown.json().await.unwrap();
+    assert_eq!(shown["status"], "reserved");
+    following.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_same_key_is_the_same_order() {
+    let shop = Counter::open().await;
+    let post = |key: &'static str, user: &'static str, body: Value| {
+        let request = shop.post(body.to_string()).header("idempotency-key", key);
+        let request = request.header("x-user-id", user);
+        async move { request.send().await.unwrap() }
+    };
+    let first: Value = post("k1", "u1", order()).await.json().await.unwrap();
+    let again = post("k1", "u1", order()).await;
+    assert_eq!(again.status(), StatusCode::ACCEPTED);
+    let again: Value = again.json().await.unwrap();
+    assert_eq!(first, again);
+    let created = shop.created().await;
+    assert!(
+        created
+            .iter()
+            .all(|(_, envelope)| envelope.id == created[0].1.id)
+    );
+
+    let mut other = order();
+    other["items"][0]["quantity"] = json!(3);
+    let (status, _) = problem(post("k1", "u1", other).await).await;
+    assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
+    let stranger: Value = post("k1", "u2", order()).await.json().await.unwrap();
+    assert_ne!(
+        first["order_id"], stranger["order_id"],
+        "keys belong to their user"
+    );
+}
+
+#[tokio::test]
+async fn bad_values_are_pointed_at_and_leave_no_event() {
+    let shop = Counter::open().await;
+    let cases = [
+        ("/items/0/product", json!("unicorn")),
+        ("/items/0/quantity", json!(0)),
+        ("/items/0/quantity", json!(-1)),
+        ("/items/0/quantity", json!(101)),
+        ("/items/0/quantity", json!(i64::MAX)),
+        ("/items/0/quantity", json!(1.5)),
+        ("/items/0/quantity", json!("two")),
+        ("/items/1/product", json!("teapot")),
+        ("/items", json!([])),
+        (
+            "/items",
+            json!(vec![json!({ "product": "teapot", "quantity": 1 }); 51]),
+        ),
+        ("/items", json!("teapot")),
+        ("/card", json!("4242424242424242")),
+        ("/card", json!("tok_")),
+        ("/customer/name", json!("")),
+        ("/customer/name", json!("a\u{0}b")),
+        ("/customer/email", json!("nobody")),
+    ];
+    for (pointer, value) in cases {
+        let mut body = order();
+        *body.pointer_mut(pointer).unwrap() = value.clone();
+        let response = shop.post(body.to_string()).send().await.unwrap();
+        let (status, problem) = problem(response).await;
+        assert_eq!(
+            status,
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "{pointer}: {value}"
+        );
+        let pointed: Vec<&Value> = problem["errors"].as_array().unwrap().iter().collect();
+        let wanted = format!("#{pointer}");
+        assert!(
+            pointed.iter().any(|error| error["pointer"] == wanted),
+            "{wanted}: {problem}"
+        );
+        assert_eq!(problem["instance"], "/orders");
+    }
+    assert!(shop.created().await.is_empty());
+}
+
+#[tokio::test]
+async fn bodies_that_are_no_order_are_refused_and_leave_no_event() {
+    let shop = Counter::open().await;
+    let cases: [(&str, StatusCode); 6] = [
+        ("", StatusCode::BAD_REQUEST),
+        ("{", StatusCode::BAD_REQUEST),
+        ("{} {}", StatusCode::UNPROCESSABLE_ENTITY),
+        ("[]", StatusCode::UNPROCESSABLE_ENTITY),
+        ("null", StatusCode::UNPROCESSABLE_ENTITY),
+        ("\u{feff}{}", StatusCode::BAD_REQUEST),
+    ];
+    for (body, expected) in cases {
+        let response = shop.post(body).send().await.unwrap();
+        assert_eq!(problem(response).await.0, expected, "{body:?}");
+    }
+    let trailing = format!("{} x", order());
+    let response = shop.post(trailing).send().await.unwrap();
+    assert_eq!(problem(response).await.0, StatusCode::BAD_REQUEST);
+
+    let plain = shop.client.post(format!("{}/orders", shop.gateway.url));
+    let response = plain.body(order().to_string()).send().await.unwrap();
+    assert_eq!(
+        problem(response).await.0,
+        StatusCode::UNSUPPORTED_MEDIA_TYPE
+    );
+    assert!(shop.created().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_body_of_ten_megabytes_is_answered() {
+    let shop = Counter::open().await;
+    let response = shop.post(vec![b' '; 10 << 20]).send().await.unwrap();
+    assert_eq!(problem(response).await.0, StatusCode::PAYLOAD_TOO_LARGE);
+    assert!(shop.created().await.is_empty());
+}
+
+#[tokio::test]
+async fn bad_headers_are_refused() {
+    let shop = Counter::open().await;
+    let long = "x".repeat(201);
+    for (name, value) in [("idempotency-key", ""), ("x-user-id", long.as_str())] {
+        let request = shop.post(order().to_string()).header(name, value);
+        let (status, problem) = problem(request.send().await.unwrap()).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+        assert!(
+            problem["detail"].as_str().unwrap().contains(name),
+            "{problem}"
+        );
+    }
+    assert!(shop.created().await.is_empty());
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_a_problem() {
+    let shop = Counter::open().await;
+    let unknown = format!("/orders/{}", order_id(7));
+    for path in [unknown.as_str(), "/orders/seven", "/nothing"] {
+        let (status, problem) = problem(shop.get(path).await).await;
+        assert_eq!(status, StatusCode::NOT_FOUND);
+        assert_eq!(problem["instance"], path);
+    }
+    let response = shop.get("/orders").await;
+    assert_eq!(response.headers()["allow"], "POST");
+    assert_eq!(problem(response).await.0, StatusCode::METHOD_NOT_ALLOWED);
+}
+
+#[tokio::test]
+async fn an_order_that_cannot_be_published_may_come_again() {
+    let shop = Counter::open().await;
+    shop.bus.close().await.unwrap();
+    let response = shop.post(order().to_string()).send().await.unwrap();
+    assert_eq!(response.headers()["retry-after"], "1");
+    assert_eq!(problem(response).await.0, StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[tokio::test]
+async fn a_stopped_gateway_takes_no_more() {
+    let shop = Counter::open().await;
+    let answer = shop.post(order().to_string()).send().await.unwrap();
+    assert_eq!(answer.status(), StatusCode::ACCEPTED);
+    let url = shop.gateway.url.clone();
+    shop.gateway.stop().await;
+    assert!(
+        shop.client
+            .get(format!("{url}/health"))
+            .send()
+            .await
+            .is_err()
+    );
+}

@@ -1,0 +1,112 @@
+//! The rules of the inventory service.
+
+use std::collections::BTreeMap;
+
+use eventbus_testkit::TestBus;
+
+use super::{Warehouse, consumer};
+use crate::events::{InventoryReleased, InventoryReserved, InventoryShort};
+use crate::service::sample::{created, line, order_id, publish_twice, unpaid};
+
+fn warehouse(teapots: u32, mugs: u32) -> Warehouse {
+    let shelf = [("teapot", teapots), ("mug-blue", mugs)];
+    Warehouse::new(pieces(&shelf))
+}
+
+fn pieces(of: &[(&str, u32)]) -> BTreeMap<String, u32> {
+    let pieces = of
+        .iter()
+        .map(|(product, count)| ((*product).to_owned(), *count));
+    pieces.collect()
+}
+
+#[tokio::test]
+async fn what_is_there_is_set_aside() {
+    let bus = TestBus::new();
+    let stock = warehouse(5, 5);
+    let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
+    let order = created(1, vec![line("teapot", 2), line("mug-blue", 5)]);
+    bus.publish(order.clone()).await.unwrap();
+    bus.settled().await;
+    let reserved = bus.published::<InventoryReserved>().await;
+    assert_eq!(reserved.len(), 1);
+    assert_eq!(
+        (&reserved[0].lines, reserved[0].total),
+        (&order.lines, order.total)
+    );
+    assert_eq!(stock.on_shelf(), pieces(&[("teapot", 3), ("mug-blue", 0)]));
+    assert_eq!(stock.set_aside(), pieces(&[("teapot", 2), ("mug-blue", 5)]));
+}
+
+#[tokio::test]
+async fn all_or_nothing_is_set_aside() {
+    let bus = TestBus::new();
+    let stock = warehouse(5, 1);
+    let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
+    let order = created(1, vec![line("teapot", 2), line("mug-blue", 2)]);
+    bus.publish(order).await.unwrap();
+    bus.settled().await;
+    let short = bus.published::<InventoryShort>().await;
+    assert_eq!(short[0].product, "mug-blue");
+    assert!(bus.published::<InventoryReserved>().await.is_empty());
+    assert_eq!(stock.on_shelf(), pieces(&[("teapot", 5), ("mug-blue", 1)]));
+}
+
+#[tokio::test]
+async fn one_product_on_two_lines_counts_together() {
+    let bus = TestBus::new();
+    let stock = warehouse(3, 0);
+    let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
+    let order = created(1, vec![line("teapot", 2), line("teapot", 2)]);
+    bus.publish(order).await.unwrap();
+    bus.settled().await;
+    assert_eq!(bus.published::<InventoryShort>().await.len(), 1);
+    assert_eq!(stock.on_shelf(), pieces(&[("teapot", 3), ("mug-blue", 0)]));
+}
+
+#[tokio::test]
+async fn an_order_delivered_twice_reserves_once_and_says_so_again() {
+    let bus = TestBus::new();
+    let stock = warehouse(5, 0);
+    let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
+    publish_twice(&bus, created(1, vec![line("teapot", 2)])).await;
+    assert_eq!(bus.published::<InventoryReserved>().await.len(), 2);
+    assert_eq!(stock.on_shelf()["teapot"], 3);
+    publish_twice(&bus, created(2, vec![line("teapot", 9)])).await;
+    assert_eq!(bus.published::<InventoryShort>().await.len(), 2);
+}
+
+#[tokio::test]
+async fn an_unpaid_order_goes_back_on_the_shelf_once() {
+    let bus = TestBus::new();
+    let stock = warehouse(5, 0);
+    let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
+    bus.publish(created(1, vec![line("teapot", 2)]))
+        .await
+        .unwrap();
+    bus.settled().await;
+    publish_twice(&bus, unpaid(1)).await;
+    let released = bus.published::<InventoryReleased>().await;
+    assert_eq!(released.len(), 2);
+    assert_eq!(released[0].order_id, order_id(1));
+    assert_eq!(stock.on_shelf()["teapot"], 5);
+    assert!(stock.set_aside().is_empty());
+    // The order itself delivered again: what it was told stays true, and nothing moves.
+    bus.publish(created(1, vec![line("teapot", 2)]))
+        .await
+        .unwrap();
+    bus.settled().await;
+    assert_eq!(bus.published::<InventoryReserved>().await.len(), 2);
+    assert_eq!(stock.on_shelf()["teapot"], 5);
+}
+
+#[tokio::test]
+async fn nothing_held_means_nothing_to_put_back() {
+    let bus = TestBus::new();
+    let stock = warehouse(5, 0);
+    let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
+    bus.publish(unpaid(1)).await.unwrap();
+    bus.run_out().await;
+    assert_eq!(bus.dead_letters().await.len(), 1);
+    assert_eq!(stock.on_shelf()["teapot"], 5);
+}

@@ -1,0 +1,72 @@
+//! The rules of the order service.
+
+use eventbus_testkit::TestBus;
+
+use super::{Orders, consumer};
+use crate::events::{CancelReason, Notice, OrderCancelled, OrderShipped};
+use crate::service::sample::{created, line, order_id, publish_twice, short, told, unpaid};
+
+#[tokio::test]
+async fn a_told_customer_means_a_shipped_order() {
+    let bus = TestBus::new();
+    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    bus.publish(created(1, vec![line("teapot", 1)]))
+        .await
+        .unwrap();
+    bus.publish(told(1, Notice::Shipped)).await.unwrap();
+    bus.settled().await;
+    let shipped = bus.published::<OrderShipped>().await;
+    assert_eq!(shipped.len(), 1);
+    assert_eq!(shipped[0].order_id, order_id(1));
+}
+
+#[tokio::test]
+async fn short_stock_and_declined_cards_cancel() {
+    let bus = TestBus::new();
+    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    bus.publish(short(1)).await.unwrap();
+    bus.publish(unpaid(2)).await.unwrap();
+    bus.settled().await;
+    let mut cancelled = bus.published::<OrderCancelled>().await;
+    cancelled.sort_by_key(|order| order.order_id);
+    let reasons: Vec<CancelReason> = cancelled.iter().map(|order| order.reason).collect();
+    assert_eq!(
+        reasons,
+        [CancelReason::OutOfStock, CancelReason::PaymentDeclined]
+    );
+}
+
+#[tokio::test]
+async fn the_mail_about_a_cancellation_ships_nothing() {
+    let bus = TestBus::new();
+    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    bus.publish(short(1)).await.unwrap();
+    bus.publish(told(1, Notice::Cancelled)).await.unwrap();
+    bus.settled().await;
+    assert!(bus.published::<OrderShipped>().await.is_empty());
+    assert!(bus.dead_letters().await.is_empty());
+}
+
+#[tokio::test]
+async fn the_end_of_an_order_delivered_twice_is_said_again() {
+    let bus = TestBus::new();
+    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    publish_twice(&bus, short(1)).await;
+    publish_twice(&bus, unpaid(2)).await;
+    publish_twice(&bus, told(3, Notice::Shipped)).await;
+    assert_eq!(bus.published::<OrderCancelled>().await.len(), 4);
+    assert_eq!(bus.published::<OrderShipped>().await.len(), 2);
+    assert!(bus.dead_letters().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_second_end_is_left_to_a_person() {
+    let bus = TestBus::new();
+    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    bus.publish(short(1)).await.unwrap();
+    bus.settled().await;
+    bus.publish(told(1, Notice::Shipped)).await.unwrap();
+    bus.run_out().await;
+    assert!(bus.published::<OrderShipped>().await.is_empty());
+    assert_eq!(bus.dead_letters().await.len(), 1);
+}

@@ -1,0 +1,109 @@
+//! Sample events for the tests of the services, and their delivery as it may happen.
+
+use eventbus::prelude::{Event, EventId, Outgoing};
+use eventbus_testkit::TestBus;
+use uuid::Uuid;
+
+use crate::events::{
+    CancelReason, Cents, Customer, InventoryReserved, InventoryShort, Line, Notice,
+    NotificationSent, OrderCancelled, OrderCreated, OrderId, PaymentFailed, PaymentProcessed,
+    ShippingCreated,
+};
+
+pub fn order_id(number: u128) -> OrderId {
+    OrderId(Uuid::from_u128(number))
+}
+
+pub fn customer() -> Customer {
+    Customer {
+        name: "Ada Moreau".to_owned(),
+        email: "ada.moreau@example.com".to_owned(),
+    }
+}
+
+pub fn line(product: &str, quantity: u32) -> Line {
+    Line {
+        product: product.to_owned(),
+        quantity,
+    }
+}
+
+pub fn created(number: u128, lines: Vec<Line>) -> OrderCreated {
+    OrderCreated {
+        order_id: order_id(number),
+        customer: customer(),
+        lines,
+        total: Cents(500),
+        card: "tok_4242".to_owned(),
+    }
+}
+
+pub fn reserved(number: u128) -> InventoryReserved {
+    InventoryReserved {
+        order_id: order_id(number),
+        customer: customer(),
+        lines: vec![line("teapot", 1)],
+        total: Cents(500),
+        card: "tok_4242".to_owned(),
+    }
+}
+
+pub fn short(number: u128) -> InventoryShort {
+    InventoryShort {
+        order_id: order_id(number),
+        customer: customer(),
+        product: "teapot".to_owned(),
+    }
+}
+
+pub fn paid(number: u128) -> PaymentProcessed {
+    PaymentProcessed {
+        order_id: order_id(number),
+        customer: customer(),
+        lines: vec![line("teapot", 1)],
+        amount: Cents(500),
+        charge_id: "ch_1".to_owned(),
+    }
+}
+
+pub fn unpaid(number: u128) -> PaymentFailed {
+    PaymentFailed {
+        order_id: order_id(number),
+        customer: customer(),
+        reason: "insufficient funds".to_owned(),
+    }
+}
+
+pub fn packed(number: u128) -> ShippingCreated {
+    ShippingCreated {
+        order_id: order_id(number),
+        customer: customer(),
+        tracking: "PX000000001".to_owned(),
+    }
+}
+
+pub fn cancelled(number: u128, reason: CancelReason) -> OrderCancelled {
+    OrderCancelled {
+        order_id: order_id(number),
+        customer: customer(),
+        reason,
+    }
+}
+
+pub fn told(number: u128, notice: Notice) -> NotificationSent {
+    NotificationSent {
+        order_id: order_id(number),
+        notice,
+        email: customer().email,
+    }
+}
+
+/// Publishes the same event twice, as at-least-once delivery may.
+pub async fn publish_twice<E: Event + Clone>(bus: &TestBus, event: E) {
+    let id = EventId::new();
+    for _ in 0..2 {
+        let copy = Outgoing::new(event.clone()).with_id(id.clone());
+        bus.publish(copy).await.expect("the bus takes it");
+    }
+    bus.settled().await;
+}

@@ -1,0 +1,259 @@
+//! Starts services and stops them in the right order: the gateway first, so that no order comes in
+//! that nobody would handle, then the consumers.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::ValueEnum;
+use eventbus::DeadLetters;
+use eventbus::prelude::{ConsumerBuilder, EventBus};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tracing::{error, info, warn};
+
+use crate::broker::ShopBroker;
+use crate::client::mailer::HttpMailer;
+use crate::client::psp::HttpPsp;
+use crate::service::gateway::{self, Board, Gateway};
+use crate::service::inventory::{self, Warehouse};
+use crate::service::notification::{self, Notifications};
+use crate::service::order::{self, Orders};
+use crate::service::payment::{self, Payments};
+use crate::service::shipping::{self, Labels};
+
+/// How long orders under way may take to end when the broker dies with this process.
+const FINISH_WITHIN: Duration = Duration::from_secs(10);
+
+/// A service of the shop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Service {
+    /// Takes orders over HTTP and says where they stand
+    Gateway,
+    /// Decides how each order ends
+    Order,
+    /// Sets stock aside and puts it back
+    Inventory,
+    /// Charges cards
+    Payment,
+    /// Packs parcels
+    Shipping,
+    /// Mails customers
+    Notification,
+}
+
+impl Service {
+    /// Its name: the consumer group, and the source of its events.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Gateway => "gateway",
+            Self::Order => "order",
+            Self::Inventory => "inventory",
+            Self::Payment => "payment",
+            Self::Shipping => "shipping",
+            Self::Notification => "notification",
+        }
+    }
+}
+
+/// What the services need from outside.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// The gateway's port.
+    pub port: u16,
+    /// The payment provider.
+    pub psp_url: String,
+    /// The mail provider.
+    pub mailer_url: String,
+    /// What is on the shelves in the beginning.
+    pub stock: BTreeMap<String, u32>,
+}
+
+/// Services at work.
+#[derive(Debug)]
+pub struct Shop {
+    /// What the gateway knows of the orders.
+    pub board: Board,
+    /// What the inventory holds.
+    pub warehouse: Warehouse,
+    gateway: Option<Gateway>,
+    buses: Vec<(Service, EventBus)>,
+    dead_letters: Vec<DeadLetters>,
+    consumers: JoinSet<(Service, eventbus::Result<()>)>,
+    stop: watch::Sender<bool>,
+    /// Orders under way are lost with the process, so stopping waits for them.
+    loses_orders: bool,
+}
+
+impl Shop {
+    /// Starts these services; the gateway comes last.
+    ///
+    /// # Errors
+    ///
+    /// When the broker, a topic, a consumer or the gateway's port is not to be had.
+    pub async fn start(
+        broker: &ShopBroker,
+        services: &[Service],
+        surroundings: Surroundings,
+    ) -> anyhow::Result<Self> {
+        broker.apply_topics().await?;
+        let mut shop = Self {
+            board: Board::default(),
+            warehouse: Warehouse::new(surroundings.stock.clone()),
+            gateway: None,
+            buses: Vec::new(),
+            dead_letters: Vec::new(),
+            consumers: JoinSet::new(),
+            stop: watch::Sender::new(false),
+            loses_orders: broker.is_memory(),
+        };
+        for service in services {
+            let bus = broker.bus(service.name()).await?;
+            shop.consume(*service, &bus, &surroundings).await?;
+            shop.buses.push((*service, bus));
+        }
+        let mut buses = shop.buses.iter();
+        if let Some((_, bus)) = buses.find(|(service, _)| *service == Service::Gateway) {
+            let started = Gateway::start(bus.clone(), shop.board.clone(), surroundings.port);
+            shop.gateway = Some(started.await?);
+        }
+        Ok(shop)
+    }
+
+    /// Starts the consumer of one service.
+    async fn consume(
+        &mut self,
+        service: Service,
+        bus: &EventBus,
+        surroundings: &Surroundings,
+    ) -> anyhow::Result<()> {
+        let board = self.board.clone();
+        let warehouse = self.warehouse.clone();
+        match service {
+            Service::Gateway => self.spawn(service, gateway::consumer(bus, board)).await,
+            Service::Order => {
+                let orders = Orders::default();
+                self.spawn(service, order::consumer(bus, orders)).await
+            }
+            Service::Inventory => {
+                let consumer = inventory::consumer(bus, warehouse);
+                self.spawn(service, consumer).await
+            }
+            Service::Payment => {
+                let payments = Payments::new(HttpPsp::new(&surroundings.psp_url)?);
+                self.spawn(service, payment::consumer(bus, payments)).await
+            }
+            Service::Shipping => {
+                let labels = Labels::default();
+                self.spawn(service, shipping::consumer(bus, labels)).await
+            }
+            Service::Notification => {
+                let mailer = HttpMailer::new(&surroundings.mailer_url)?;
+                let consumer = notification::consumer(bus, Notifications::new(mailer));
+                self.spawn(service, consumer).await
+            }
+        }
+    }
+
+    async fn spawn<S>(
+        &mut self,
+        service: Service,
+        consumer: ConsumerBuilder<S>,
+    ) -> anyhow::Result<()>
+    where
+        S: Send + Sync + 'static,
+    {
+        let consumer = consumer.spawn().await;
+        let consumer = consumer.with_context(|| format!("start the {} service", service.name()))?;
+        self.dead_letters.push(consumer.dead_letters());
+        let mut stop = self.stop.subscribe();
+        self.consumers.spawn(async move {
+            let stopped = async move {
+                // A dropped sender stops the consumers as well.
+                let _ = stop.wait_for(|stop| *stop).await;
+            };
+            (service, consumer.run_until(stopped).await)
+        });
+        info!(service = service.name(), "started");
+        Ok(())
+    }
+
+    /// Where the gateway listens, if it is among the services.
+    pub fn gateway_url(&self) -> Option<&str> {
+        self.gateway.as_ref().map(|gateway| gateway.url.as_str())
+    }
+
+    /// What the services could not handle, each in a sentence.
+    ///
+    /// # Errors
+    ///
+    /// When the broker cannot read them.
+    pub async fn dead_letters(&self) -> anyhow::Result<Vec<String>> {
+        let mut sentences = Vec::new();
+        for service in &self.dead_letters {
+            for letter in service.list().await.context("list the dead letters")? {
+                let (group, topic) = (&letter.group, &letter.message.topic);
+                let error = &letter.error;
+                sentences.push(format!(
+                    "{group} could not handle a message of {topic}: {error}"
+                ));
+            }
+        }
+        Ok(sentences)
+    }
+
+    /// Resolves when a consumer ended by itself, which is an error.
+    pub async fn failed(&mut self) -> anyhow::Error {
+        match self.consumers.join_next().await {
+            Some(Ok((service, Err(error)))) => {
+                anyhow::Error::new(error).context(format!("the {} service ended", service.name()))
+            }
+            Some(Ok((service, Ok(())))) => {
+                anyhow::anyhow!("the {} service ended by itself", service.name())
+            }
+            Some(Err(error)) => anyhow::Error::new(error).context("a service panicked"),
+            // Without a consumer there is nothing that could end.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Stops taking orders, lets the handlers finish, and closes.
+    ///
+    /// # Errors
+    ///
+    /// The first error of a consumer; all are stopped nevertheless.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        if let Some(gateway) = self.gateway.take() {
+            gateway.stop().await;
+            if self.loses_orders {
+                wait_for_orders(&self.board).await;
+            }
+        }
+        self.stop.send_replace(true);
+        let mut outcome = Ok(());
+        while let Some(ended) = self.consumers.join_next().await {
+            let (service, ended) = ended.context("a service panicked")?;
+            if let Err(error) = ended {
+                error!(service = service.name(), error = ?error, "did not stop cleanly");
+                outcome = outcome.and(Err(error));
+            }
+        }
+        for (_, bus) in self.buses {
+            bus.close().await?;
+        }
+        outcome.context("stop the services")
+    }
+}
+
+async fn wait_for_orders(board: &Board) {
+    let mut open = board.open();
+    let over = timeout(FINISH_WITHIN, open.wait_for(|open| *open == 0)).await;
+    if over.is_err() {
+        let orders = *board.open().borrow();
+        warn!(
+            orders,
+            "orders under way are lost: this broker ends with the process"
+        );
+    }
+}
