@@ -8,7 +8,7 @@ use tokio::sync::mpsc::{Sender, channel};
 
 /// What the shop published until last year, and what still lies on topics and among dead letters.
 mod v1 {
-    use super::*;
+    use super::{Deserialize, Event, Serialize};
 
     #[derive(Event, Serialize, Deserialize)]
     #[event(type = "OrderCreated", topic = "order-events", key = "order_id")]

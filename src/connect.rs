@@ -9,7 +9,8 @@ const SCHEMES: &[(&str, &str)] = &[("memory", "memory")];
 
 /// Connects an [`EventBus`]; in scope with the prelude, so that `EventBus::connect` is there.
 pub trait Connect: Sized {
-    /// Connects to the broker that `url` names, such as `memory:` or `memory:?like=kafka`.
+    /// Connects to the broker that `url` names, such as `memory:`, `memory:shop` for one that
+    /// several parts of a process share, or `memory:?like=kafka`.
     ///
     /// # Errors
     ///
@@ -68,8 +69,8 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
     match scheme {
         #[cfg(feature = "memory")]
         "memory" => {
-            let config = eventbus_core::MemoryConfig::from_url(url)?;
-            Ok(EventBus::builder(eventbus_core::MemoryBroker::with(config)))
+            let broker = eventbus_core::MemoryBroker::from_url(url)?;
+            Ok(EventBus::builder(broker))
         }
         scheme => Err(unknown(scheme, url)),
     }

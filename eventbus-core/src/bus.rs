@@ -29,12 +29,13 @@ use crate::topic::TopicSpec;
 #[derive(Clone)]
 pub struct EventBus {
     inner: Arc<Inner>,
+    /// The service that publishes through this handle.
+    source: Arc<str>,
 }
 
 struct Inner {
     broker: Arc<dyn Broker>,
     capabilities: Capabilities,
-    source: String,
     clock: Arc<dyn Clock>,
     formats: Formats,
     format: Arc<dyn Format>,
@@ -97,12 +98,12 @@ impl EventBusBuilder {
         let capabilities = self.broker.capabilities();
         let labels = [("messaging.system", capabilities.system)];
         EventBus {
+            source: Arc::from(self.source),
             inner: Arc::new(Inner {
                 sent: metrics::counter!(SENT_MESSAGES, &labels),
                 publish_duration: metrics::histogram!(OPERATION_DURATION, &labels),
                 broker: self.broker,
                 capabilities,
-                source: self.source,
                 clock: self.clock,
                 formats: self.formats,
                 format: self.format,
@@ -138,6 +139,16 @@ impl EventBus {
             format: Arc::new(EnvelopeFormat),
             topic_formats: HashMap::new(),
             topic_prefix: String::new(),
+        }
+    }
+
+    /// A handle on the same connection for another service of this process: its name is the source
+    /// of what is published through it.
+    #[must_use]
+    pub fn with_source(&self, source: &str) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            source: Arc::from(source),
         }
     }
 
@@ -204,7 +215,7 @@ impl EventBus {
         let frame = Frame {
             format: self.format_of(&topic),
             topic,
-            source: &self.inner.source,
+            source: &self.source,
             now: self.inner.clock.now(),
             id: EventId::new(),
             origin: Origin::new(),
@@ -323,7 +334,7 @@ impl EventBus {
         &self.inner.capabilities
     }
 
-    /// Ends the connection and every consumer on it. Idempotent.
+    /// Ends the connection, for all clones of this handle and every consumer on it. Idempotent.
     ///
     /// # Errors
     ///
@@ -387,7 +398,7 @@ impl EventBus {
     }
 
     pub(crate) fn source(&self) -> &str {
-        &self.inner.source
+        &self.source
     }
 
     pub(crate) fn formats(&self) -> &Formats {
@@ -432,7 +443,7 @@ impl fmt::Debug for EventBus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EventBus")
             .field("broker", &self.inner.broker)
-            .field("source", &self.inner.source)
+            .field("source", &self.source)
             .finish_non_exhaustive()
     }
 }

@@ -61,6 +61,9 @@ impl<S, U: Unit> Context<S, U> {
 
     /// A text that is the same for every attempt of this group at this event, and differs between
     /// groups: pass it to whatever accepts an idempotency key.
+    ///
+    /// It belongs to the event, not to what the handler does: where the last of two events triggers
+    /// an effect, either may come last, and the key of the business (an order's number) is right.
     pub fn idempotency_key(&self) -> String {
         format!("{}/{}", self.scope.group(), self.scope.id())
     }

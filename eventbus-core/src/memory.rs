@@ -11,6 +11,7 @@ mod config;
 mod group;
 mod log;
 mod member;
+mod named;
 mod room;
 mod settle;
 mod state;
@@ -140,6 +141,26 @@ impl MemoryBroker {
             clients: AtomicU64::new(0),
         });
         server.client()
+    }
+
+    /// The server that `url` names: a new one for `memory:`, and for `memory:shop` the one of this
+    /// name in this process, which lives as long as one of its clients. Options stand behind `?`;
+    /// see [`MemoryConfig::from_url`].
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when the url can't be read, `Conflict` when the server of this name was
+    /// started with other options.
+    pub fn from_url(url: &str) -> Result<Self> {
+        let config = MemoryConfig::from_url(url)?;
+        let address = url.split_once('?').map_or(url, |(address, _)| address);
+        let name = address
+            .trim_start_matches("memory:")
+            .trim_start_matches('/');
+        match name {
+            "" => Ok(Self::with(config)),
+            name => named::client(name, config),
+        }
     }
 
     /// Another client of the same server: closing one leaves the other working.

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use eventbus_core::{
-    BoxError, Clock, Consumer, ConsumerBuilder, DeadLetter, DeadLetters, Dispatch, Event, EventBus,
-    MemoryBroker, MemoryConfig, MemoryProfile, Request, Start, Timestamp, Unit, Until,
+    BoxError, Clock, Consumer, ConsumerBuilder, DeadLetter, DeadLetters, Dispatch, Envelope, Event,
+    EventBus, MemoryBroker, MemoryConfig, MemoryProfile, Request, Start, Timestamp, Unit, Until,
 };
 use tokio::time::Instant;
 use tower::{Layer, Service};
@@ -205,6 +205,16 @@ impl TestBus {
     ///
     /// When one of its topic can't be read.
     pub async fn published<E: Event>(&self) -> Vec<E> {
+        let found = self.published_with_envelopes().await;
+        found.into_iter().map(|(_, event)| event).collect()
+    }
+
+    /// As [`published`](Self::published), with the envelope of each: its id, cause and correlation.
+    ///
+    /// # Panics
+    ///
+    /// As [`published`](Self::published).
+    pub async fn published_with_envelopes<E: Event>(&self) -> Vec<(Envelope, E)> {
         let mut reader = self
             .bus
             .read(&[E::TOPIC], Start::Earliest, Some(Until::Now))
@@ -213,7 +223,10 @@ impl TestBus {
         let mut events = Vec::new();
         while let Some(record) = reader.next().await.expect("the in-memory broker reads on") {
             match self.bus.event::<E>(&record.message) {
-                Ok(Some(event)) => events.push(event),
+                Ok(Some(event)) => {
+                    let envelope = self.bus.envelope(&record.message);
+                    events.push((envelope.expect("what was read has an envelope"), event));
+                }
                 Ok(None) => {}
                 Err(error) => panic!("a message on {} can't be read: {error:?}", E::TOPIC),
             }

@@ -92,7 +92,8 @@ impl MemoryConfig {
         self
     }
 
-    /// Reads `memory:`, with `like`, `partitions` and `bytes` as options behind `?`.
+    /// Reads `memory:`, with `like`, `partitions` and `bytes` as options behind `?`. A name, as in
+    /// `memory:shop`, is left to [`MemoryBroker::from_url`](crate::MemoryBroker::from_url).
     ///
     /// # Errors
     ///
@@ -102,9 +103,9 @@ impl MemoryConfig {
             Error::new(ErrorKind::InvalidInput, "read broker url", message).with("url", url)
         };
         let (address, options) = url.split_once('?').unwrap_or((url, ""));
-        if !matches!(address, "memory:" | "memory://") {
+        if !address.starts_with("memory:") {
             return Err(refuse(
-                "the in-memory broker's url is `memory:`, with options behind `?`",
+                "the in-memory broker's url is `memory:` or `memory:NAME`, with options behind `?`",
             ));
         }
         let mut config = Self::default();
@@ -144,6 +145,12 @@ impl MemoryConfig {
             }
         }
         Ok(config)
+    }
+
+    /// Whether two URLs asked for the same server.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        (self.profile, self.partitions, self.bytes)
+            == (other.profile, other.partitions, other.bytes)
     }
 
     /// What a server with this set-up declares.

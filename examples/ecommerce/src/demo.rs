@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
+use eventbus::prelude::{Connect as _, EventBus};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::timeout;
 
-use crate::broker::ShopBroker;
 use crate::fake::FakeProcess;
-use crate::shop::{Service, Shop, Surroundings};
+use crate::shop::{Service, Shop, Surroundings, lives_in_process};
 
 mod checkout;
 mod history;
@@ -56,8 +56,8 @@ pub struct DemoArgs {
 ///
 /// When something cannot be started or asked.
 pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
-    let broker = ShopBroker::new(&broker_url(&args))?;
-    let book = OrderBook::write(args.orders, args.seed, &run_name(&broker, args.seed));
+    let bus = EventBus::connect(&broker_url(&args)).await?;
+    let book = OrderBook::write(args.orders, args.seed, &run_name(&bus, args.seed));
     let book = Arc::new(book);
     let (psp, mailer) = start_fakes(args.seed).await?;
     let surroundings = Surroundings {
@@ -66,8 +66,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         mailer_url: mailer.url.clone(),
         stock: book.stock.clone(),
     };
-    let shop = Shop::start(&broker, Service::value_variants(), surroundings).await?;
-    let reader = broker.bus("demo").await?;
+    let shop = Shop::start(&bus, Service::value_variants(), surroundings).await?;
 
     let bar = progress_bar(args.orders);
     let gateway = shop.gateway_url().context("the demo runs a gateway")?;
@@ -75,7 +74,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let unfinished = wait_for_ends(&shop, &bar).await;
     bar.finish_and_clear();
 
-    let history = History::read(&reader).await?;
+    let history = History::read(&bus).await?;
     let findings = Findings {
         psp: ask(&psp, "calls").await?,
         mailer: ask(&mailer, "calls").await?,
@@ -102,7 +101,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         let line = serde_json::to_string(&summary.line())?;
         writeln!(std::io::stdout(), "{line}")?;
     }
-    reader.close().await?;
+    bus.close().await?;
     Ok(match summary.complaints.is_empty() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
@@ -122,8 +121,8 @@ fn broker_url(args: &DemoArgs) -> String {
 
 /// Names the run's idempotency keys: the same seed places the same orders, but a broker that
 /// outlives the run has to see other orders every time.
-fn run_name(broker: &ShopBroker, seed: u64) -> String {
-    match broker.is_memory() {
+fn run_name(bus: &EventBus, seed: u64) -> String {
+    match lives_in_process(bus) {
         true => format!("demo-{seed}"),
         false => format!("demo-{seed}-{}", uuid::Uuid::now_v7()),
     }

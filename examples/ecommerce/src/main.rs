@@ -9,11 +9,10 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use eventbus::prelude::shutdown_signal;
+use eventbus::prelude::{Connect as _, EventBus, shutdown_signal};
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
-mod broker;
 mod catalogue;
 mod client;
 mod demo;
@@ -22,12 +21,11 @@ mod fake;
 mod service;
 mod shop;
 
-use broker::ShopBroker;
 use demo::DemoArgs;
 use fake::FakeProcess;
 use fake::mailer::MailerArgs;
 use fake::psp::PspArgs;
-use shop::{Service, Shop, Surroundings};
+use shop::{Service, Shop, Surroundings, lives_in_process};
 
 /// A shop of small services that talk through events only.
 ///
@@ -121,9 +119,9 @@ fn start_logging(default: &str) {
 }
 
 async fn run(args: RunArgs) -> anyhow::Result<()> {
-    let broker = ShopBroker::new(&args.broker)?;
+    let bus = EventBus::connect(&args.broker).await?;
     anyhow::ensure!(
-        args.only.is_empty() || !broker.is_memory(),
+        args.only.is_empty() || !lives_in_process(&bus),
         "`--only` runs some services in this process and leaves the others to other processes, but \
          `memory:` lives inside one process: leave out `--only`, or give a broker that processes \
          share with `--broker`"
@@ -141,7 +139,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         mailer_url: mailer.url.clone(),
         stock: usual_stock(),
     };
-    let mut shop = Shop::start(&broker, &services, surroundings).await?;
+    let mut shop = Shop::start(&bus, &services, surroundings).await?;
     if let Some(url) = shop.gateway_url() {
         info!("taking orders at {url}/orders, until ctrl-c");
     }
@@ -151,6 +149,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     };
     info!("stopping");
     let stopped = shop.stop().await;
+    bus.close().await?;
     ended.and(stopped)
 }
 

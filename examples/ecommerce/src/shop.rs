@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
-use eventbus::DeadLetters;
 use eventbus::prelude::{ConsumerBuilder, EventBus};
+use eventbus::{DeadLetters, Durability};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
-use crate::broker::ShopBroker;
 use crate::client::mailer::HttpMailer;
 use crate::client::psp::HttpPsp;
+use crate::events::topics;
 use crate::service::gateway::{self, Board, Gateway};
 use crate::service::inventory::{self, Warehouse};
 use crate::service::notification::{self, Notifications};
@@ -93,11 +93,11 @@ impl Shop {
     ///
     /// When the broker, a topic, a consumer or the gateway's port is not to be had.
     pub async fn start(
-        broker: &ShopBroker,
+        bus: &EventBus,
         services: &[Service],
         surroundings: Surroundings,
     ) -> anyhow::Result<Self> {
-        broker.apply_topics().await?;
+        apply_topics(bus).await?;
         let mut shop = Self {
             board: Board::default(),
             warehouse: Warehouse::new(surroundings.stock.clone()),
@@ -106,10 +106,10 @@ impl Shop {
             dead_letters: Vec::new(),
             consumers: JoinSet::new(),
             stop: watch::Sender::new(false),
-            loses_orders: broker.is_memory(),
+            loses_orders: lives_in_process(bus),
         };
         for service in services {
-            let bus = broker.bus(service.name()).await?;
+            let bus = bus.with_source(service.name());
             shop.consume(*service, &bus, &surroundings).await?;
             shop.buses.push((*service, bus));
         }
@@ -218,7 +218,7 @@ impl Shop {
         }
     }
 
-    /// Stops taking orders, lets the handlers finish, and closes.
+    /// Stops taking orders and lets the handlers finish.
     ///
     /// # Errors
     ///
@@ -239,11 +239,28 @@ impl Shop {
                 outcome = outcome.and(Err(error));
             }
         }
-        for (_, bus) in self.buses {
-            bus.close().await?;
-        }
         outcome.context("stop the services")
     }
+}
+
+/// Whether what is on the broker lives and dies with this process.
+pub fn lives_in_process(bus: &EventBus) -> bool {
+    bus.capabilities().durability == Durability::Process
+}
+
+/// Creates the topics that are missing and warns of those that differ from the table.
+async fn apply_topics(bus: &EventBus) -> anyhow::Result<()> {
+    let reports = bus.apply_topics(&topics()).await;
+    for report in reports.context("create the topics")? {
+        for difference in report.drift {
+            // That the in-memory broker forgets everything with its process is no surprise.
+            match lives_in_process(bus) {
+                true => debug!(topic = %report.name, difference),
+                false => warn!(topic = %report.name, difference, "it is not as declared"),
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn wait_for_orders(board: &Board) {
