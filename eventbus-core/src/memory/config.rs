@@ -267,7 +267,6 @@ mod tests {
             ("memory:?partitions=many", "1 to 4096"),
             ("memory:?bytes=1", "at least 4096"),
             ("memory:?size=1", "like, partitions and bytes"),
-            ("memory://host", "`memory:`"),
             ("kafka://host", "`memory:`"),
         ];
         for (url, allowed) in cases {

@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use eventbus::prelude::{Connect as _, EventBus};
+use eventbus::prelude::EventBus;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::timeout;
 
 use crate::fake::FakeProcess;
-use crate::shop::{Service, Shop, Surroundings, lives_in_process};
+use crate::shop::{Service, Shop, Surroundings, connect, lives_in_process};
 
 mod checkout;
 mod history;
@@ -56,7 +56,7 @@ pub struct DemoArgs {
 ///
 /// When something cannot be started or asked.
 pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
-    let bus = EventBus::connect(&broker_url(&args)).await?;
+    let bus = connect(&broker_url(&args)).await?;
     let book = OrderBook::write(args.orders, args.seed, &run_name(&bus, args.seed));
     let book = Arc::new(book);
     let (psp, mailer) = start_fakes(args.seed).await?;

@@ -9,7 +9,7 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use eventbus::prelude::{Connect as _, EventBus, shutdown_signal};
+use eventbus::prelude::shutdown_signal;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
@@ -25,7 +25,7 @@ use demo::DemoArgs;
 use fake::FakeProcess;
 use fake::mailer::MailerArgs;
 use fake::psp::PspArgs;
-use shop::{Service, Shop, Surroundings, lives_in_process};
+use shop::{Service, Shop, Surroundings, connect, lives_in_process};
 
 /// A shop of small services that talk through events only.
 ///
@@ -119,7 +119,7 @@ fn start_logging(default: &str) {
 }
 
 async fn run(args: RunArgs) -> anyhow::Result<()> {
-    let bus = EventBus::connect(&args.broker).await?;
+    let bus = connect(&args.broker).await?;
     anyhow::ensure!(
         args.only.is_empty() || !lives_in_process(&bus),
         "`--only` runs some services in this process and leaves the others to other processes, but \

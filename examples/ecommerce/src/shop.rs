@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
-use eventbus::prelude::{ConsumerBuilder, EventBus};
+use eventbus::prelude::{Connect as _, ConsumerBuilder, EventBus};
 use eventbus::{DeadLetters, Durability};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -241,6 +241,16 @@ impl Shop {
         }
         outcome.context("stop the services")
     }
+}
+
+/// Connects to the broker that the user named.
+///
+/// # Errors
+///
+/// When there is none at the URL.
+pub async fn connect(url: &str) -> anyhow::Result<EventBus> {
+    let connected = EventBus::connect(url).await;
+    connected.context("connect to the broker given with `--broker`")
 }
 
 /// Whether what is on the broker lives and dies with this process.
