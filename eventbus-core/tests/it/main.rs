@@ -1,4 +1,5 @@
 //! Tests of eventbus-core through the testkit.
 
 mod conformance;
+mod formats;
 mod memory;
