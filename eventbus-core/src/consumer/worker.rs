@@ -144,6 +144,8 @@ pub(crate) struct Worker<V, Fut> {
     alarm: Pin<Box<Sleep>>,
     /// When the alarm rings; later wishes do not move it.
     alarm_at: Option<Instant>,
+    /// When to look for runs over their deadline; none while nothing runs.
+    tick_at: Option<Instant>,
     /// When a held consumer may be probed.
     probe_at: Option<Instant>,
     /// Whether anything ready may not be started now.
@@ -209,6 +211,7 @@ where
             ended: Vec::new(),
             alarm: Box::pin(tokio::time::sleep(Duration::ZERO)),
             alarm_at: None,
+            tick_at: None,
             probe_at: None,
             held: false,
             random,
@@ -237,8 +240,9 @@ where
             progress |= self.slots.poll(&mut self.ended);
             self.conclude();
             self.check_stop(now);
-            self.check_revocations(now);
-            if !progress {
+            progress |= self.check_revocations(now);
+            // Looked at last, once a turn: what a dropped run leaves is started in the next pass.
+            if !progress && !self.expire_runs(now) {
                 break;
             }
             passes += 1;
@@ -552,7 +556,7 @@ where
                 .iter()
                 .any(|older| self.keys.successor(*older) == Some(id))
             {
-                self.keys.get_mut(id).state = NodeState::Behind;
+                self.put_behind(id);
                 undone.push(id);
                 continue;
             }
@@ -569,27 +573,33 @@ where
         for id in nodes.iter() {
             self.keys.get_mut(id).alone = true;
         }
-        self.unstart(nodes, |_, _| false);
+        self.unstart(nodes);
     }
 
-    /// Puts back what was started: to the next owner where `leaves` says so, else to be started
-    /// again, each behind the older ones of its key.
-    fn unstart(&mut self, nodes: &Nodes, leaves: impl Fn(&Self, NodeId) -> bool) {
+    /// Puts back what was started: to the next owner where it is leaving, else to be started again,
+    /// each behind the older ones of its key.
+    fn unstart(&mut self, nodes: &Nodes) {
         let ids: Vec<_> = nodes.iter().collect();
         // From the last to the first, so that the first is first again.
         for id in ids.iter().copied().rev() {
             let is_behind = ids
                 .iter()
                 .any(|older| self.keys.successor(*older) == Some(id));
-            match (leaves(self, id), is_behind) {
-                (true, true) => {
-                    self.forget(id);
-                    self.keys.get_mut(id).state = NodeState::Dropped;
-                }
-                (true, false) => self.drop_node(id),
-                (false, true) => self.keys.get_mut(id).state = NodeState::Behind,
+            match (is_behind, self.is_leaving(id)) {
+                (true, _) => self.put_behind(id),
+                (false, true) => self.drop_node(id),
                 (false, false) => self.keys.push_ready_first(id),
             }
+        }
+    }
+
+    /// Puts a delivery that was started together with an older one of its key behind that one again.
+    fn put_behind(&mut self, id: NodeId) {
+        if self.is_leaving(id) {
+            self.forget(id);
+            self.keys.get_mut(id).state = NodeState::Dropped;
+        } else {
+            self.keys.get_mut(id).state = NodeState::Behind;
         }
     }
 
@@ -820,6 +830,7 @@ where
                 self.drop_node(id);
             }
         }
+        self.revocations.push(Arc::clone(&revocation));
         if revocation.finish_until.is_none() {
             self.cancel_runs(&revocation.lanes);
             self.settled.retain(|item| match item {
@@ -827,25 +838,27 @@ where
                 _ => true,
             });
         }
-        self.revocations.push(revocation);
     }
 
-    fn check_revocations(&mut self, now: Instant) {
-        if self.revocations.is_empty() {
-            return;
-        }
-        for revocation in std::mem::take(&mut self.revocations) {
+    /// Passes on the lanes that nothing runs on any more; says whether handlers had to be dropped.
+    fn check_revocations(&mut self, now: Instant) -> bool {
+        let mut dropped = false;
+        let mut index = 0;
+        // Each stays in the list until it is done: what shares a run with it may be leaving, too.
+        while let Some(revocation) = self.revocations.get(index).map(Arc::clone) {
             if revocation.finish_until.is_some_and(|until| until <= now) {
-                self.cancel_runs(&revocation.lanes);
+                dropped |= self.cancel_runs(&revocation.lanes);
             }
             if self.runs_any(&revocation.lanes) {
-                self.revocations.push(revocation);
+                index += 1;
                 continue;
             }
             // Verdicts first, so that they stand before the release.
             self.flush();
+            self.revocations.remove(index);
             revocation.cleared();
         }
+        dropped
     }
 
     fn runs_any(&self, lanes: &[Lane]) -> bool {
@@ -858,20 +871,23 @@ where
     }
 
     /// Drops the handlers of these lanes; a group that holds others, too, is repeated for those.
-    fn cancel_runs(&mut self, lanes: &[Lane]) {
+    fn cancel_runs(&mut self, lanes: &[Lane]) -> bool {
+        let mut cancelled = false;
         for slot in 0..self.running.len() {
             let Some(running) = &self.running[slot] else {
                 continue;
             };
-            let leaves = |this: &Self, id: NodeId| lanes.contains(&this.keys.get(id).scope.lane());
-            if !running.nodes.iter().any(|id| leaves(self, id)) {
+            let of_lanes = |id: NodeId| lanes.contains(&self.keys.get(id).scope.lane());
+            if !running.nodes.iter().any(of_lanes) {
                 continue;
             }
             if let Some(running) = self.running[slot].take() {
+                cancelled = true;
                 self.slots.cancel(slot);
-                self.unstart(&running.nodes, leaves);
+                self.unstart(&running.nodes);
             }
         }
+        cancelled
     }
 
     fn begin_stop(&mut self, stop: Arc<Stop>, now: Instant) {
@@ -901,7 +917,7 @@ where
         for slot in 0..self.running.len() {
             if let Some(running) = self.running[slot].take() {
                 self.slots.cancel(slot);
-                self.unstart(&running.nodes, |_, _| true);
+                self.unstart(&running.nodes);
             }
         }
         let left: Vec<_> = self.keys.ids().collect();
@@ -929,10 +945,6 @@ where
     }
 
     fn set_alarm(&mut self, cx: &mut Context<'_>) {
-        let deadline = match self.slots.is_idle() {
-            true => None,
-            false => Some(self.expire_runs()),
-        };
         let revocation = self
             .revocations
             .iter()
@@ -942,7 +954,7 @@ where
         let wanted = self
             .next_due()
             .into_iter()
-            .chain(deadline)
+            .chain(self.tick_at)
             .chain(revocation)
             .chain(stop)
             .min();
@@ -960,12 +972,16 @@ where
         }
     }
 
-    /// Drops runs over their deadline and returns when to look again: one coarse tick, not a timer
-    /// a message.
-    fn expire_runs(&mut self) -> Instant {
-        let now = Instant::now();
+    /// Drops runs over their deadline, says whether there were any, and notes when to look again:
+    /// one coarse tick, not a timer a message.
+    fn expire_runs(&mut self, now: Instant) -> bool {
+        self.tick_at = None;
+        if self.slots.is_idle() {
+            return false;
+        }
         let deadline = self.runtime.settings.deadline;
         let mut oldest = now;
+        let mut expired = false;
         for slot in 0..self.running.len() {
             let Some(running) = &self.running[slot] else {
                 continue;
@@ -976,14 +992,15 @@ where
                 continue;
             }
             if let Some(running) = self.running[slot].take() {
+                expired = true;
                 self.slots.cancel(slot);
                 self.fail_run(running, || Cause::Deadline(deadline));
             }
         }
         let tick = (deadline / 8).clamp(Duration::from_millis(10), Duration::from_secs(1));
-        (oldest + deadline)
-            .min(now + tick)
-            .max(now + Duration::from_millis(1))
+        let next = (oldest + deadline).min(now + tick);
+        self.tick_at = Some(next.max(now + Duration::from_millis(1)));
+        expired
     }
 
     fn since_begun(&self, now: Instant) -> u64 {
