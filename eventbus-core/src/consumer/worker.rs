@@ -122,6 +122,8 @@ const PASSES_MAX: usize = 16;
 /// Runs handlers; one task.
 pub(crate) struct Worker<V, Fut> {
     runtime: Arc<Runtime>,
+    /// Its number at the gate.
+    number: usize,
     inbox: Arc<Inbox>,
     part: Arc<Part>,
     settler: Coalescer<SettleItem>,
@@ -188,13 +190,14 @@ where
         inbox: Arc<Inbox>,
         part: Arc<Part>,
         settler: Coalescer<SettleItem>,
-        slots: usize,
+        (number, slots): (usize, usize),
         start: V,
     ) -> Self {
         let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), slots) | 1;
         Self {
             tally: Tally::default(),
             runtime,
+            number,
             inbox,
             part,
             settler,
@@ -349,7 +352,7 @@ where
                 self.recycle(scope);
                 continue;
             }
-            let probe = match self.runtime.gate.admit() {
+            let probe = match self.runtime.gate.admit(self.number) {
                 Admission::Yes => false,
                 Admission::Probe => true,
                 Admission::Wait(probe_at) => {
@@ -671,8 +674,10 @@ where
         if first_attempt && decision != OnError::DeadLetter {
             self.tally.first_failed();
         }
-        // A message that its policy rejects says nothing against the consumer.
-        self.end_probe(id, decision == OnError::DeadLetter);
+        // A message that its policy rejects says nothing against the consumer; and an attempt that
+        // fails by itself got as far as it can, so that waiting for what was away does not help it.
+        let passed = decision == OnError::DeadLetter || !self.runtime.gate.holds_for_failures();
+        self.end_probe(id, passed);
         if !self.runtime.gate.is_open() && decision != OnError::DeadLetter {
             // While the consumer holds, no attempt is counted.
             return self.again(id);
