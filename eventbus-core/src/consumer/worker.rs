@@ -550,15 +550,21 @@ where
         }
     }
 
-    /// Concludes a group. Behind a delivery that is not done, those of the same key are handled
-    /// once more: what came of them is not kept, so that the key keeps its order.
+    /// Concludes a group. What stands behind a delivery of its key that is not done waits: it is
+    /// handled once more if that one was not handled, because what came of it then is not kept.
     fn conclude_each(&mut self, ids: &[NodeId], outcomes: Vec<Outcome>) {
         let mut undone: Vec<NodeId> = Vec::new();
         for (id, outcome) in ids.iter().copied().zip(outcomes) {
-            if undone
+            let older = undone
                 .iter()
-                .any(|older| self.keys.successor(*older) == Some(id))
-            {
+                .copied()
+                .find(|older| self.keys.successor(*older) == Some(id));
+            if let Some(older) = older {
+                if matches!(self.keys.get(older).stage, Stage::Publish(_))
+                    && let Outcome::Unsent(messages) = outcome
+                {
+                    self.keys.get_mut(id).stage = Stage::Publish(messages);
+                }
                 self.put_behind(id);
                 undone.push(id);
                 continue;
@@ -649,6 +655,10 @@ where
             Outcome::Unpublished(messages, error) => {
                 self.keys.get_mut(id).stage = Stage::Publish(messages);
                 self.hold(id, || error.to_string());
+            }
+            Outcome::Unsent(messages) => {
+                self.keys.get_mut(id).stage = Stage::Publish(messages);
+                self.again(id);
             }
         }
     }
