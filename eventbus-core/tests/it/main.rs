@@ -1,4 +1,5 @@
-//! Tests of eventbus-core through the testkit.
+//! Tests of eventbus-core through its public API and the testkit.
 
 mod conformance;
 mod memory;
+mod order;
