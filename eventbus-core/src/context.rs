@@ -1,7 +1,7 @@
 //! What a handler knows about the event it handles, and what it may do.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::consumer::scope::Scope;
 use crate::delivery::Position;
@@ -21,13 +21,14 @@ use crate::unit_of_work::{NoUnit, Unit, Work};
 pub struct Context<S = (), U: Unit = NoUnit> {
     scope: Arc<Scope>,
     state: Arc<S>,
-    work: Option<Box<dyn Work>>,
+    /// Behind a mutex that is never locked, so that a reference to the context may cross an await.
+    work: Mutex<Option<Box<dyn Work>>>,
     unit: std::marker::PhantomData<fn() -> U>,
 }
 
 impl<S, U: Unit> Context<S, U> {
     pub(crate) fn new(scope: Arc<Scope>, state: Arc<S>) -> Self {
-        let work = scope.take_work();
+        let work = Mutex::new(scope.take_work());
         Self {
             scope,
             state,
@@ -124,6 +125,8 @@ impl<S, U: Unit> Context<S, U> {
     /// In a consumer without a unit of work, where `U` has nothing to give.
     pub fn resource(&mut self) -> &mut U::Resource {
         self.work
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
             .as_mut()
             .and_then(|work| work.resource().downcast_mut())
             .expect("a consumer with this unit of work gives its resource to every handler")
@@ -132,7 +135,8 @@ impl<S, U: Unit> Context<S, U> {
 
 impl<S, U: Unit> Drop for Context<S, U> {
     fn drop(&mut self) {
-        if let Some(work) = self.work.take() {
+        let work = self.work.get_mut();
+        if let Some(work) = work.unwrap_or_else(PoisonError::into_inner).take() {
             self.scope.return_work(work);
         }
     }

@@ -93,17 +93,25 @@ pub(crate) struct Gate {
 struct State {
     paused: bool,
     held: Option<Held>,
+    /// For each worker, the number of its latest probe; zero before the first.
+    probes: Vec<u64>,
 }
 
 #[derive(Clone, Debug)]
 struct Held {
     reason: String,
+    /// Too many attempts failed, as opposed to: something that attempts need is away.
+    is_for_failures: bool,
     probe_at: Instant,
     interval: Duration,
     probing: bool,
 }
 
 const WINDOW_MAX: u64 = 200;
+
+/// How much later than another a worker may probe that has probed more recently: otherwise one
+/// whose messages all fail would take every probe, and nobody would learn that others' do not.
+const PROBE_LATER: Duration = Duration::from_millis(10);
 
 impl Gate {
     pub(crate) fn new(breaker: Breaker) -> Self {
@@ -116,9 +124,12 @@ impl Gate {
         }
     }
 
-    pub(crate) fn add_worker(&self, inbox: Arc<Inbox>) {
+    /// Takes in a worker and returns its number.
+    pub(crate) fn add_worker(&self, inbox: Arc<Inbox>) -> usize {
         let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
         workers.push(inbox);
+        self.lock().probes.push(0);
+        workers.len() - 1
     }
 
     #[inline]
@@ -126,29 +137,47 @@ impl Gate {
         self.open.load(Ordering::Acquire)
     }
 
-    /// Whether a run may start now.
+    /// Whether `worker` may start a run now.
     #[inline]
-    pub(crate) fn admit(&self) -> Admission {
+    pub(crate) fn admit(&self, worker: usize) -> Admission {
         if self.is_open() {
             return Admission::Yes;
         }
-        let mut state = self.lock();
+        let mut guard = self.lock();
+        let state = &mut *guard;
         if state.paused {
             return Admission::Wait(None);
         }
-        match &mut state.held {
-            None => Admission::Yes,
-            Some(held) if held.probing => Admission::Wait(None),
-            Some(held) if held.probe_at > Instant::now() => Admission::Wait(Some(held.probe_at)),
-            Some(held) => {
-                held.probing = true;
-                Admission::Probe
-            }
+        let Some(held) = &mut state.held else {
+            return Admission::Yes;
+        };
+        if held.probing {
+            return Admission::Wait(None);
         }
+        let mine = state.probes[worker];
+        let first = state.probes.iter().filter(|other| **other < mine).count();
+        // There are far fewer than 2^32 workers.
+        let probe_at = held.probe_at + PROBE_LATER * first as u32;
+        if probe_at > Instant::now() {
+            return Admission::Wait(Some(probe_at));
+        }
+        held.probing = true;
+        state.probes[worker] = state.probes.iter().max().map_or(1, |latest| latest + 1);
+        Admission::Probe
     }
 
-    /// Holds because of what `reason` says.
+    /// Holds because something that attempts need is away, as `reason` says.
     pub(crate) fn hold(&self, reason: impl FnOnce() -> String) {
+        self.hold_with(reason, false);
+    }
+
+    /// Whether it holds because too many attempts failed.
+    pub(crate) fn holds_for_failures(&self) -> bool {
+        let state = self.lock();
+        state.held.as_ref().is_some_and(|held| held.is_for_failures)
+    }
+
+    fn hold_with(&self, reason: impl FnOnce() -> String, is_for_failures: bool) {
         let mut state = self.lock();
         if state.held.is_some() {
             return;
@@ -158,6 +187,7 @@ impl Gate {
         let interval = self.breaker.probe_after;
         state.held = Some(Held {
             reason,
+            is_for_failures,
             probe_at: Instant::now() + interval,
             interval,
             probing: false,
@@ -204,7 +234,8 @@ impl Gate {
         let window = self.window.load(Ordering::Relaxed);
         let (all, bad) = ((window >> 32) as f64, (window & 0xffff_ffff) as f64);
         if all >= f64::from(self.breaker.samples_min) && bad >= all * self.breaker.failure_rate {
-            self.hold(|| format!("{bad} of the last {all} first attempts failed"));
+            let reason = || format!("{bad} of the last {all} first attempts failed");
+            self.hold_with(reason, true);
         }
     }
 
@@ -242,36 +273,64 @@ impl Gate {
 mod tests {
     use super::*;
 
+    /// A gate of so many workers.
+    fn gate(workers: usize) -> Gate {
+        let gate = Gate::new(Breaker::default());
+        gate.lock().probes.resize(workers, 0);
+        gate
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn workers_probe_in_turn() {
+        let gate = gate(2);
+        gate.hold(|| "away".to_owned());
+        assert!(!gate.holds_for_failures());
+        let mut probes = [0; 2];
+        for _ in 0..4 {
+            let dues = (0..2).filter_map(|worker| match gate.admit(worker) {
+                Admission::Wait(due) => due,
+                _ => None,
+            });
+            let due = dues.min().expect("both wait");
+            tokio::time::advance(due - Instant::now()).await;
+            // The first one always asks first.
+            let prober = (0..2).find(|worker| gate.admit(*worker) == Admission::Probe);
+            probes[prober.expect("it is time")] += 1;
+            gate.probed(false);
+        }
+        assert_eq!(probes, [2, 2]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn it_holds_at_the_failure_rate_and_opens_after_a_good_probe() {
-        let gate = Gate::new(Breaker::default());
+        let gate = gate(1);
         gate.count(40, 40);
-        assert_eq!(gate.admit(), Admission::Yes, "too few were seen");
+        assert_eq!(gate.admit(0), Admission::Yes, "too few were seen");
         gate.count(10, 8);
-        assert!(matches!(gate.admit(), Admission::Wait(Some(_))));
+        assert!(matches!(gate.admit(0), Admission::Wait(Some(_))));
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(gate.admit(), Admission::Probe);
-        assert_eq!(gate.admit(), Admission::Wait(None), "one probe at a time");
+        assert_eq!(gate.admit(0), Admission::Probe);
+        assert_eq!(gate.admit(0), Admission::Wait(None), "one probe at a time");
         gate.probed(false);
         tokio::time::advance(Duration::from_secs(1)).await;
         assert!(
-            matches!(gate.admit(), Admission::Wait(Some(_))),
+            matches!(gate.admit(0), Admission::Wait(Some(_))),
             "twice as long after a bad probe"
         );
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(gate.admit(), Admission::Probe);
+        assert_eq!(gate.admit(0), Admission::Probe);
         gate.probed(true);
-        assert_eq!(gate.admit(), Admission::Yes);
+        assert_eq!(gate.admit(0), Admission::Yes);
     }
 
     #[test]
     fn a_pause_outlasts_everything_until_it_is_ended() {
-        let gate = Gate::new(Breaker::default());
+        let gate = gate(1);
         gate.set_paused(true);
-        assert_eq!(gate.admit(), Admission::Wait(None));
+        assert_eq!(gate.admit(0), Admission::Wait(None));
         gate.probed(true);
-        assert_eq!(gate.admit(), Admission::Wait(None));
+        assert_eq!(gate.admit(0), Admission::Wait(None));
         gate.set_paused(false);
-        assert_eq!(gate.admit(), Admission::Yes);
+        assert_eq!(gate.admit(0), Admission::Yes);
     }
 }

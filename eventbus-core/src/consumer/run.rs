@@ -55,6 +55,8 @@ pub(crate) enum Outcome {
     Unavailable(BoxError),
     /// Handled, but what it published was not sent: send that, do not handle again.
     Unpublished(Vec<Message>, PublishError),
+    /// Handled; what it published waits for that of an older delivery of its key.
+    Unsent(Vec<Message>),
 }
 
 /// Does what `run` says with a consumer's layers.
@@ -160,10 +162,7 @@ where
     }
     let mut outgoing = Vec::new();
     scope.take_outgoing(&mut outgoing);
-    match outgoing.is_empty() {
-        true => Outcome::Done,
-        false => publish(&scope, outgoing).await,
-    }
+    publish(&scope, outgoing).await
 }
 
 async fn handle_group<V>(mut service: V, scopes: Vec<Arc<Scope>>) -> Ended
@@ -258,25 +257,35 @@ where
     }
     let mut error = result.err();
     let mut outcomes = Vec::with_capacity(scopes.len());
+    // Keys of which something is not done: nothing later of theirs is sent.
+    let mut undone = Vec::new();
     for scope in &scopes {
         // An error of the whole call is left only for a batch of one.
         let result = error.take().map_or(Ok(()), Err);
-        outcomes.push(match failure(scope, result) {
+        let key = scope.message().key.as_ref();
+        let outcome = match failure(scope, result) {
             Err(cause) => Outcome::Failed(cause),
             Ok(()) => {
                 let mut outgoing = Vec::new();
                 scope.take_outgoing(&mut outgoing);
-                match outgoing.is_empty() {
-                    true => Outcome::Done,
+                match key.is_some() && undone.contains(&key) {
+                    true => Outcome::Unsent(outgoing),
                     false => publish(scope, outgoing).await,
                 }
             }
-        });
+        };
+        if !matches!(outcome, Outcome::Done) {
+            undone.push(key);
+        }
+        outcomes.push(outcome);
     }
     Ended::Each(outcomes)
 }
 
 async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {
+    if messages.is_empty() {
+        return Outcome::Done;
+    }
     match Box::pin(scope.runtime().bus.send(messages)).await {
         Ok(()) => Outcome::Done,
         Err(error) if error.is_retryable() => {

@@ -114,7 +114,7 @@ where
     for index in 0..count {
         let part = activity.part();
         let inbox = Arc::new(Inbox::new(Arc::clone(&part)));
-        runtime.gate.add_worker(Arc::clone(&inbox));
+        let number = runtime.gate.add_worker(Arc::clone(&inbox));
         let slots = runtime.settings.concurrency / count
             + usize::from(index < runtime.settings.concurrency % count);
         let service = service.clone();
@@ -123,7 +123,7 @@ where
             Arc::clone(&inbox),
             part,
             settler.clone(),
-            slots,
+            (number, slots),
             move |run| run::run(service.clone(), run),
         );
         let watched = Arc::clone(&runtime);

@@ -122,6 +122,8 @@ const PASSES_MAX: usize = 16;
 /// Runs handlers; one task.
 pub(crate) struct Worker<V, Fut> {
     runtime: Arc<Runtime>,
+    /// Its number at the gate.
+    number: usize,
     inbox: Arc<Inbox>,
     part: Arc<Part>,
     settler: Coalescer<SettleItem>,
@@ -144,6 +146,8 @@ pub(crate) struct Worker<V, Fut> {
     alarm: Pin<Box<Sleep>>,
     /// When the alarm rings; later wishes do not move it.
     alarm_at: Option<Instant>,
+    /// When to look for runs over their deadline; none while nothing runs.
+    tick_at: Option<Instant>,
     /// When a held consumer may be probed.
     probe_at: Option<Instant>,
     /// Whether anything ready may not be started now.
@@ -186,13 +190,14 @@ where
         inbox: Arc<Inbox>,
         part: Arc<Part>,
         settler: Coalescer<SettleItem>,
-        slots: usize,
+        (number, slots): (usize, usize),
         start: V,
     ) -> Self {
         let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), slots) | 1;
         Self {
             tally: Tally::default(),
             runtime,
+            number,
             inbox,
             part,
             settler,
@@ -209,6 +214,7 @@ where
             ended: Vec::new(),
             alarm: Box::pin(tokio::time::sleep(Duration::ZERO)),
             alarm_at: None,
+            tick_at: None,
             probe_at: None,
             held: false,
             random,
@@ -237,8 +243,9 @@ where
             progress |= self.slots.poll(&mut self.ended);
             self.conclude();
             self.check_stop(now);
-            self.check_revocations(now);
-            if !progress {
+            progress |= self.check_revocations(now);
+            // Looked at last, once a turn: what a dropped run leaves is started in the next pass.
+            if !progress && !self.expire_runs(now) {
                 break;
             }
             passes += 1;
@@ -345,7 +352,7 @@ where
                 self.recycle(scope);
                 continue;
             }
-            let probe = match self.runtime.gate.admit() {
+            let probe = match self.runtime.gate.admit(self.number) {
                 Admission::Yes => false,
                 Admission::Probe => true,
                 Admission::Wait(probe_at) => {
@@ -543,16 +550,22 @@ where
         }
     }
 
-    /// Concludes a group. Behind a delivery that is not done, those of the same key are handled
-    /// once more: what came of them is not kept, so that the key keeps its order.
+    /// Concludes a group. What stands behind a delivery of its key that is not done waits: it is
+    /// handled once more if that one was not handled, because what came of it then is not kept.
     fn conclude_each(&mut self, ids: &[NodeId], outcomes: Vec<Outcome>) {
         let mut undone: Vec<NodeId> = Vec::new();
         for (id, outcome) in ids.iter().copied().zip(outcomes) {
-            if undone
+            let older = undone
                 .iter()
-                .any(|older| self.keys.successor(*older) == Some(id))
-            {
-                self.keys.get_mut(id).state = NodeState::Behind;
+                .copied()
+                .find(|older| self.keys.successor(*older) == Some(id));
+            if let Some(older) = older {
+                if matches!(self.keys.get(older).stage, Stage::Publish(_))
+                    && let Outcome::Unsent(messages) = outcome
+                {
+                    self.keys.get_mut(id).stage = Stage::Publish(messages);
+                }
+                self.put_behind(id);
                 undone.push(id);
                 continue;
             }
@@ -569,27 +582,33 @@ where
         for id in nodes.iter() {
             self.keys.get_mut(id).alone = true;
         }
-        self.unstart(nodes, |_, _| false);
+        self.unstart(nodes);
     }
 
-    /// Puts back what was started: to the next owner where `leaves` says so, else to be started
-    /// again, each behind the older ones of its key.
-    fn unstart(&mut self, nodes: &Nodes, leaves: impl Fn(&Self, NodeId) -> bool) {
+    /// Puts back what was started: to the next owner where it is leaving, else to be started again,
+    /// each behind the older ones of its key.
+    fn unstart(&mut self, nodes: &Nodes) {
         let ids: Vec<_> = nodes.iter().collect();
         // From the last to the first, so that the first is first again.
         for id in ids.iter().copied().rev() {
             let is_behind = ids
                 .iter()
                 .any(|older| self.keys.successor(*older) == Some(id));
-            match (leaves(self, id), is_behind) {
-                (true, true) => {
-                    self.forget(id);
-                    self.keys.get_mut(id).state = NodeState::Dropped;
-                }
-                (true, false) => self.drop_node(id),
-                (false, true) => self.keys.get_mut(id).state = NodeState::Behind,
+            match (is_behind, self.is_leaving(id)) {
+                (true, _) => self.put_behind(id),
+                (false, true) => self.drop_node(id),
                 (false, false) => self.keys.push_ready_first(id),
             }
+        }
+    }
+
+    /// Puts a delivery that was started together with an older one of its key behind that one again.
+    fn put_behind(&mut self, id: NodeId) {
+        if self.is_leaving(id) {
+            self.forget(id);
+            self.keys.get_mut(id).state = NodeState::Dropped;
+        } else {
+            self.keys.get_mut(id).state = NodeState::Behind;
         }
     }
 
@@ -637,6 +656,10 @@ where
                 self.keys.get_mut(id).stage = Stage::Publish(messages);
                 self.hold(id, || error.to_string());
             }
+            Outcome::Unsent(messages) => {
+                self.keys.get_mut(id).stage = Stage::Publish(messages);
+                self.again(id);
+            }
         }
     }
 
@@ -661,8 +684,10 @@ where
         if first_attempt && decision != OnError::DeadLetter {
             self.tally.first_failed();
         }
-        // A message that its policy rejects says nothing against the consumer.
-        self.end_probe(id, decision == OnError::DeadLetter);
+        // A message that its policy rejects says nothing against the consumer; and an attempt that
+        // fails by itself got as far as it can, so that waiting for what was away does not help it.
+        let passed = decision == OnError::DeadLetter || !self.runtime.gate.holds_for_failures();
+        self.end_probe(id, passed);
         if !self.runtime.gate.is_open() && decision != OnError::DeadLetter {
             // While the consumer holds, no attempt is counted.
             return self.again(id);
@@ -820,6 +845,7 @@ where
                 self.drop_node(id);
             }
         }
+        self.revocations.push(Arc::clone(&revocation));
         if revocation.finish_until.is_none() {
             self.cancel_runs(&revocation.lanes);
             self.settled.retain(|item| match item {
@@ -827,25 +853,27 @@ where
                 _ => true,
             });
         }
-        self.revocations.push(revocation);
     }
 
-    fn check_revocations(&mut self, now: Instant) {
-        if self.revocations.is_empty() {
-            return;
-        }
-        for revocation in std::mem::take(&mut self.revocations) {
+    /// Passes on the lanes that nothing runs on any more; says whether handlers had to be dropped.
+    fn check_revocations(&mut self, now: Instant) -> bool {
+        let mut dropped = false;
+        let mut index = 0;
+        // Each stays in the list until it is done: what shares a run with it may be leaving, too.
+        while let Some(revocation) = self.revocations.get(index).map(Arc::clone) {
             if revocation.finish_until.is_some_and(|until| until <= now) {
-                self.cancel_runs(&revocation.lanes);
+                dropped |= self.cancel_runs(&revocation.lanes);
             }
             if self.runs_any(&revocation.lanes) {
-                self.revocations.push(revocation);
+                index += 1;
                 continue;
             }
             // Verdicts first, so that they stand before the release.
             self.flush();
+            self.revocations.remove(index);
             revocation.cleared();
         }
+        dropped
     }
 
     fn runs_any(&self, lanes: &[Lane]) -> bool {
@@ -858,20 +886,23 @@ where
     }
 
     /// Drops the handlers of these lanes; a group that holds others, too, is repeated for those.
-    fn cancel_runs(&mut self, lanes: &[Lane]) {
+    fn cancel_runs(&mut self, lanes: &[Lane]) -> bool {
+        let mut cancelled = false;
         for slot in 0..self.running.len() {
             let Some(running) = &self.running[slot] else {
                 continue;
             };
-            let leaves = |this: &Self, id: NodeId| lanes.contains(&this.keys.get(id).scope.lane());
-            if !running.nodes.iter().any(|id| leaves(self, id)) {
+            let of_lanes = |id: NodeId| lanes.contains(&self.keys.get(id).scope.lane());
+            if !running.nodes.iter().any(of_lanes) {
                 continue;
             }
             if let Some(running) = self.running[slot].take() {
+                cancelled = true;
                 self.slots.cancel(slot);
-                self.unstart(&running.nodes, leaves);
+                self.unstart(&running.nodes);
             }
         }
+        cancelled
     }
 
     fn begin_stop(&mut self, stop: Arc<Stop>, now: Instant) {
@@ -901,7 +932,7 @@ where
         for slot in 0..self.running.len() {
             if let Some(running) = self.running[slot].take() {
                 self.slots.cancel(slot);
-                self.unstart(&running.nodes, |_, _| true);
+                self.unstart(&running.nodes);
             }
         }
         let left: Vec<_> = self.keys.ids().collect();
@@ -929,10 +960,6 @@ where
     }
 
     fn set_alarm(&mut self, cx: &mut Context<'_>) {
-        let deadline = match self.slots.is_idle() {
-            true => None,
-            false => Some(self.expire_runs()),
-        };
         let revocation = self
             .revocations
             .iter()
@@ -942,7 +969,7 @@ where
         let wanted = self
             .next_due()
             .into_iter()
-            .chain(deadline)
+            .chain(self.tick_at)
             .chain(revocation)
             .chain(stop)
             .min();
@@ -960,12 +987,16 @@ where
         }
     }
 
-    /// Drops runs over their deadline and returns when to look again: one coarse tick, not a timer
-    /// a message.
-    fn expire_runs(&mut self) -> Instant {
-        let now = Instant::now();
+    /// Drops runs over their deadline, says whether there were any, and notes when to look again:
+    /// one coarse tick, not a timer a message.
+    fn expire_runs(&mut self, now: Instant) -> bool {
+        self.tick_at = None;
+        if self.slots.is_idle() {
+            return false;
+        }
         let deadline = self.runtime.settings.deadline;
         let mut oldest = now;
+        let mut expired = false;
         for slot in 0..self.running.len() {
             let Some(running) = &self.running[slot] else {
                 continue;
@@ -976,14 +1007,15 @@ where
                 continue;
             }
             if let Some(running) = self.running[slot].take() {
+                expired = true;
                 self.slots.cancel(slot);
                 self.fail_run(running, || Cause::Deadline(deadline));
             }
         }
         let tick = (deadline / 8).clamp(Duration::from_millis(10), Duration::from_secs(1));
-        (oldest + deadline)
-            .min(now + tick)
-            .max(now + Duration::from_millis(1))
+        let next = (oldest + deadline).min(now + tick);
+        self.tick_at = Some(next.max(now + Duration::from_millis(1)));
+        expired
     }
 
     fn since_begun(&self, now: Instant) -> u64 {

@@ -99,11 +99,12 @@ impl Cursor {
         *times
     }
 
-    /// Whether reading on passes `position` by: it is settled although something older is not, or
-    /// it waits for its retry.
+    /// Whether reading on passes `position` by: it is settled, also by an earlier owner whose mark
+    /// `committed` has passed since, or it waits for its retry.
     pub(super) fn skips(&self, position: u64) -> bool {
-        position < self.high
-            && (self.settled.contains(&position) || self.waiting.contains_key(&position))
+        position < self.committed
+            || (position < self.high
+                && (self.settled.contains(&position) || self.waiting.contains_key(&position)))
     }
 
     /// Plans to hand out `position` once more.
@@ -376,6 +377,7 @@ mod tests {
         assert!(cursor.skips(4) && !cursor.skips(3));
         cursor.settle_one(0, 0);
         assert_eq!((cursor.committed, cursor.lag(0, 5)), (3, 1));
+        assert!(cursor.skips(2), "its mark is gone, but it stays settled");
         cursor.settle_one(3, 0);
         assert_eq!((cursor.committed, cursor.lag(0, 5)), (5, 0));
         assert!(cursor.settled.is_empty());

@@ -1,5 +1,6 @@
-//! Tests of eventbus-core through the testkit.
+//! Tests of eventbus-core through its public API and the testkit.
 
 mod conformance;
 mod formats;
 mod memory;
+mod order;
