@@ -11,6 +11,11 @@ use super::worker::Inbox;
 
 /// When a consumer stops handling because it would only fail.
 ///
+/// While it holds it tries one message at a time, another one each time, and goes on when one
+/// succeeds. With nothing but failing messages left it holds on, and its status says why: nothing
+/// is dead-lettered because a whole deployment was wrong. [`with_failure_rate`](Self::with_failure_rate)
+/// above 1 switches it off for failures; what a handler needs being away holds a consumer always.
+///
 /// # Examples
 ///
 /// ```
