@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Runtime;
+use super::backoff::Backoff;
 use super::scope::Skip;
 use super::settler::SettleItem;
 use super::worker::{Inbox, Item, Revocation};
@@ -14,10 +15,6 @@ use crate::broker::Deliveries;
 use crate::coalescer::Coalescer;
 use crate::delivery::{Delivery, Lane, Signal, Verdict};
 use crate::error::Result;
-
-/// How long to wait before a broker that is away is asked again.
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-const RETRY_LONGEST: Duration = Duration::from_secs(2);
 
 /// Hears the broker; one task.
 pub(crate) struct Pump {
@@ -62,7 +59,7 @@ impl Pump {
         mut deliveries: Box<dyn Deliveries>,
         mut stop: watch::Receiver<bool>,
     ) -> (Box<dyn Deliveries>, Result<()>) {
-        let mut delay = RETRY_FIRST;
+        let mut backoff = Backoff::new();
         loop {
             let signal = tokio::select! {
                 signal = deliveries.next() => signal,
@@ -70,14 +67,12 @@ impl Pump {
             };
             let pause = match signal {
                 Ok(signal) => {
-                    delay = RETRY_FIRST;
+                    backoff.reset();
                     self.hear(signal)
                 }
                 Err(error) if error.is_retryable() => {
                     tracing::warn!(group = %self.runtime.group, error = %error, "the broker is asked again");
-                    let pause = delay;
-                    delay = (delay * 2).min(RETRY_LONGEST);
-                    Some(pause)
+                    Some(backoff.next())
                 }
                 Err(error) => return (deliveries, Err(error)),
             };

@@ -1,9 +1,9 @@
 //! Passes verdicts to the broker: one call in flight, everything that comes meanwhile in the next.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::Runtime;
+use super::backoff::Backoff;
 use crate::activity::Part;
 use crate::broker::Settlement;
 use crate::coalescer::Flushes;
@@ -19,10 +19,6 @@ pub(crate) enum SettleItem {
     /// The end: nothing comes after it.
     Stop,
 }
-
-/// How long to wait before a broker that is away is asked again.
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-const RETRY_LONGEST: Duration = Duration::from_secs(2);
 
 /// Settles until it is told to stop; returns an error that trying again does not help against.
 pub(crate) async fn run(
@@ -64,28 +60,28 @@ async fn settle(
     if verdicts.is_empty() {
         return Ok(());
     }
-    let mut delay = RETRY_FIRST;
+    let mut backoff = Backoff::new();
     while let Err(error) = settlement.settle(verdicts).await {
-        delay = retry(runtime, error, delay).await?;
+        retry(runtime, error, &mut backoff).await?;
     }
     verdicts.clear();
     Ok(())
 }
 
 async fn release(runtime: &Runtime, settlement: &mut dyn Settlement, lanes: &[Lane]) -> Result<()> {
-    let mut delay = RETRY_FIRST;
+    let mut backoff = Backoff::new();
     while let Err(error) = settlement.release(lanes).await {
-        delay = retry(runtime, error, delay).await?;
+        retry(runtime, error, &mut backoff).await?;
     }
     runtime.lanes.close(lanes);
     Ok(())
 }
 
-async fn retry(runtime: &Runtime, error: crate::Error, delay: Duration) -> Result<Duration> {
+async fn retry(runtime: &Runtime, error: crate::Error, backoff: &mut Backoff) -> Result<()> {
     if !error.is_retryable() {
         return Err(error);
     }
     tracing::warn!(group = %runtime.group, error = %error, "settling is tried again");
-    tokio::time::sleep(delay).await;
-    Ok((delay * 2).min(RETRY_LONGEST))
+    tokio::time::sleep(backoff.next()).await;
+    Ok(())
 }
