@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use metrics::{Counter, Histogram};
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use crate::activity::Activity;
 use crate::broker::{
@@ -26,6 +27,29 @@ use crate::reader::Reader;
 use crate::topic::TopicSpec;
 
 /// Publishes events and makes consumers; clones share one broker connection.
+///
+/// # Examples
+///
+/// ```
+/// # use eventbus_macros::Event;
+/// # use serde::{Deserialize, Serialize};
+/// # #[derive(Event, Serialize, Deserialize)]
+/// # #[event(crate = "eventbus_core", type = "OrderCreated", topic = "order-events", key = "order_id")]
+/// # struct OrderCreated { order_id: u64 }
+/// use eventbus_core::{Event as _, EventBus, MemoryBroker, Start, Until};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// let bus = EventBus::new(MemoryBroker::new());
+/// let id = bus.publish(OrderCreated { order_id: 42 }).await?;
+///
+/// let mut reader = bus.read(&[OrderCreated::TOPIC], Start::Earliest, Some(Until::Now)).await?;
+/// let record = reader.next().await?.expect("one was published");
+/// assert_eq!(bus.envelope(&record.message)?.id, id);
+/// assert_eq!(bus.event::<OrderCreated>(&record.message)?.expect("of this type").order_id, 42);
+/// assert!(reader.next().await?.is_none());
+/// # Ok::<(), eventbus_core::Error>(())
+/// # }).unwrap();
+/// ```
 #[derive(Clone)]
 pub struct EventBus {
     inner: Arc<Inner>,
@@ -426,7 +450,11 @@ impl EventBus {
     pub(crate) async fn send(&self, messages: Vec<Message>) -> Result<(), PublishError> {
         let count = messages.len();
         let begun = Instant::now();
-        let result = self.inner.broker.publish(messages).await;
+        let published = match self.send_span(&messages) {
+            None => self.inner.broker.publish(messages),
+            Some(span) => Box::pin(self.inner.broker.publish(messages).instrument(span)),
+        };
+        let result = published.await;
         self.inner.publish_duration.record(begun.elapsed());
         let failed = result
             .as_ref()
@@ -436,6 +464,27 @@ impl EventBus {
             .sent
             .increment(count.saturating_sub(failed) as u64);
         result
+    }
+}
+
+impl EventBus {
+    /// The span of a publish, after OpenTelemetry's messaging conventions; none when nobody listens.
+    fn send_span(&self, messages: &[Message]) -> Option<tracing::Span> {
+        if !tracing::enabled!(tracing::Level::INFO) {
+            return None;
+        }
+        let topic = messages.first().map(|message| message.topic.as_str())?;
+        let span = tracing::info_span!(
+            "send",
+            otel.name = format_args!("send {topic}"),
+            otel.kind = "producer",
+            messaging.system = self.inner.capabilities.system,
+            messaging.operation.name = "send",
+            messaging.operation.type = "send",
+            messaging.destination.name = topic,
+            messaging.batch.message_count = messages.len(),
+        );
+        Some(span)
     }
 }
 

@@ -229,6 +229,40 @@ impl Runtime {
 /// Sets up a consumer: handlers, state, and how failures are met. Made by [`EventBus::consumer`].
 ///
 /// Order is kept per key over all types and attempts; different keys run concurrently.
+///
+/// # Examples
+///
+/// ```
+/// # use eventbus_macros::Event;
+/// # use serde::{Deserialize, Serialize};
+/// # #[derive(Event, Serialize, Deserialize)]
+/// # #[event(crate = "eventbus_core", type = "OrderCreated", topic = "order-events", key = "order_id")]
+/// # struct OrderCreated { order_id: u64 }
+/// use std::time::Duration;
+/// use eventbus_core::{Context, EventBus, MemoryBroker, OnPoison, RetryPolicy};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// let bus = EventBus::new(MemoryBroker::new());
+/// let consumer = bus
+///     .consumer("billing")
+///     .state(String::from("invoice"))
+///     .on(async |order: OrderCreated, cx: Context<String>| {
+///         println!("{} for order {}", cx.state(), order.order_id);
+///         Ok(())
+///     })
+///     .retry(RetryPolicy::exponential(5, Duration::from_millis(100), Duration::from_secs(10)))
+///     .on_poison(OnPoison::SkipKey)
+///     .concurrency(16)
+///     .spawn()
+///     .await?;
+/// consumer.shutdown().await?;
+///
+/// // What is set up wrongly is refused before anything runs.
+/// let refused = bus.consumer("billing").spawn().await;
+/// assert!(refused.unwrap_err().to_string().contains("at least one handler"));
+/// # Ok::<(), eventbus_core::Error>(())
+/// # }).unwrap();
+/// ```
 #[must_use = "nothing is consumed until `.spawn().await`"]
 pub struct ConsumerBuilder<S = (), U: Unit = NoUnit, L = Identity> {
     bus: EventBus,

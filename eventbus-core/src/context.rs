@@ -18,6 +18,31 @@ use crate::unit_of_work::{NoUnit, Unit, Work};
 /// `S` is the state given to [`ConsumerBuilder::state`](crate::ConsumerBuilder::state), `U` the unit
 /// of work. It is to be dropped when the handler ends; a transaction kept beyond that is rolled
 /// back and the delivery fails.
+///
+/// # Examples
+///
+/// ```
+/// # use eventbus_macros::Event;
+/// # use serde::{Deserialize, Serialize};
+/// # #[derive(Event, Serialize, Deserialize)]
+/// # #[event(crate = "eventbus_core", type = "OrderCreated", topic = "order-events", key = "order_id")]
+/// # struct OrderCreated { order_id: u64 }
+/// use eventbus_core::{BoxError, Context, EventBus, MemoryBroker, Outgoing};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// async fn created(order: OrderCreated, cx: Context) -> Result<(), BoxError> {
+///     if cx.attempt() > 1 {
+///         println!("again: {}", cx.id());
+///     }
+///     cx.publish(Outgoing::new(OrderCreated { order_id: order.order_id + 1 }).with_metadata("from", "example"))?;
+///     Ok(())
+/// }
+/// let bus = EventBus::new(MemoryBroker::new());
+/// let consumer = bus.consumer("chain").on(created).spawn().await?;
+/// # consumer.shutdown().await?;
+/// # Ok::<(), eventbus_core::Error>(())
+/// # }).unwrap();
+/// ```
 pub struct Context<S = (), U: Unit = NoUnit> {
     scope: Arc<Scope>,
     state: Arc<S>,

@@ -263,6 +263,38 @@ impl fmt::Debug for Redrive {
 }
 
 /// The dead letters of one group; made by [`EventBus::dead_letters`].
+///
+/// # Examples
+///
+/// ```
+/// # use eventbus_macros::Event;
+/// # use serde::{Deserialize, Serialize};
+/// # #[derive(Event, Serialize, Deserialize)]
+/// # #[event(crate = "eventbus_core", type = "OrderCreated", topic = "order-events", key = "order_id")]
+/// # struct OrderCreated { order_id: u64 }
+/// use eventbus_core::{Context, EventBus, MemoryBroker, Redrive, RetryPolicy};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// let bus = EventBus::new(MemoryBroker::new());
+/// let billing = bus
+///     .consumer("billing")
+///     .on(async |_: OrderCreated, _: Context| Err("no printer".into()))
+///     .retry(RetryPolicy::none())
+///     .spawn()
+///     .await?;
+/// bus.publish(OrderCreated { order_id: 42 }).await?;
+///
+/// let desk = billing.dead_letters();
+/// while desk.list().await?.is_empty() {
+///     tokio::task::yield_now().await;
+/// }
+/// let letter = desk.list().await?.remove(0);
+/// assert_eq!((letter.cause.as_str(), letter.error.as_str()), ("error", "no printer"));
+/// assert_eq!(desk.redrive(Redrive::one(letter.id).by("ann").because("it prints")).await?, 1);
+/// # billing.shutdown().await?;
+/// # Ok::<(), eventbus_core::Error>(())
+/// # }).unwrap();
+/// ```
 #[derive(Clone, Debug)]
 pub struct DeadLetters {
     bus: EventBus,

@@ -26,6 +26,29 @@ use crate::message::{Group, Topic};
 
 /// A consumer that runs. Dropping it is a crash: handlers are dropped, nothing more is settled, and
 /// what was unsettled is handed out again; end it with [`shutdown`](Self::shutdown).
+///
+/// # Examples
+///
+/// ```
+/// # use eventbus_macros::Event;
+/// # use serde::{Deserialize, Serialize};
+/// # #[derive(Event, Serialize, Deserialize)]
+/// # #[event(crate = "eventbus_core", type = "OrderCreated", topic = "order-events", key = "order_id")]
+/// # struct OrderCreated { order_id: u64 }
+/// use eventbus_core::{ConsumerState, Context, EventBus, MemoryBroker};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// let bus = EventBus::new(MemoryBroker::new());
+/// let consumer = bus.consumer("billing").on(async |_: OrderCreated, _: Context| Ok(())).spawn().await?;
+/// assert_eq!(consumer.status().state, ConsumerState::Running);
+/// consumer.pause();
+/// assert_eq!(consumer.status().state, ConsumerState::Paused);
+/// consumer.resume();
+/// let asked_to_end = async { /* a signal */ };
+/// consumer.run_until(asked_to_end).await?;
+/// # Ok::<(), eventbus_core::Error>(())
+/// # }).unwrap();
+/// ```
 #[derive(Debug)]
 #[must_use = "a dropped consumer stops at once"]
 pub struct Consumer {
