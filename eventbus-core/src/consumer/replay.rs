@@ -62,6 +62,11 @@ impl Replay {
     }
 
     pub(crate) fn subscription(&self, topics: Vec<Topic>, limits: Limits) -> Subscription {
+        // The reader pauses after every batch: small ones keep to the rate within a second, too.
+        let limits = match self.rate {
+            Some(rate) => limits.with_batch(limits.batch.min(rate.div_ceil(10) as usize)),
+            None => limits,
+        };
         Subscription::reader(topics)
             .with_start(self.start)
             .with_until(self.until)

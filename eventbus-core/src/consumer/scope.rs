@@ -196,8 +196,9 @@ impl Scope {
         let known = KnownHeaders::of(&delivery.message.headers);
         if known
             .to_group()
-            .is_some_and(|group| group != self.runtime.group.as_str())
+            .is_some_and(|group| self.is_replay() || group != self.runtime.group.as_str())
         {
+            // In a replay the original stands on the topic, too: handling both would repeat it.
             return Routed::Skip(Skip::OtherGroup);
         }
         match known.expires_at().map(str::parse::<crate::Timestamp>) {

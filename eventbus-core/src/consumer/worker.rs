@@ -722,7 +722,9 @@ where
         if self.runtime.replay.is_some() {
             let scope = &self.keys.get(id).scope;
             self.runtime.fail_replay(scope, &cause);
-            return self.settle(id);
+            // It holds its key until the replay has ended: nothing behind it is handled.
+            self.keys.get_mut(id).state = NodeState::Waiting;
+            return;
         }
         match self.runtime.settings.on_poison {
             OnPoison::SkipKey => {
