@@ -47,7 +47,8 @@ pub struct Context<S = (), U: Unit = NoUnit> {
     scope: Arc<Scope>,
     state: Arc<S>,
     /// Behind a mutex that is never locked, so that a reference to the context may cross an await.
-    work: Mutex<Option<Box<dyn Work>>>,
+    /// With the number by which it was lent.
+    work: Mutex<Option<(Box<dyn Work>, u64)>>,
     unit: std::marker::PhantomData<fn() -> U>,
 }
 
@@ -153,7 +154,7 @@ impl<S, U: Unit> Context<S, U> {
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner)
             .as_mut()
-            .and_then(|work| work.resource().downcast_mut())
+            .and_then(|(work, _)| work.resource().downcast_mut())
             .expect("a consumer with this unit of work gives its resource to every handler")
     }
 }
@@ -161,8 +162,8 @@ impl<S, U: Unit> Context<S, U> {
 impl<S, U: Unit> Drop for Context<S, U> {
     fn drop(&mut self) {
         let work = self.work.get_mut();
-        if let Some(work) = work.unwrap_or_else(PoisonError::into_inner).take() {
-            self.scope.return_work(work);
+        if let Some((work, loan)) = work.unwrap_or_else(PoisonError::into_inner).take() {
+            self.scope.return_work(work, loan);
         }
     }
 }

@@ -184,6 +184,16 @@ where
     }
 }
 
+/// A transaction lent to a handler. When the handler panics or is dropped, it is rolled back then,
+/// and not only when the delivery is tried again.
+struct Loan<'a>(&'a Scope);
+
+impl Drop for Loan<'_> {
+    fn drop(&mut self) {
+        drop(self.0.reclaim_work());
+    }
+}
+
 enum Transaction {
     Committed(Vec<Outcome>),
     Failed(Cause),
@@ -215,10 +225,11 @@ where
         .zip(&duplicates)
         .filter(|(_, duplicate)| !**duplicate)
     {
-        scope.give_work(work);
+        scope.lend_work(work);
+        let loan = Loan(scope);
         let result = call(service, Request::one(Arc::clone(scope))).await;
         // Whatever happened, the transaction comes back or is gone: without it nothing commits.
-        let returned = scope.take_work();
+        let returned = loan.0.reclaim_work();
         if let Err(cause) = failure(scope, result) {
             return Transaction::Failed(cause);
         }

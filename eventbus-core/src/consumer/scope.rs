@@ -42,6 +42,8 @@ pub(crate) struct Route {
 struct State {
     outgoing: Vec<Collected>,
     work: Option<Box<dyn Work>>,
+    /// Counts how often the transaction was lent or called back: one lent before is not taken back.
+    loan: u64,
     failure: Option<Failure>,
 }
 
@@ -374,19 +376,39 @@ impl Scope {
         }
     }
 
-    pub(crate) fn give_work(&self, work: Box<dyn Work>) {
-        self.touch().work = Some(work);
+    /// Lends a transaction to the context of the handler that runs next.
+    pub(crate) fn lend_work(&self, work: Box<dyn Work>) {
+        let mut state = self.touch();
+        state.loan += 1;
+        state.work = Some(work);
     }
 
-    pub(crate) fn return_work(&self, work: Box<dyn Work>) {
-        self.give_work(work);
-    }
-
+    /// Takes what was lent, and the number of the loan.
     #[inline]
-    pub(crate) fn take_work(&self) -> Option<Box<dyn Work>> {
+    pub(crate) fn take_work(&self) -> Option<(Box<dyn Work>, u64)> {
         // Most consumers have no unit of work: they do not pay for the lock.
         self.runtime.unit.as_ref()?;
-        self.state().work.take()
+        let mut state = self.state();
+        let loan = state.loan;
+        state.work.take().map(|work| (work, loan))
+    }
+
+    /// Takes a transaction back from its context; one that comes too late is rolled back.
+    pub(crate) fn return_work(&self, work: Box<dyn Work>, loan: u64) {
+        let mut state = self.touch();
+        if state.loan == loan {
+            state.work = Some(work);
+            return;
+        }
+        drop(state);
+        drop(work);
+    }
+
+    /// Ends the loan: the transaction, if it came back; what comes later is rolled back.
+    pub(crate) fn reclaim_work(&self) -> Option<Box<dyn Work>> {
+        let mut state = self.state();
+        state.loan += 1;
+        state.work.take()
     }
 }
 
