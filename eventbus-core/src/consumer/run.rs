@@ -210,8 +210,10 @@ where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
 {
+    let first = &scopes[0];
+    first.set_awaits_others(true);
     let entries: Vec<_> = scopes.iter().map(|scope| scope.inbox_entry()).collect();
-    let mut work: Box<dyn Work> = match unit.begin(scopes[0].group(), &entries).await {
+    let mut work: Box<dyn Work> = match unit.begin(first.group(), &entries).await {
         Ok(work) => work,
         Err(error) if error.is_retryable() => return Transaction::Unavailable(error.into()),
         Err(error) => return Transaction::Failed(Cause::Error(error.into())),
@@ -219,6 +221,7 @@ where
     let duplicates: Vec<bool> = (0..scopes.len())
         .map(|index| work.is_duplicate(index))
         .collect();
+    first.set_awaits_others(false);
     let mut outgoing = Vec::new();
     for (scope, _) in scopes
         .iter()
@@ -243,6 +246,7 @@ where
         }
         scope.take_outgoing(&mut outgoing);
     }
+    first.set_awaits_others(true);
     let committed = match work.commit(outgoing).await {
         Ok(committed) => committed,
         Err(error) if error.is_retryable() => return Transaction::Unavailable(error.into()),
@@ -297,7 +301,10 @@ async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {
     if messages.is_empty() {
         return Outcome::Done;
     }
-    match Box::pin(scope.runtime().bus.send(messages)).await {
+    scope.set_awaits_others(true);
+    let sent = Box::pin(scope.runtime().bus.send(messages)).await;
+    scope.set_awaits_others(false);
+    match sent {
         Ok(()) => Outcome::Done,
         Err(error) if error.is_retryable() => {
             let messages = error

@@ -27,6 +27,8 @@ pub(crate) struct Scope {
     attempt: AtomicU32,
     /// Whether `state` may hold anything: most handlers leave nothing in it.
     touched: AtomicBool,
+    /// The run waits for the broker or the unit of work, not for the handler.
+    awaits_others: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -89,6 +91,7 @@ impl Scope {
             route: None,
             attempt: AtomicU32::new(1),
             touched: AtomicBool::new(false),
+            awaits_others: AtomicBool::new(false),
             state: Mutex::default(),
         }
     }
@@ -154,6 +157,17 @@ impl Scope {
     #[inline]
     pub(crate) fn is_replay(&self) -> bool {
         self.runtime.replay.is_some()
+    }
+
+    /// Says whether the run waits for the broker or the unit of work: being late is then not the
+    /// handler's failure.
+    #[inline]
+    pub(crate) fn set_awaits_others(&self, awaits: bool) {
+        self.awaits_others.store(awaits, Ordering::Relaxed);
+    }
+
+    pub(crate) fn awaits_others(&self) -> bool {
+        self.awaits_others.load(Ordering::Relaxed)
     }
 
     #[inline]
@@ -290,6 +304,7 @@ impl Scope {
     #[inline]
     pub(crate) fn begin_attempt(&self, attempt: u32) {
         self.attempt.store(attempt, Ordering::Relaxed);
+        self.set_awaits_others(false);
         self.forget();
     }
 

@@ -379,7 +379,10 @@ where
         let node = self.keys.get_mut(id);
         let run = match std::mem::replace(&mut node.stage, Stage::Handle) {
             Stage::Handle => return self.start_handler(id),
-            Stage::Publish(messages) => Run::Publish(Arc::clone(&node.scope), messages),
+            Stage::Publish(messages) => {
+                node.stage = Stage::Publish(messages.clone());
+                Run::Publish(Arc::clone(&node.scope), messages)
+            }
             Stage::DeadLetter(cause) => {
                 node.stage = Stage::DeadLetter(Arc::clone(&cause));
                 Run::DeadLetter(Arc::clone(&node.scope), cause)
@@ -673,6 +676,7 @@ where
     fn failed(&mut self, id: NodeId, cause: Cause) {
         self.tally.failed_attempts += 1;
         let first_attempt = self.keys.get(id).failures == 0;
+        self.keys.get_mut(id).stage = Stage::Handle;
         if let Cause::Undecodable(_) = cause {
             self.end_probe(id, true);
             return self.give_up(id, cause);
@@ -1011,13 +1015,36 @@ where
             if let Some(running) = self.running[slot].take() {
                 expired = true;
                 self.slots.cancel(slot);
-                self.fail_run(running, || Cause::Deadline(deadline));
+                self.expire(running);
             }
         }
         let tick = (deadline / 8).clamp(Duration::from_millis(10), Duration::from_secs(1));
         let next = (oldest + deadline).min(now + tick);
         self.tick_at = Some(next.max(now + Duration::from_millis(1)));
         expired
+    }
+
+    /// What follows when a run is over its deadline: its handler failed, or what it waits for is away.
+    fn expire(&mut self, running: Running) {
+        let deadline = self.runtime.settings.deadline;
+        let awaits_others = running
+            .nodes
+            .iter()
+            .any(|id| self.keys.get(id).scope.awaits_others());
+        if running.is_handler && !awaits_others {
+            return self.fail_run(running, || Cause::Deadline(deadline));
+        }
+        let late = || {
+            let late = format!("neither broker nor unit of work answered within {deadline:?}");
+            Outcome::Unavailable(late.into())
+        };
+        match running.nodes {
+            Nodes::One(id) => self.conclude_one(id, late()),
+            Nodes::Group(ids) => {
+                let outcomes = ids.iter().map(|_| late()).collect();
+                self.conclude_each(&ids, outcomes);
+            }
+        }
     }
 
     fn since_begun(&self, now: Instant) -> u64 {
