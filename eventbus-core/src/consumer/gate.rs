@@ -83,6 +83,21 @@ pub(crate) enum Admission {
     Wait(Option<Instant>),
 }
 
+/// What a probe showed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Probed {
+    /// A handler succeeded.
+    Handled,
+    /// What a run needs was there, and the handler failed: it got as far as it can by itself.
+    HandlerFailed,
+    /// What a run needs was there; no handler ran.
+    Reached,
+    /// What a run needs is away.
+    Away,
+    /// Nothing: the message needed neither, or left with its lane.
+    Nothing,
+}
+
 #[derive(Debug)]
 pub(crate) struct Gate {
     breaker: Breaker,
@@ -176,8 +191,17 @@ impl Gate {
         self.hold_with(reason, false);
     }
 
+    /// Whether it holds by itself, as opposed to being paused.
+    pub(crate) fn is_held(&self) -> bool {
+        !self.is_open() && self.lock().held.is_some()
+    }
+
     /// Whether it holds because too many attempts failed.
+    #[inline]
     pub(crate) fn holds_for_failures(&self) -> bool {
+        if self.is_open() {
+            return false;
+        }
         let state = self.lock();
         state.held.as_ref().is_some_and(|held| held.is_for_failures)
     }
@@ -201,22 +225,39 @@ impl Gate {
         self.open.store(false, Ordering::Release);
     }
 
-    /// The probe ended: opens the gate, or holds on for twice as long.
-    pub(crate) fn probed(&self, succeeded: bool) {
+    /// The probe ended: opens the gate, holds on for twice as long, or lets another one probe.
+    pub(crate) fn probed(&self, probed: Probed) {
         let mut state = self.lock();
         if let Some(held) = &mut state.held {
-            if succeeded {
-                tracing::info!(reason = held.reason, "consumer goes on");
-                state.held = None;
-                self.open.store(!state.paused, Ordering::Release);
-            } else {
-                held.probing = false;
-                held.interval = (held.interval * 2).min(self.breaker.probe_after_max);
-                held.probe_at = Instant::now() + held.interval;
+            match (probed, held.is_for_failures) {
+                (Probed::Handled, _) | (Probed::HandlerFailed | Probed::Reached, false) => {
+                    tracing::info!(reason = held.reason, "consumer goes on");
+                    let window = self.window_after(held.is_for_failures);
+                    self.window.store(window, Ordering::Relaxed);
+                    state.held = None;
+                    self.open.store(!state.paused, Ordering::Release);
+                }
+                (Probed::Away, _) | (Probed::HandlerFailed, true) => {
+                    held.probing = false;
+                    held.interval = (held.interval * 2).min(self.breaker.probe_after_max);
+                    held.probe_at = Instant::now() + held.interval;
+                }
+                (Probed::Reached, true) | (Probed::Nothing, _) => held.probing = false,
             }
         }
         drop(state);
         self.wake();
+    }
+
+    /// What counts as seen when the gate opens. One good probe may have been luck: after a hold for
+    /// failures, a few more are enough for the next one.
+    fn window_after(&self, failures: bool) -> u64 {
+        if !failures {
+            return 0;
+        }
+        let all = u64::from(self.breaker.samples_min) * 9 / 10;
+        let bad = (all as f64 * self.breaker.failure_rate).ceil() as u64;
+        all << 32 | bad.min(all)
     }
 
     /// Counts first attempts; holds when too many failed.
@@ -301,7 +342,7 @@ mod tests {
             // The first one always asks first.
             let prober = (0..2).find(|worker| gate.admit(*worker) == Admission::Probe);
             probes[prober.expect("it is time")] += 1;
-            gate.probed(false);
+            gate.probed(Probed::Away);
         }
         assert_eq!(probes, [2, 2]);
     }
@@ -316,7 +357,7 @@ mod tests {
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!(gate.admit(0), Admission::Probe);
         assert_eq!(gate.admit(0), Admission::Wait(None), "one probe at a time");
-        gate.probed(false);
+        gate.probed(Probed::Away);
         tokio::time::advance(Duration::from_secs(1)).await;
         assert!(
             matches!(gate.admit(0), Admission::Wait(Some(_))),
@@ -324,7 +365,7 @@ mod tests {
         );
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!(gate.admit(0), Admission::Probe);
-        gate.probed(true);
+        gate.probed(Probed::Handled);
         assert_eq!(gate.admit(0), Admission::Yes);
     }
 
@@ -333,7 +374,7 @@ mod tests {
         let gate = gate(1);
         gate.set_paused(true);
         assert_eq!(gate.admit(0), Admission::Wait(None));
-        gate.probed(true);
+        gate.probed(Probed::Handled);
         assert_eq!(gate.admit(0), Admission::Wait(None));
         gate.set_paused(false);
         assert_eq!(gate.admit(0), Admission::Yes);

@@ -164,6 +164,19 @@ impl Keys {
         self.ready.push_front(id);
     }
 
+    /// Puts the first ready delivery that waits for its handler first of all; whether there is one.
+    pub(crate) fn bring_handler_forward(&mut self) -> bool {
+        let place = self.ready.iter().position(|id| {
+            let node = self.get(*id);
+            node.state == NodeState::Ready && matches!(node.stage, Stage::Handle)
+        });
+        let Some(id) = place.and_then(|place| self.ready.remove(place)) else {
+            return false;
+        };
+        self.ready.push_front(id);
+        true
+    }
+
     /// The next delivery of the same key.
     #[inline]
     pub(crate) fn successor(&self, id: NodeId) -> Option<NodeId> {

@@ -22,7 +22,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep};
 
 use super::Runtime;
-use super::gate::Admission;
+use super::gate::{Admission, Probed};
 use super::keys::{Keys, NodeId, NodeState, Stage};
 use super::run::{Ended, Outcome, Run};
 use super::scope::{Routed, Scope, Skip};
@@ -272,11 +272,15 @@ where
             self.runtime.lanes.settled(&self.settled);
             self.settler.append(&mut self.settled);
         }
+        self.count_first_attempts();
+        self.runtime.telemetry.add(&mut self.tally);
+    }
+
+    fn count_first_attempts(&mut self) {
         let (seen, failed) = self.tally.take_first_attempts();
         if seen > 0 {
             self.runtime.gate.count(seen, failed);
         }
-        self.runtime.telemetry.add(&mut self.tally);
     }
 
     // ---- receiving
@@ -352,6 +356,14 @@ where
                 self.recycle(scope);
                 continue;
             }
+            if self.runtime.gate.holds_for_failures() && !self.keys.bring_handler_forward() {
+                // Only a handler can show that handlers succeed again; dead letters wait till then.
+                self.held = true;
+                break;
+            }
+            let Some(id) = self.keys.peek_ready() else {
+                break;
+            };
             let probe = match self.runtime.gate.admit(self.number) {
                 Admission::Yes => false,
                 Admission::Probe => true,
@@ -419,13 +431,13 @@ where
             Routed::NoHandler(event_type) => Cause::NoHandler(event_type),
             Routed::Undecodable(error) => Cause::Undecodable(error),
         };
-        self.end_probe(id, true);
+        self.end_probe(id, Probed::Nothing);
         self.give_up(id, cause);
         false
     }
 
     fn skip(&mut self, id: NodeId, skip: Skip) {
-        self.end_probe(id, true);
+        self.end_probe(id, Probed::Nothing);
         self.tally.skipped(skip);
         self.settle(id);
     }
@@ -635,7 +647,7 @@ where
         match outcome {
             Outcome::Done | Outcome::Settled => {
                 self.tally.handled(first_attempt);
-                self.end_probe(id, true);
+                self.end_probe(id, Probed::Handled);
                 match outcome {
                     Outcome::Settled => self.drop_settled(id),
                     _ => self.settle(id),
@@ -643,12 +655,12 @@ where
             }
             Outcome::Duplicate => {
                 self.tally.duplicates += 1;
-                self.end_probe(id, true);
+                self.end_probe(id, Probed::Reached);
                 self.settle(id);
             }
             Outcome::DeadLettered => {
                 self.tally.dead_lettered += 1;
-                self.end_probe(id, true);
+                self.end_probe(id, Probed::Reached);
                 self.settle(id);
             }
             Outcome::Failed(cause) => self.failed(id, cause),
@@ -669,33 +681,40 @@ where
     /// Something is away: the delivery goes back as it was, and the gate holds.
     fn hold(&mut self, id: NodeId, reason: impl FnOnce() -> String) {
         self.runtime.gate.hold(reason);
-        self.end_probe(id, false);
+        self.end_probe(id, Probed::Away);
         self.again(id);
     }
 
     fn failed(&mut self, id: NodeId, cause: Cause) {
-        self.tally.failed_attempts += 1;
         let first_attempt = self.keys.get(id).failures == 0;
         self.keys.get_mut(id).stage = Stage::Handle;
         if let Cause::Undecodable(_) = cause {
-            self.end_probe(id, true);
+            self.end_probe(id, Probed::Nothing);
             return self.give_up(id, cause);
         }
         let decision = match &cause {
             Cause::Error(error) => self.runtime.settings.retry.classify(error.as_ref()),
             _ => OnError::Next,
         };
-        if first_attempt && decision != OnError::DeadLetter {
+        // A message that its policy rejects says nothing against the consumer.
+        let rejected = decision == OnError::DeadLetter;
+        self.end_probe(
+            id,
+            match rejected {
+                true => Probed::Handled,
+                false => Probed::HandlerFailed,
+            },
+        );
+        if first_attempt && !rejected && self.runtime.gate.is_open() {
+            // At once and not with the next flush: the attempt that makes it hold is the last.
             self.tally.first_failed();
+            self.count_first_attempts();
         }
-        // A message that its policy rejects says nothing against the consumer; and an attempt that
-        // fails by itself got as far as it can, so that waiting for what was away does not help it.
-        let passed = decision == OnError::DeadLetter || !self.runtime.gate.holds_for_failures();
-        self.end_probe(id, passed);
-        if !self.runtime.gate.is_open() && decision != OnError::DeadLetter {
+        if !rejected && self.runtime.gate.is_held() {
             // While the consumer holds, no attempt is counted.
             return self.again(id);
         }
+        self.tally.failed_attempts += 1;
         let random = self.random();
         let now = self.runtime.bus.clock().now();
         let node = self.keys.get_mut(id);
@@ -785,9 +804,9 @@ where
             .push(Reverse((Instant::now() + delay, id, sequence)));
     }
 
-    fn end_probe(&mut self, id: NodeId, succeeded: bool) {
+    fn end_probe(&mut self, id: NodeId, probed: Probed) {
         if std::mem::take(&mut self.keys.get_mut(id).probe) {
-            self.runtime.gate.probed(succeeded);
+            self.runtime.gate.probed(probed);
         }
     }
 
@@ -831,7 +850,7 @@ where
 
     /// Undoes what a delivery that leaves has said of itself.
     fn forget(&mut self, id: NodeId) {
-        self.end_probe(id, false);
+        self.end_probe(id, Probed::Nothing);
         if std::mem::take(&mut self.keys.get_mut(id).blocked) {
             self.tally.blocked -= 1;
         }
