@@ -11,7 +11,7 @@ use super::dispatch::Request;
 use super::scope::{Failure, Scope};
 use crate::broker::PublishError;
 use crate::dead_letter::{self, Cause, Diagnosis};
-use crate::error::BoxError;
+use crate::error::{BoxError, Error};
 use crate::message::Message;
 use crate::unit_of_work::{UnitOfWork, Work};
 
@@ -314,7 +314,8 @@ async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {
                 .collect();
             Outcome::Unpublished(messages, error)
         }
-        Err(error) => Outcome::Failed(Cause::Error(error.into())),
+        // As the SDK's own error, so that a retry policy's rules find it.
+        Err(error) => Outcome::Failed(Cause::Error(Error::from(error).into())),
     }
 }
 
