@@ -45,7 +45,7 @@ pub use event::assert_upcast;
 pub use event::{Event, read_event, unknown_version, upcast_from};
 pub use format::{EnvelopeFormat, FlatFormat, Format, Formats, Reading};
 pub use lane_table::{LaneTable, Settled};
-pub use memory::{MemoryBroker, MemoryConfig, MemoryProfile};
+pub use memory::{CommitFault, MemoryBroker, MemoryConfig, MemoryProfile, MemoryUnit};
 pub use message::{
     Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,
     Message, NAME_LENGTH_MAX, Topic,

@@ -15,6 +15,7 @@ mod named;
 mod room;
 mod settle;
 mod state;
+mod unit;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -34,6 +35,7 @@ use crate::message::{Group, Key, Message, Topic};
 use state::{Rest, State, Turn, ended};
 
 pub use config::{MemoryConfig, MemoryProfile};
+pub use unit::{CommitFault, MemoryUnit};
 
 /// A client of an in-memory server: what is published lives as long as a client or member does.
 ///
