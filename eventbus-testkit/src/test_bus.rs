@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use eventbus_core::{
-    BoxError, Clock, Consumer, ConsumerBuilder, DeadLetter, DeadLetters, Dispatch, Envelope, Event,
-    EventBus, MemoryBroker, MemoryConfig, MemoryProfile, Request, Start, Timestamp, Unit, Until,
+    BoxError, Broker, Clock, Consumer, ConsumerBuilder, DeadLetter, DeadLetters, Dispatch,
+    Envelope, Event, EventBus, MemoryBroker, MemoryConfig, MemoryProfile, Request, Start,
+    Timestamp, Unit, Until,
 };
 use tokio::time::Instant;
 use tower::{Layer, Service};
@@ -89,17 +90,24 @@ impl TestBus {
     ///
     /// As [`new`](Self::new).
     pub fn like(profile: MemoryProfile) -> Self {
+        Self::wrapping(MemoryConfig::default().like(profile), |server| server)
+    }
+
+    /// As [`new`](Self::new), on a server set up as `config` says and reached through what `wrap`
+    /// makes of it, such as a broker that fails on demand.
+    ///
+    /// # Panics
+    ///
+    /// As [`new`](Self::new).
+    pub fn wrapping<B: Broker>(config: MemoryConfig, wrap: impl FnOnce(MemoryBroker) -> B) -> Self {
         if !is_paused() {
             tokio::time::pause();
         }
         let clock: Arc<dyn Clock> = Arc::new(TestClock {
             begun: Instant::now(),
         });
-        let config = MemoryConfig::default()
-            .like(profile)
-            .with_clock(Arc::clone(&clock));
-        let server = MemoryBroker::with(config);
-        let bus = EventBus::builder(server.clone())
+        let server = MemoryBroker::with(config.with_clock(Arc::clone(&clock)));
+        let bus = EventBus::builder(wrap(server.clone()))
             .source("test")
             .clock(clock)
             .build();
