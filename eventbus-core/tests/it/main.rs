@@ -1,6 +1,15 @@
 //! Tests of eventbus-core through its public API and the testkit.
 
+mod batches;
+mod breaker;
 mod conformance;
+mod failures;
+mod fixtures;
 mod formats;
+mod layers;
 mod memory;
 mod order;
+mod publishing;
+mod replay;
+mod shutdown;
+mod units;
