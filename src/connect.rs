@@ -1,6 +1,6 @@
 //! From a URL to a bus.
 
-use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result};
+use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result, Topic};
 
 use crate::config::{EventBusConfig, redacted};
 
@@ -32,6 +32,16 @@ impl Connect for EventBus {
     }
 
     async fn connect_with(config: &EventBusConfig) -> Result<Self> {
+        if !config.topic_prefix.is_empty()
+            && Topic::new(&format!("{}x", config.topic_prefix)).is_err()
+        {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "read configuration",
+                "a topic prefix takes characters of A-Z a-z 0-9 . _ - only",
+            )
+            .with("topic_prefix", format_args!("{:?}", config.topic_prefix)));
+        }
         let mut builder = builder(&config.url)
             .await?
             .topic_prefix(&config.topic_prefix);
@@ -93,7 +103,10 @@ fn unknown(scheme: &str, url: &str) -> Error {
     Error::new(
         ErrorKind::InvalidInput,
         "connect",
-        format!("unknown scheme: known schemes are {}", known.join(", ")),
+        format!(
+            "the url begins with no known scheme: known schemes are {}",
+            known.join(", ")
+        ),
     )
-    .with("url", redacted(url))
+    .with("url", format_args!("{:?}", redacted(url)))
 }

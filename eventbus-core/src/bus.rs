@@ -399,7 +399,8 @@ impl EventBus {
     pub fn topic(&self, topic: &Topic) -> Result<Topic> {
         match self.inner.topic_prefix.as_str() {
             "" => Ok(topic.clone()),
-            prefix => Topic::new(&format!("{prefix}{topic}")),
+            prefix => Topic::new(&format!("{prefix}{topic}"))
+                .map_err(|error| error.with("topic prefix", prefix)),
         }
     }
 

@@ -105,7 +105,7 @@ impl FromStr for Timestamp {
             Error::new(
                 ErrorKind::Codec,
                 "read time",
-                "not a time as RFC 3339 writes it",
+                "not a time as RFC 3339 writes it, such as 2026-01-01T00:00:00Z",
             )
             .with("time", format_args!("{text:?}"))
             .with_source(error)

@@ -561,6 +561,14 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             )
             .with("group", group));
         }
+        if replay.is_some() && !self.bus.capabilities().replay {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "replay",
+                "this broker does not declare `replay`: what its groups have handled can't be read again",
+            )
+            .with("group", group));
+        }
         let mut settings = self.settings;
         if self.unit.as_ref().is_some_and(|unit| unit.group_max() > 1) {
             // One transaction at a time per worker; it holds several events.
@@ -572,7 +580,10 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             .map(|topic| self.bus.topic(topic))
             .collect::<Result<Vec<_>>>()?;
         for topic in &topics {
-            dead_letter::topic_of(topic, &group)?;
+            dead_letter::topic_of(topic, &group).map_err(|error| {
+                misuse("the names of topic and group are too long for the name of the dead-letter topic: shorten one")
+                    .with_source(error)
+            })?;
         }
         let handlers = self
             .handlers

@@ -369,7 +369,9 @@ impl HeadersBuilder {
             ));
         }
         if self.count >= HEADERS_MAX + self.room {
-            return Err(refuse("a message has at most 64 headers"));
+            return Err(refuse(
+                "a message has at most 64 headers: put the rest into the payload",
+            ));
         }
         self.packed
             .reserve(HEADER_PREFIX + name.len() + value.len());
@@ -464,7 +466,7 @@ impl Message {
             && key.0.len() > KEY_BYTES_MAX
         {
             return Err(refuse(format!(
-                "the key has {} bytes, at most {KEY_BYTES_MAX} are allowed",
+                "the key has {} bytes, at most {KEY_BYTES_MAX} are allowed: use a short key, such as an id",
                 key.0.len()
             )));
         }

@@ -240,7 +240,7 @@ where
             Some(returned) => work = returned,
             None => {
                 return Transaction::Failed(Cause::Error(
-                    "the handler kept its context beyond its end, so its transaction was rolled back".into(),
+                    "the handler kept its context beyond its end, so its transaction was rolled back: do not move `cx` into what outlives the handler, such as a spawned task".into(),
                 ));
             }
         }

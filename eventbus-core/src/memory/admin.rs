@@ -133,7 +133,7 @@ impl State {
             return Err(Error::new(
                 ErrorKind::NotFound,
                 "trim",
-                "the topic has fewer partitions",
+                "the topic has fewer partitions: they count from 0",
             )
             .with("topic", name)
             .with("partition", partition));
@@ -157,7 +157,7 @@ impl State {
         Err(Error::new(
             ErrorKind::Unsupported,
             operation,
-            "this broker does not declare `replay`: a new group begins with what is published from then on",
+            "this broker does not declare `replay`, and a new group begins with what is published from then on: leave `start` out",
         )
         .with("topic", topic))
     }
@@ -199,7 +199,7 @@ impl State {
                 Error::new(
                     ErrorKind::NotFound,
                     operation,
-                    "the group never subscribed to the topic",
+                    "the group never subscribed to the topic: look at its name, or spawn its consumer first",
                 )
                 .with("group", group)
                 .with("topic", name)

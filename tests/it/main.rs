@@ -1,0 +1,3 @@
+//! System tests over the facade.
+
+mod errors;
