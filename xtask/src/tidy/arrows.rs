@@ -43,7 +43,7 @@ const ARROWS: &[(Role, &[Role], &[Role])] = &[
         &[Role::Testkit],
     ),
     (Role::Part, &[Role::Core], &[Role::Testkit]),
-    (Role::Core, &[], &[Role::Testkit]),
+    (Role::Core, &[], &[Role::Testkit, Role::Macros]),
     // The derive is tested through the crates whose paths its output names.
     (Role::Macros, &[], &[Role::Core, Role::Facade]),
     (Role::Testkit, &[Role::Core], &[]),
