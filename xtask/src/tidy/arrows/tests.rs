@@ -53,7 +53,6 @@ fn each_wrong_arrow_is_found() {
         ("eventbus-saga", "eventbus-sql", None),
         ("eventbus-core", "eventbus-testkit", None),
         ("eventbus-core", "eventbus-testkit", Some("build")),
-        ("eventbus-core", "eventbus-macros", Some("dev")),
         ("eventbus-core", "eventbus-kafka", Some("dev")),
         ("eventbus-testkit", "eventbus", None),
         ("eventbus-macros", "eventbus-core", None),
