@@ -4,6 +4,7 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 
+use futures_util::future::Either;
 use tower::Service;
 use tracing::Instrument;
 
@@ -60,7 +61,7 @@ pub(crate) enum Outcome {
 }
 
 /// Does what `run` says with a consumer's layers.
-pub(crate) async fn run<V>(service: V, run: Run) -> Ended
+pub(crate) fn run<V>(service: V, run: Run) -> impl Future<Output = Ended>
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
@@ -68,27 +69,45 @@ where
     // What is rare, or expensive anyway, is boxed: the common run stays small enough to be moved
     // into its slot at little cost.
     match run {
-        Run::Handle(scope) => Ended::One(match process_span(&scope) {
-            None if scope.runtime().unit.is_none() => handle_plain(service, scope).await,
-            None => Box::pin(handle_in_unit(service, scope)).await,
-            Some(span) => Box::pin(handle_one(service, scope).instrument(span)).await,
-        }),
-        Run::Group(scopes) => {
-            let span = process_span(&scopes[0]).unwrap_or_else(tracing::Span::none);
-            Box::pin(handle_group(service, scopes).instrument(span)).await
+        Run::Handle(scope) if scope.runtime().unit.is_none() && !is_traced() => {
+            Either::Left(handle_untraced(service, scope))
         }
-        Run::Publish(scope, messages) => Ended::One(publish(&scope, messages).await),
-        Run::DeadLetter(scope, diagnosis) => Ended::One(Box::pin(store(&scope, &diagnosis)).await),
+        run => Either::Right(Box::pin(run_any(service, run))),
     }
 }
 
-/// The span of a run, after OpenTelemetry's messaging conventions; free when nobody listens.
-fn process_span(scope: &Scope) -> Option<tracing::Span> {
-    if !tracing::enabled!(tracing::Level::INFO) {
-        return None;
+async fn run_any<V>(service: V, run: Run) -> Ended
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    match run {
+        Run::Handle(scope) => {
+            let span = process_span(&scope);
+            Ended::One(handle_one(service, scope).instrument(span).await)
+        }
+        Run::Group(scopes) => {
+            let span = process_span(&scopes[0]);
+            handle_group(service, scopes).instrument(span).await
+        }
+        Run::Publish(scope, messages) => Ended::One(publish(&scope, messages).await),
+        Run::DeadLetter(scope, diagnosis) => Ended::One(store(&scope, &diagnosis).await),
+    }
+}
+
+/// Whether anybody listens to the spans of runs.
+#[inline]
+fn is_traced() -> bool {
+    tracing::enabled!(tracing::Level::INFO)
+}
+
+/// The span of a run, after OpenTelemetry's messaging conventions; none when nobody listens.
+fn process_span(scope: &Scope) -> tracing::Span {
+    if !is_traced() {
+        return tracing::Span::none();
     }
     let message = scope.message();
-    let span = tracing::info_span!(
+    tracing::info_span!(
         "process",
         otel.name = format_args!("process {}", message.topic),
         otel.kind = "consumer",
@@ -101,8 +120,7 @@ fn process_span(scope: &Scope) -> Option<tracing::Span> {
         messaging.message.id = %scope.id(),
         messaging.message.conversation_id = message.headers.get_str(crate::header::CORRELATION_ID),
         attempt = scope.attempt(),
-    );
-    Some(span)
+    )
 }
 
 async fn call<V>(service: &mut V, request: Request) -> Result<(), BoxError>
@@ -157,12 +175,42 @@ where
     V::Error: Into<BoxError>,
 {
     let result = call(&mut service, Request::one(Arc::clone(&scope))).await;
-    if let Err(cause) = failure(&scope, result) {
+    conclude(&scope, result).await
+}
+
+/// The run that most deliveries need. A block of its own and no call of [`handle_plain`], because
+/// an `async fn` keeps each of its arguments twice.
+fn handle_untraced<V>(mut service: V, scope: Arc<Scope>) -> impl Future<Output = Ended>
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    async move {
+        let result = match poll_fn(|cx| service.poll_ready(cx))
+            .await
+            .map_err(Into::into)
+        {
+            Ok(()) => {
+                let running = service.call(Request::one(Arc::clone(&scope)));
+                running.await.map_err(Into::into)
+            }
+            Err(error) => Err(error),
+        };
+        Ended::One(match result {
+            Ok(()) if !scope.is_touched() => Outcome::Done,
+            result => Box::pin(conclude(&scope, result)).await,
+        })
+    }
+}
+
+/// Sends what a handler that succeeded has published.
+async fn conclude(scope: &Scope, result: Result<(), BoxError>) -> Outcome {
+    if let Err(cause) = failure(scope, result) {
         return Outcome::Failed(cause);
     }
     let mut outgoing = Vec::new();
     scope.take_outgoing(&mut outgoing);
-    publish(&scope, outgoing).await
+    publish(scope, outgoing).await
 }
 
 async fn handle_group<V>(mut service: V, scopes: Vec<Arc<Scope>>) -> Ended
@@ -302,7 +350,7 @@ async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {
         return Outcome::Done;
     }
     scope.set_awaits_others(true);
-    let sent = Box::pin(scope.runtime().bus.send(messages)).await;
+    let sent = scope.runtime().bus.send(messages).await;
     scope.set_awaits_others(false);
     match sent {
         Ok(()) => Outcome::Done,

@@ -116,6 +116,9 @@ pub(crate) struct Stop {
     pub(crate) finish: bool,
 }
 
+/// How many runs a worker starts before it looks anew.
+const STARTS_MAX: usize = 64;
+
 /// How often a worker looks anew within one turn before it lets other tasks run.
 const PASSES_MAX: usize = 16;
 
@@ -153,6 +156,8 @@ pub(crate) struct Worker<V, Fut> {
     /// Whether anything ready may not be started now.
     held: bool,
     random: u64,
+    /// Handlers that ended when they were started, in this pass.
+    ended_at_once: u64,
     begun: Instant,
     /// The present turn's time, in nanoseconds after `begun`.
     turn: u64,
@@ -218,6 +223,7 @@ where
             probe_at: None,
             held: false,
             random,
+            ended_at_once: 0,
             begun: Instant::now(),
             turn: 0,
         }
@@ -347,9 +353,13 @@ where
         let mut started = false;
         self.held = false;
         self.probe_at = None;
-        while self.slots.has_room()
-            && let Some(id) = self.keys.peek_ready()
-        {
+        for _ in 0..STARTS_MAX {
+            if !self.slots.has_room() {
+                break;
+            }
+            let Some(id) = self.keys.peek_ready() else {
+                break;
+            };
             if self.keys.get(id).state == NodeState::Dropped {
                 self.keys.pop_ready();
                 let scope = self.keys.remove(id);
@@ -378,7 +388,18 @@ where
             self.start_one(id);
             started = true;
         }
+        self.measure_ended_at_once();
         started
+    }
+
+    /// Those that ended at once share the time between them: reading the clock for each of them
+    /// would cost more than most of them take.
+    fn measure_ended_at_once(&mut self) {
+        let count = std::mem::take(&mut self.ended_at_once);
+        if count > 0 {
+            let spent = self.since_begun(Instant::now()).saturating_sub(self.turn);
+            self.tally.ran(spent / count, count);
+        }
     }
 
     fn start_one(&mut self, id: NodeId) {
@@ -520,15 +541,22 @@ where
     }
 
     fn start_run(&mut self, nodes: Nodes, run: Run, is_handler: bool) {
-        let slot = self.slots.start((self.start)(run));
+        let (slot, polled) = self.slots.start((self.start)(run));
         for id in nodes.iter() {
             self.keys.get_mut(id).state = NodeState::Running(slot);
         }
-        self.running[slot] = Some(Running {
+        let running = Running {
             nodes,
             started: self.turn,
             is_handler,
-        });
+        };
+        match polled {
+            Poll::Pending => self.running[slot] = Some(running),
+            Poll::Ready(result) => {
+                self.ended_at_once += u64::from(is_handler);
+                self.conclude_run(running, result);
+            }
+        }
     }
 
     // ---- concluding
@@ -544,24 +572,24 @@ where
                 continue;
             };
             if running.is_handler {
-                self.tally.ran(now.saturating_sub(running.started));
+                self.tally.ran(now.saturating_sub(running.started), 1);
             }
-            match result {
-                Ok(ended) => self.conclude_run(running, ended),
-                Err(panic) => {
-                    let text = panic_text(panic.as_ref()).to_owned();
-                    self.fail_run(running, || Cause::Panic(text.clone()));
-                }
-            }
+            self.conclude_run(running, result);
         }
         self.ended = ended;
     }
 
-    fn conclude_run(&mut self, running: Running, ended: Ended) {
-        match (running.nodes, ended) {
-            (Nodes::One(id), Ended::One(outcome)) => self.conclude_one(id, outcome),
-            (Nodes::Group(ids), Ended::Each(outcomes)) => self.conclude_each(&ids, outcomes),
-            (nodes, _) => self.split(&nodes),
+    #[inline]
+    fn conclude_run(&mut self, running: Running, result: Caught<Ended>) {
+        match (running.nodes, result) {
+            (Nodes::One(id), Ok(Ended::One(outcome))) => self.conclude_one(id, outcome),
+            (Nodes::Group(ids), Ok(Ended::Each(outcomes))) => self.conclude_each(&ids, outcomes),
+            (nodes, Ok(_)) => self.split(&nodes),
+            (nodes, Err(panic)) => {
+                let text = panic_text(panic.as_ref()).to_owned();
+                let running = Running { nodes, ..running };
+                self.fail_run(running, || Cause::Panic(text.clone()));
+            }
         }
     }
 
