@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::settler::SettleItem;
-use crate::delivery::{Assignment, Delivery, Lane, Receipt};
+use crate::delivery::{Assignment, Delivery, Lane};
 use crate::message::Topic;
 
 /// One lane of a consumer, as [`Consumer::status`](crate::Consumer::status) shows it.
@@ -103,9 +103,15 @@ impl Lanes {
 
     pub(crate) fn settled(&self, items: &[SettleItem]) {
         let mut lanes = self.lock();
-        for item in items {
-            if let SettleItem::Settled(receipt, _) = item {
-                note_settled(&mut lanes, *receipt);
+        // As with deliveries, those of a lane mostly stand in a row.
+        for stretch in items.chunk_by(|one, next| one.lane() == next.lane()) {
+            let Some(entry) = stretch[0].lane().and_then(|lane| find(&mut lanes, lane)) else {
+                continue;
+            };
+            for item in stretch {
+                if let SettleItem::Settled(receipt, _) = item {
+                    entry.settle(receipt.tag);
+                }
             }
         }
     }
@@ -138,28 +144,25 @@ fn find(lanes: &mut [Option<LaneEntry>], lane: Lane) -> Option<&mut LaneEntry> {
         .filter(|entry| entry.lane == lane)
 }
 
-fn note_settled(lanes: &mut [Option<LaneEntry>], receipt: Receipt) {
-    let Some(entry) = find(lanes, receipt.lane) else {
-        return;
-    };
-    // Mostly the oldest: then nothing has to be searched.
-    let index = match entry.arrivals.front() {
-        Some(oldest) if receipt.tag < oldest.end => 0,
-        _ => entry
-            .arrivals
-            .partition_point(|arrival| arrival.end <= receipt.tag),
-    };
-    if let Some(arrival) = entry.arrivals.get_mut(index)
-        && arrival.unsettled > 0
-    {
-        arrival.unsettled -= 1;
-        entry.in_flight -= 1;
-    }
-    while entry
-        .arrivals
-        .front()
-        .is_some_and(|arrival| arrival.unsettled == 0)
-    {
-        entry.arrivals.pop_front();
+impl LaneEntry {
+    fn settle(&mut self, tag: u64) {
+        // Mostly the oldest: then nothing has to be searched.
+        let index = match self.arrivals.front() {
+            Some(oldest) if tag < oldest.end => 0,
+            _ => self.arrivals.partition_point(|arrival| arrival.end <= tag),
+        };
+        let Some(arrival) = self.arrivals.get_mut(index) else {
+            return;
+        };
+        if arrival.unsettled > 0 {
+            arrival.unsettled -= 1;
+            self.in_flight -= 1;
+        }
+        let is_empty = |arrival: &Arrival| arrival.unsettled == 0;
+        if index == 0 {
+            while self.arrivals.front().is_some_and(is_empty) {
+                self.arrivals.pop_front();
+            }
+        }
     }
 }

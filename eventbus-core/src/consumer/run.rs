@@ -4,6 +4,7 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use futures_util::future::Either;
 use tower::Service;
 use tracing::Instrument;
@@ -29,9 +30,26 @@ pub(crate) enum Run {
     DeadLetter(Arc<Scope>, Arc<Diagnosis>),
 }
 
-/// What became of a [`Run`].
+/// What became of a [`Run`]: that it went well fits a register, everything else is boxed.
 #[derive(Debug)]
 pub(crate) enum Ended {
+    /// One delivery was handled: settle it.
+    Done,
+    Otherwise(Box<Ending>),
+}
+
+impl From<Ending> for Ended {
+    fn from(ending: Ending) -> Self {
+        match ending {
+            Ending::One(Outcome::Done) => Self::Done,
+            ending => Self::Otherwise(Box::new(ending)),
+        }
+    }
+}
+
+/// What became of a [`Run`] in full.
+#[derive(Debug)]
+pub(crate) enum Ending {
     One(Outcome),
     /// One a delivery of the group, in its order.
     Each(Vec<Outcome>),
@@ -72,11 +90,11 @@ where
         Run::Handle(scope) if scope.runtime().unit.is_none() && !is_traced() => {
             Either::Left(handle_untraced(service, scope))
         }
-        run => Either::Right(Box::pin(run_any(service, run))),
+        run => Either::Right(Box::pin(run_any(service, run).map(Ended::from))),
     }
 }
 
-async fn run_any<V>(service: V, run: Run) -> Ended
+async fn run_any<V>(service: V, run: Run) -> Ending
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
@@ -84,14 +102,14 @@ where
     match run {
         Run::Handle(scope) => {
             let span = process_span(&scope);
-            Ended::One(handle_one(service, scope).instrument(span).await)
+            Ending::One(handle_one(service, scope).instrument(span).await)
         }
         Run::Group(scopes) => {
             let span = process_span(&scopes[0]);
             handle_group(service, scopes).instrument(span).await
         }
-        Run::Publish(scope, messages) => Ended::One(publish(&scope, messages).await),
-        Run::DeadLetter(scope, diagnosis) => Ended::One(store(&scope, &diagnosis).await),
+        Run::Publish(scope, messages) => Ending::One(publish(&scope, messages).await),
+        Run::DeadLetter(scope, diagnosis) => Ending::One(store(&scope, &diagnosis).await),
     }
 }
 
@@ -196,10 +214,10 @@ where
             }
             Err(error) => Err(error),
         };
-        Ended::One(match result {
-            Ok(()) if !scope.is_touched() => Outcome::Done,
-            result => Box::pin(conclude(&scope, result)).await,
-        })
+        match result {
+            Ok(()) if !scope.is_touched() => Ended::Done,
+            result => Ending::One(Box::pin(conclude(&scope, result)).await).into(),
+        }
     }
 }
 
@@ -213,7 +231,7 @@ async fn conclude(scope: &Scope, result: Result<(), BoxError>) -> Outcome {
     publish(scope, outgoing).await
 }
 
-async fn handle_group<V>(mut service: V, scopes: Vec<Arc<Scope>>) -> Ended
+async fn handle_group<V>(mut service: V, scopes: Vec<Arc<Scope>>) -> Ending
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
@@ -222,12 +240,12 @@ where
         return handle_batch(&mut service, scopes).await;
     };
     match in_transaction(&mut service, &unit, &scopes).await {
-        Transaction::Committed(outcomes) => Ended::Each(outcomes),
-        Transaction::Failed(_) => Ended::Split,
+        Transaction::Committed(outcomes) => Ending::Each(outcomes),
+        Transaction::Failed(_) => Ending::Split,
         Transaction::Unavailable(error) => {
             let error = Arc::new(crate::error::error_chain(error.as_ref()));
             let each = |_| Outcome::Unavailable(error.as_str().into());
-            Ended::Each(scopes.iter().map(each).collect())
+            Ending::Each(scopes.iter().map(each).collect())
         }
     }
 }
@@ -309,14 +327,14 @@ where
 }
 
 /// Gives several deliveries to a batch handler and sends what the good ones published.
-async fn handle_batch<V>(service: &mut V, scopes: Vec<Arc<Scope>>) -> Ended
+async fn handle_batch<V>(service: &mut V, scopes: Vec<Arc<Scope>>) -> Ending
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
 {
     let result = call(service, Request::batch(scopes.clone())).await;
     if result.is_err() && scopes.len() > 1 {
-        return Ended::Split;
+        return Ending::Split;
     }
     let mut error = result.err();
     let mut outcomes = Vec::with_capacity(scopes.len());
@@ -342,7 +360,7 @@ where
         }
         outcomes.push(outcome);
     }
-    Ended::Each(outcomes)
+    Ending::Each(outcomes)
 }
 
 async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {

@@ -97,8 +97,8 @@ impl Scope {
     }
 
     #[inline]
-    pub(crate) fn fill(&mut self, delivery: Delivery, partition: u32) {
-        self.delivery = Some(delivery);
+    pub(crate) fn fill(&mut self, delivery: Option<Delivery>, partition: u32) {
+        self.delivery = delivery;
         self.partition = partition;
     }
 

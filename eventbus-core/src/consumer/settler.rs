@@ -20,6 +20,17 @@ pub(crate) enum SettleItem {
     Stop,
 }
 
+impl SettleItem {
+    /// The lane of what is settled.
+    #[inline]
+    pub(crate) fn lane(&self) -> Option<Lane> {
+        match self {
+            Self::Settled(receipt, _) => Some(receipt.lane),
+            _ => None,
+        }
+    }
+}
+
 /// Settles until it is told to stop; returns an error that trying again does not help against.
 pub(crate) async fn run(
     runtime: Arc<Runtime>,

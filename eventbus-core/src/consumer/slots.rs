@@ -121,6 +121,7 @@ impl<F: Future> SlotSet<F> {
 
     /// Puts a future into a free slot and polls it. One that ends at once leaves the slot free
     /// again, so that the next one finds its memory in the processor's cache.
+    #[inline]
     pub(crate) fn start(&mut self, future: F) -> (usize, Poll<Caught<F::Output>>) {
         let index = self.free.pop().expect("the caller saw that there is room");
         let slot = &mut self.slots[index];
@@ -166,6 +167,7 @@ impl<F: Future> SlotSet<F> {
 }
 
 impl<F: Future> Slot<F> {
+    #[inline]
     fn poll(&mut self) -> Poll<Caught<F::Output>> {
         let place = &mut self.future;
         if place.is_none() {

@@ -24,7 +24,7 @@ use tokio::time::{Instant, Sleep};
 use super::Runtime;
 use super::gate::{Admission, Probed};
 use super::keys::{Keys, NodeId, NodeState, Stage};
-use super::run::{Ended, Outcome, Run};
+use super::run::{Ended, Ending, Outcome, Run};
 use super::scope::{Routed, Scope, Skip};
 use super::settler::SettleItem;
 use super::slots::{Caught, SlotSet, panic_text};
@@ -302,7 +302,8 @@ where
             return;
         }
         let mut place = None;
-        for delivery in deliveries {
+        let mut deliveries = deliveries.into_iter();
+        while let Some(delivery) = deliveries.as_slice().first() {
             let lane = delivery.receipt.lane;
             // Looked up once for all that come in a row.
             let partition = match place {
@@ -310,25 +311,33 @@ where
                 _ => self.runtime.lanes.partition(lane),
             };
             place = Some((lane, partition));
-            // What comes on a lane that is closed already is the next owner's.
-            if let Some(partition) = partition {
-                self.accept(delivery, partition);
-            }
+            let Some(partition) = partition else {
+                // What comes on a lane that is closed already is the next owner's.
+                deliveries.next();
+                continue;
+            };
+            let key = delivery.message.key.as_ref();
+            let key = key.map(|key| self.runtime.hash_key(key));
+            let scope = self.fill_scope(&mut deliveries, partition);
+            self.keys.push(scope, key);
         }
     }
 
+    /// Moves the next delivery into a scope; from one to the other, because it is large.
     #[inline]
-    fn accept(&mut self, delivery: Delivery, partition: u32) {
-        let key = delivery.message.key.as_ref();
-        let key = key.map(|key| self.runtime.hash_key(key));
+    fn fill_scope(
+        &mut self,
+        deliveries: &mut std::vec::IntoIter<Delivery>,
+        partition: u32,
+    ) -> Arc<Scope> {
         let mut scope = self
             .pool
             .pop()
             .unwrap_or_else(|| Arc::new(Scope::new(Arc::clone(&self.runtime))));
         Arc::get_mut(&mut scope)
             .expect("a scope in the pool is nobody else's")
-            .fill(delivery, partition);
-        self.keys.push(scope, key);
+            .fill(deliveries.next(), partition);
+        scope
     }
 
     #[inline]
@@ -364,11 +373,10 @@ where
             if !self.slots.has_room() {
                 break;
             }
-            let Some(id) = self.keys.peek_ready() else {
+            let Some(id) = self.keys.pop_ready() else {
                 break;
             };
             if self.keys.get(id).state == NodeState::Dropped {
-                self.keys.pop_ready();
                 let scope = self.keys.remove(id);
                 self.recycle(scope);
                 continue;
@@ -385,12 +393,12 @@ where
                 Admission::Yes => false,
                 Admission::Probe => true,
                 Admission::Wait(probe_at) => {
+                    self.keys.push_ready_first(id);
                     self.held = true;
                     self.probe_at = probe_at;
                     break;
                 }
             };
-            self.keys.pop_ready();
             self.keys.get_mut(id).probe = probe;
             self.start_one(id);
             started = true;
@@ -549,11 +557,6 @@ where
 
     fn start_run(&mut self, nodes: Nodes, run: Run, is_handler: bool) {
         let (slot, polled) = self.slots.start((self.start)(run));
-        // What nearly every run comes to, without the detours of the others.
-        if let (Nodes::One(id), Poll::Ready(Ok(Ended::One(Outcome::Done)))) = (&nodes, &polled) {
-            self.ended_at_once += u64::from(is_handler);
-            return self.done(*id);
-        }
         for id in nodes.iter() {
             self.keys.get_mut(id).state = NodeState::Running(slot);
         }
@@ -591,15 +594,16 @@ where
         self.ended = ended;
     }
 
-    #[inline]
     fn conclude_run(&mut self, running: Running, result: Caught<Ended>) {
-        match (running.nodes, result) {
-            (Nodes::One(id), Ok(Ended::One(outcome))) => self.conclude_one(id, outcome),
-            (Nodes::Group(ids), Ok(Ended::Each(outcomes))) => self.conclude_each(&ids, outcomes),
-            (nodes, Ok(_)) => self.split(&nodes),
-            (nodes, Err(panic)) => {
+        match result {
+            Ok(Ended::Done) => running.nodes.iter().for_each(|id| self.done(id)),
+            Ok(Ended::Otherwise(ending)) => match (running.nodes, *ending) {
+                (Nodes::One(id), Ending::One(outcome)) => self.conclude_one(id, outcome),
+                (Nodes::Group(ids), Ending::Each(outcomes)) => self.conclude_each(&ids, outcomes),
+                (nodes, _) => self.split(&nodes),
+            },
+            Err(panic) => {
                 let text = panic_text(panic.as_ref()).to_owned();
-                let running = Running { nodes, ..running };
                 self.fail_run(running, || Cause::Panic(text.clone()));
             }
         }
