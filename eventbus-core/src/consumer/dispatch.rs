@@ -30,6 +30,7 @@ enum Deliveries {
 }
 
 impl Request {
+    #[inline]
     pub(crate) fn one(scope: Arc<Scope>) -> Self {
         Self {
             deliveries: Deliveries::One(scope),
@@ -42,6 +43,7 @@ impl Request {
         }
     }
 
+    #[inline]
     fn first(&self) -> &Arc<Scope> {
         match &self.deliveries {
             Deliveries::One(scope) => scope,
@@ -298,6 +300,7 @@ impl<S: Send + Sync + 'static> Service<Request> for Dispatch<S> {
         Poll::Ready(Ok(()))
     }
 
+    #[inline]
     fn call(&mut self, request: Request) -> DispatchFuture<S> {
         let handler = request
             .first()
@@ -333,6 +336,7 @@ impl<S> fmt::Debug for DispatchFuture<S> {
 impl<S> Future for DispatchFuture<S> {
     type Output = Result<(), BoxError>;
 
+    #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
         let Some(place) = &mut self.place else {
             return Poll::Ready(Err("a finished handler was polled again".into()));

@@ -125,7 +125,7 @@ impl Keys {
 
     #[cold]
     fn push_node(&mut self, node: Node) -> NodeId {
-        if self.nodes.len() == self.buckets.len() {
+        if self.nodes.len() * 2 >= self.buckets.len() {
             self.grow();
         }
         self.nodes.push(Some(node));
@@ -133,9 +133,9 @@ impl Keys {
         (self.nodes.len() - 1) as NodeId
     }
 
-    /// Makes more buckets, so that there is always one for each node.
+    /// Makes more buckets, so that there are always twice as many as nodes.
     fn grow(&mut self) {
-        let count = (self.buckets.len() * 2).max(64);
+        let count = (self.buckets.len() * 2).max(128);
         self.buckets.clear();
         self.buckets.resize(count, None);
         for index in 0..self.nodes.len() {

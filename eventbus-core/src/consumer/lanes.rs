@@ -103,16 +103,16 @@ impl Lanes {
 
     pub(crate) fn settled(&self, items: &[SettleItem]) {
         let mut lanes = self.lock();
-        // As with deliveries, those of a lane mostly stand in a row.
-        for stretch in items.chunk_by(|one, next| one.lane() == next.lane()) {
-            let Some(entry) = stretch[0].lane().and_then(|lane| find(&mut lanes, lane)) else {
-                continue;
+        let mut rest = items;
+        while let [first, others @ ..] = rest {
+            let entry = first.receipt().and_then(|receipt| {
+                let entry = find(&mut lanes, receipt.lane)?;
+                Some((entry, receipt.tag))
+            });
+            rest = match entry {
+                Some((entry, tag)) => &rest[entry.settle(tag, rest)..],
+                None => others,
             };
-            for item in stretch {
-                if let SettleItem::Settled(receipt, _) = item {
-                    entry.settle(receipt.tag);
-                }
-            }
         }
     }
 
@@ -145,24 +145,35 @@ fn find(lanes: &mut [Option<LaneEntry>], lane: Lane) -> Option<&mut LaneEntry> {
 }
 
 impl LaneEntry {
-    fn settle(&mut self, tag: u64) {
+    /// Notes what the first of `items`, with this tag, and those behind it have in common: that
+    /// they came together. Returns how many they are.
+    fn settle(&mut self, tag: u64, items: &[SettleItem]) -> usize {
         // Mostly the oldest: then nothing has to be searched.
         let index = match self.arrivals.front() {
             Some(oldest) if tag < oldest.end => 0,
             _ => self.arrivals.partition_point(|arrival| arrival.end <= tag),
         };
-        let Some(arrival) = self.arrivals.get_mut(index) else {
-            return;
+        let begin = match index {
+            0 => 0,
+            _ => self.arrivals[index - 1].end,
         };
-        if arrival.unsettled > 0 {
-            arrival.unsettled -= 1;
-            self.in_flight -= 1;
-        }
+        let Some(arrival) = self.arrivals.get_mut(index) else {
+            return 1;
+        };
+        let (lane, tags) = (self.lane, begin..arrival.end);
+        let came_together = |item: &&SettleItem| {
+            item.receipt()
+                .is_some_and(|receipt| receipt.lane == lane && tags.contains(&receipt.tag))
+        };
+        let count = items.iter().take_while(came_together).count();
+        // A lane is settled once for each delivery; more than came is a mistake to live with.
+        let noted = count.min(arrival.unsettled);
+        arrival.unsettled -= noted;
+        self.in_flight -= noted;
         let is_empty = |arrival: &Arrival| arrival.unsettled == 0;
-        if index == 0 {
-            while self.arrivals.front().is_some_and(is_empty) {
-                self.arrivals.pop_front();
-            }
+        while self.arrivals.front().is_some_and(is_empty) {
+            self.arrivals.pop_front();
         }
+        count.max(1)
     }
 }

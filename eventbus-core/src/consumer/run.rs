@@ -79,6 +79,7 @@ pub(crate) enum Outcome {
 }
 
 /// Does what `run` says with a consumer's layers.
+#[inline]
 pub(crate) fn run<V>(service: V, run: Run) -> impl Future<Output = Ended>
 where
     V: Service<Request, Response = ()>,

@@ -21,11 +21,11 @@ pub(crate) enum SettleItem {
 }
 
 impl SettleItem {
-    /// The lane of what is settled.
+    /// What is settled, if anything is.
     #[inline]
-    pub(crate) fn lane(&self) -> Option<Lane> {
+    pub(crate) fn receipt(&self) -> Option<&Receipt> {
         match self {
-            Self::Settled(receipt, _) => Some(receipt.lane),
+            Self::Settled(receipt, _) => Some(receipt),
             _ => None,
         }
     }

@@ -167,6 +167,7 @@ enum Nodes {
 }
 
 impl Nodes {
+    #[inline]
     fn iter(&self) -> impl Iterator<Item = NodeId> + '_ {
         match self {
             Self::One(id) => std::slice::from_ref(id).iter().copied(),
@@ -557,6 +558,11 @@ where
 
     fn start_run(&mut self, nodes: Nodes, run: Run, is_handler: bool) {
         let (slot, polled) = self.slots.start((self.start)(run));
+        // What nearly every run comes to, without the detours of the others.
+        if let (Nodes::One(id), Poll::Ready(Ok(Ended::Done))) = (&nodes, &polled) {
+            self.ended_at_once += u64::from(is_handler);
+            return self.done(*id);
+        }
         for id in nodes.iter() {
             self.keys.get_mut(id).state = NodeState::Running(slot);
         }
