@@ -44,6 +44,14 @@ impl Request {
     }
 
     #[inline]
+    fn into_first(self) -> Arc<Scope> {
+        match self.deliveries {
+            Deliveries::One(scope) => scope,
+            Deliveries::Batch(mut scopes) => scopes.swap_remove(0),
+        }
+    }
+
+    #[inline]
     fn first(&self) -> &Arc<Scope> {
         match &self.deliveries {
             Deliveries::One(scope) => scope,
@@ -164,10 +172,9 @@ where
         let handler = Arc::clone(&self.handler);
         Reused::boxed(move |request: Request, state: &Arc<S>| {
             let (handler, state) = (Arc::clone(&handler), Arc::clone(state));
+            // Several deliveries are only given to a batch handler.
+            let scope = request.into_first();
             async move {
-                let Deliveries::One(scope) = request.deliveries else {
-                    return Err("a batch was given to a handler of single events".into());
-                };
                 match scope.decode::<E>() {
                     Ok(event) => handler.handle(event, Context::new(scope, state)).await,
                     Err(error) => {

@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::settler::SettleItem;
-use crate::delivery::{Assignment, Delivery, Lane};
+use crate::delivery::{Assignment, Delivery, Lane, Receipt, Verdict};
 use crate::message::Topic;
 
 /// One lane of a consumer, as [`Consumer::status`](crate::Consumer::status) shows it.
@@ -101,18 +100,15 @@ impl Lanes {
         find(&mut self.lock(), lane).map(|entry| entry.partition)
     }
 
-    pub(crate) fn settled(&self, items: &[SettleItem]) {
+    pub(crate) fn settled(&self, settled: &[(Receipt, Verdict)]) {
         let mut lanes = self.lock();
-        let mut rest = items;
-        while let [first, others @ ..] = rest {
-            let entry = first.receipt().and_then(|receipt| {
-                let entry = find(&mut lanes, receipt.lane)?;
-                Some((entry, receipt.tag))
-            });
-            rest = match entry {
-                Some((entry, tag)) => &rest[entry.settle(tag, rest)..],
-                None => others,
+        let mut rest = settled;
+        while let [(receipt, _), ..] = rest {
+            let count = match find(&mut lanes, receipt.lane) {
+                Some(entry) => entry.settle(receipt.tag, rest),
+                None => 1,
             };
+            rest = &rest[count..];
         }
     }
 
@@ -145,9 +141,9 @@ fn find(lanes: &mut [Option<LaneEntry>], lane: Lane) -> Option<&mut LaneEntry> {
 }
 
 impl LaneEntry {
-    /// Notes what the first of `items`, with this tag, and those behind it have in common: that
-    /// they came together. Returns how many they are.
-    fn settle(&mut self, tag: u64, items: &[SettleItem]) -> usize {
+    /// Notes at once the first of `settled`, which has this tag, and those behind it that came with
+    /// it. Returns how many they are, at least one.
+    fn settle(&mut self, tag: u64, settled: &[(Receipt, Verdict)]) -> usize {
         // Mostly the oldest: then nothing has to be searched.
         let index = match self.arrivals.front() {
             Some(oldest) if tag < oldest.end => 0,
@@ -161,11 +157,10 @@ impl LaneEntry {
             return 1;
         };
         let (lane, tags) = (self.lane, begin..arrival.end);
-        let came_together = |item: &&SettleItem| {
-            item.receipt()
-                .is_some_and(|receipt| receipt.lane == lane && tags.contains(&receipt.tag))
-        };
-        let count = items.iter().take_while(came_together).count();
+        let count = settled
+            .iter()
+            .take_while(|(receipt, _)| receipt.lane == lane && tags.contains(&receipt.tag))
+            .count();
         // A lane is settled once for each delivery; more than came is a mistake to live with.
         let noted = count.min(arrival.unsettled);
         arrival.unsettled -= noted;

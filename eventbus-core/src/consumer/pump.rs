@@ -155,14 +155,14 @@ impl Pump {
         deliveries.retain(|delivery| {
             let wanted = delivery.message.key.as_ref() == Some(key_wanted);
             if !wanted {
-                passed_over.push(SettleItem::Settled(delivery.receipt, Verdict::Done));
+                passed_over.push((delivery.receipt, Verdict::Done));
             }
             wanted
         });
         if !passed_over.is_empty() {
             let telemetry = &self.runtime.telemetry;
             telemetry.skipped(Skip::OtherKey, passed_over.len());
-            self.settler.append(&mut passed_over);
+            self.settler.add(SettleItem::Settled(passed_over));
         }
         deliveries
     }

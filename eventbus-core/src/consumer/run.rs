@@ -199,6 +199,7 @@ where
 
 /// The run that most deliveries need. A block of its own and no call of [`handle_plain`], because
 /// an `async fn` keeps each of its arguments twice.
+#[allow(clippy::manual_async_fn, reason = "an async fn takes twice the room")]
 fn handle_untraced<V>(mut service: V, scope: Arc<Scope>) -> impl Future<Output = Ended>
 where
     V: Service<Request, Response = ()>,

@@ -32,7 +32,7 @@ use super::{OnPoison, telemetry::Tally};
 use crate::activity::Part;
 use crate::coalescer::{Coalescer, Mailbox};
 use crate::dead_letter::{Cause, Diagnosis};
-use crate::delivery::{Delivery, Lane, Verdict};
+use crate::delivery::{Delivery, Lane, Receipt, Verdict};
 use crate::retry::{OnError, with_jitter};
 
 /// What a worker is told.
@@ -132,7 +132,7 @@ pub(crate) struct Worker<V, Fut> {
     revocations: Vec<Arc<Revocation>>,
     stop: Option<Arc<Stop>>,
     /// Verdicts of this turn.
-    settled: Vec<SettleItem>,
+    settled: Vec<(Receipt, Verdict)>,
     tally: Tally,
     received: Vec<Item>,
     ended: Vec<(usize, Caught<Ended>)>,
@@ -267,7 +267,9 @@ where
     fn flush(&mut self) {
         if !self.settled.is_empty() {
             self.runtime.lanes.settled(&self.settled);
-            self.settler.append(&mut self.settled);
+            let next = Vec::with_capacity(self.settled.len());
+            let settled = std::mem::replace(&mut self.settled, next);
+            self.settler.add(SettleItem::Settled(settled));
         }
         self.count_first_attempts();
         self.runtime.telemetry.add(&mut self.tally);
@@ -412,10 +414,11 @@ where
     /// would cost more than most of them take.
     fn measure_ended_at_once(&mut self) {
         let count = std::mem::take(&mut self.ended_at_once);
-        if count > 0 {
-            let spent = self.since_begun(Instant::now()).saturating_sub(self.turn);
-            self.tally.ran(spent / count, count);
+        if count == 0 {
+            return;
         }
+        let spent = self.since_begun(Instant::now()).saturating_sub(self.turn);
+        self.tally.ran(spent / count, count);
     }
 
     fn start_one(&mut self, id: NodeId) {
@@ -872,8 +875,7 @@ where
     #[inline]
     fn settle(&mut self, id: NodeId) {
         let receipt = self.keys.get(id).scope.delivery().receipt;
-        self.settled
-            .push(SettleItem::Settled(receipt, Verdict::Done));
+        self.settled.push((receipt, Verdict::Done));
         self.drop_settled(id);
     }
 
@@ -934,10 +936,8 @@ where
         self.revocations.push(Arc::clone(&revocation));
         if revocation.finish_until.is_none() {
             self.cancel_runs(&revocation.lanes);
-            self.settled.retain(|item| match item {
-                SettleItem::Settled(receipt, _) => !revocation.lanes.contains(&receipt.lane),
-                _ => true,
-            });
+            self.settled
+                .retain(|(receipt, _)| !revocation.lanes.contains(&receipt.lane));
         }
     }
 
