@@ -147,12 +147,13 @@ fn processor_time() {
         })
     };
     // Once unmeasured: caches and allocator are warm then.
-    (channel(), bus());
-    let (low, median, high) = ratios(&bus, &channel);
+    channel();
+    bus();
+    let (low, median, high) = ratios(bus, channel);
     println!(
         "processor time, bus / channel: median {median:.2} of {PAIRS} pairs, quartiles {low:.2} to {high:.2} (goal {GOAL_CPU_RATIO})"
     );
-    let (low, median, high) = ratios(&bus, &bus);
+    let (low, median, high) = ratios(bus, bus);
     println!(
         "  bus / bus, the noise of this machine: {median:.2}, quartiles {low:.2} to {high:.2}"
     );

@@ -107,6 +107,10 @@ async fn count_one(order: OrderCreated, cx: Context<Handled>) -> Result<(), even
 }
 
 /// Sends `count` messages through a channel to a loop that decodes them.
+#[allow(
+    clippy::future_not_send,
+    reason = "it runs on one thread, as its peer does"
+)]
 pub(crate) async fn through_channel(messages: &[Message], count: usize) {
     let bus = Rc::new(EventBus::new(MemoryBroker::new()));
     let (sender, mut receiver) = tokio::sync::mpsc::channel::<Message>(1024);

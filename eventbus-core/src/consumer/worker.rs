@@ -369,16 +369,13 @@ where
     }
 
     fn start_ready(&mut self) -> bool {
-        let mut started = false;
+        let mut started = 0;
         self.held = false;
         self.probe_at = None;
-        for _ in 0..STARTS_MAX {
-            if !self.slots.has_room() {
-                break;
-            }
-            let Some(id) = self.keys.pop_ready() else {
-                break;
-            };
+        while started < STARTS_MAX
+            && self.slots.has_room()
+            && let Some(id) = self.keys.pop_ready()
+        {
             if self.keys.get(id).state == NodeState::Dropped {
                 let scope = self.keys.remove(id);
                 self.recycle(scope);
@@ -404,10 +401,10 @@ where
             };
             self.keys.get_mut(id).probe = probe;
             self.start_one(id);
-            started = true;
+            started += 1;
         }
         self.measure_ended_at_once();
-        started
+        started > 0
     }
 
     /// Those that ended at once share the time between them: reading the clock for each of them
