@@ -1,5 +1,5 @@
 //! The load that the in-memory benches share: pre-encoded events from publish to handler, the same
-//! through a bare channel, and their decoding alone.
+//! through a bare channel, and the parts of it alone: batches, decoding, broker.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -7,29 +7,36 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use eventbus::{
-    Broker, Context, Event, EventBus, MemoryBroker, MemoryConfig, Message, Publisher, Start, Until,
+    Broker, Consumer, ConsumerBuilder, Context, Event, EventBus, Group, MemoryBroker, MemoryConfig,
+    Message, NoUnit, Publisher, Receipt, Result, Signal, Start, Subscriber, Subscription, Until,
+    Verdict,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 /// How many messages a publish holds.
-pub const BATCH: usize = 64;
+pub(crate) const BATCH: usize = 64;
 const KEYS: u64 = 64;
+/// Small enough for the log to stay in the processor's caches, as a channel does.
+const LOG_BYTES: usize = 2 << 20;
+
+/// What the handler counts into: how many, whom to tell, of how many.
+pub(crate) type Handled = (AtomicUsize, Notify, usize);
 
 /// About 256 bytes of payload in the default format.
 #[derive(Clone, Debug, Event, Serialize, Deserialize)]
 #[event(type = "OrderCreated", topic = "order-events", key = "order_id")]
-pub struct OrderCreated {
+pub(crate) struct OrderCreated {
     /// The order.
-    pub order_id: u64,
+    pub(crate) order_id: u64,
     /// What it costs.
-    pub cents: i64,
+    pub(crate) cents: i64,
     /// How many pieces.
-    pub quantity: u32,
+    pub(crate) quantity: u32,
 }
 
 /// A runtime with one thread, so that time on the processor is the cost.
-pub fn runtime() -> tokio::runtime::Runtime {
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
@@ -37,7 +44,7 @@ pub fn runtime() -> tokio::runtime::Runtime {
 }
 
 /// Messages as a publisher has encoded them, one a key.
-pub async fn encoded() -> Vec<Message> {
+pub(crate) async fn encoded() -> Vec<Message> {
     let bus = EventBus::new(MemoryBroker::new());
     for order_id in 0..KEYS {
         let order = OrderCreated {
@@ -58,19 +65,22 @@ pub async fn encoded() -> Vec<Message> {
     messages
 }
 
-/// Publishes `count` messages in batches to a consumer and waits until all are handled.
-pub async fn through_bus(messages: &[Message], count: usize) {
-    let broker = MemoryBroker::with(MemoryConfig::default().with_bytes(64 << 20));
+/// Publishes `count` messages in batches to a consumer and waits until all are handled. `spawn` may
+/// put layers around the handler.
+pub(crate) async fn through_bus(
+    messages: &[Message],
+    count: usize,
+    spawn: impl AsyncFnOnce(ConsumerBuilder<Handled, NoUnit>) -> Result<Consumer>,
+) {
+    let broker = broker();
     let bus = EventBus::new(broker.clone());
     let handled = Arc::new((AtomicUsize::new(0), Notify::new(), count));
-    let consumer = bus
+    let builder = bus
         .consumer("bench")
         .shared_state(Arc::clone(&handled))
         .on(count_one)
-        .workers(1)
-        .spawn()
-        .await
-        .expect("memory takes a consumer");
+        .workers(1);
+    let consumer = spawn(builder).await.expect("memory takes a consumer");
     for batch in batches(messages, count) {
         broker.publish(batch).await.expect("memory takes it");
         // One thread: the consumer's turn.
@@ -83,10 +93,11 @@ pub async fn through_bus(messages: &[Message], count: usize) {
     broker.close().await.expect("it ends");
 }
 
-async fn count_one(
-    order: OrderCreated,
-    cx: Context<(AtomicUsize, Notify, usize)>,
-) -> Result<(), eventbus::BoxError> {
+fn broker() -> MemoryBroker {
+    MemoryBroker::with(MemoryConfig::default().with_bytes(LOG_BYTES))
+}
+
+async fn count_one(order: OrderCreated, cx: Context<Handled>) -> Result<(), eventbus::BoxError> {
     std::hint::black_box(&order);
     let (handled, done, all) = cx.state();
     if handled.fetch_add(1, Ordering::Relaxed) + 1 == *all {
@@ -96,7 +107,11 @@ async fn count_one(
 }
 
 /// Sends `count` messages through a channel to a loop that decodes them.
-pub async fn through_channel(messages: &[Message], count: usize) {
+#[allow(
+    clippy::future_not_send,
+    reason = "it runs on one thread, as its peer does"
+)]
+pub(crate) async fn through_channel(messages: &[Message], count: usize) {
     let bus = Rc::new(EventBus::new(MemoryBroker::new()));
     let (sender, mut receiver) = tokio::sync::mpsc::channel::<Message>(1024);
     let handled = Rc::new(Cell::new(0));
@@ -128,8 +143,51 @@ pub async fn through_channel(messages: &[Message], count: usize) {
     assert_eq!(handled.get(), count);
 }
 
+/// Publishes the same batches, takes them as a member of a group and settles them: no runtime.
+pub(crate) async fn through_broker(messages: &[Message], count: usize) {
+    let broker = broker();
+    let topics = vec![OrderCreated::TOPIC];
+    let subscription =
+        Subscription::group(Group::from_static("bench"), topics).with_start(Start::Earliest);
+    let mut member = broker
+        .subscribe(subscription)
+        .await
+        .expect("memory takes it");
+    let (mut taken, mut verdicts) = (0, Vec::<(Receipt, Verdict)>::new());
+    for batch in batches(messages, count) {
+        taken += batch.len();
+        broker.publish(batch).await.expect("memory takes it");
+        while taken > 0 {
+            let signal = member.deliveries.next().await.expect("memory goes on");
+            let Signal::Delivered(deliveries) = signal else {
+                continue;
+            };
+            taken -= deliveries.len();
+            verdicts.extend(
+                deliveries
+                    .iter()
+                    .map(|delivery| (delivery.receipt, Verdict::Done)),
+            );
+        }
+        member
+            .settlement
+            .settle(&verdicts)
+            .await
+            .expect("memory records it");
+        verdicts.clear();
+    }
+    broker.close().await.expect("it ends");
+}
+
+/// Makes the same batches and nothing else.
+pub(crate) fn batches_only(messages: &[Message], count: usize) {
+    for batch in batches(messages, count) {
+        std::hint::black_box(batch);
+    }
+}
+
 /// Makes the same batches and decodes their messages, and nothing else.
-pub fn decode_only(messages: &[Message], count: usize) {
+pub(crate) fn decode_only(messages: &[Message], count: usize) {
     let bus = EventBus::new(MemoryBroker::new());
     for batch in batches(messages, count) {
         for message in batch {

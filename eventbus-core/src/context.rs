@@ -53,6 +53,7 @@ pub struct Context<S = (), U: Unit = NoUnit> {
 }
 
 impl<S, U: Unit> Context<S, U> {
+    #[inline]
     pub(crate) fn new(scope: Arc<Scope>, state: Arc<S>) -> Self {
         let work = Mutex::new(scope.take_work());
         Self {
@@ -160,6 +161,7 @@ impl<S, U: Unit> Context<S, U> {
 }
 
 impl<S, U: Unit> Drop for Context<S, U> {
+    #[inline]
     fn drop(&mut self) {
         let work = self.work.get_mut();
         if let Some((work, loan)) = work.unwrap_or_else(PoisonError::into_inner).take() {

@@ -4,10 +4,9 @@ use std::fmt;
 use std::future::Future;
 use std::marker::PhantomData;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context as TaskContext, Poll};
 
-use tokio_util::sync::ReusableBoxFuture;
 use tower::Service;
 
 use super::scope::Scope;
@@ -31,6 +30,7 @@ enum Deliveries {
 }
 
 impl Request {
+    #[inline]
     pub(crate) fn one(scope: Arc<Scope>) -> Self {
         Self {
             deliveries: Deliveries::One(scope),
@@ -43,6 +43,15 @@ impl Request {
         }
     }
 
+    #[inline]
+    fn into_first(self) -> Arc<Scope> {
+        match self.deliveries {
+            Deliveries::One(scope) => scope,
+            Deliveries::Batch(mut scopes) => scopes.swap_remove(0),
+        }
+    }
+
+    #[inline]
     fn first(&self) -> &Arc<Scope> {
         match &self.deliveries {
             Deliveries::One(scope) => scope,
@@ -75,13 +84,58 @@ impl Request {
     }
 }
 
-type HandlerFuture = ReusableBoxFuture<'static, Result<(), BoxError>>;
-
 /// A handler whose event type is known only inside.
 pub(crate) trait ErasedHandler<S>: Send + Sync {
     fn event_type(&self) -> &'static str;
     fn batch_max(&self) -> Option<usize>;
-    fn start(&self, request: Request, state: &Arc<S>, future: &mut HandlerFuture);
+    /// Allocates a place for one run of it at a time.
+    fn place(&self) -> Box<dyn Place<S>>;
+}
+
+/// Where the futures of one handler run, one after another, without allocating.
+pub(crate) trait Place<S>: Send {
+    /// Puts a run there, to be polled.
+    fn start(&mut self, request: Request, state: &Arc<S>);
+    fn poll(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), BoxError>>;
+}
+
+/// The place of a handler whose futures are `F`.
+struct Reused<C, F> {
+    /// Makes the future that reads the events and calls the handler.
+    call: C,
+    future: Pin<Box<Option<F>>>,
+}
+
+impl<C, F> Reused<C, F> {
+    fn boxed<S>(call: C) -> Box<dyn Place<S>>
+    where
+        C: Fn(Request, &Arc<S>) -> F + Send + 'static,
+        F: Future<Output = Result<(), BoxError>> + Send + 'static,
+    {
+        let future = Box::pin(None);
+        Box::new(Self { call, future })
+    }
+}
+
+impl<S, C, F> Place<S> for Reused<C, F>
+where
+    C: Fn(Request, &Arc<S>) -> F + Send,
+    F: Future<Output = Result<(), BoxError>> + Send,
+{
+    fn start(&mut self, request: Request, state: &Arc<S>) {
+        self.future.set(Some((self.call)(request, state)));
+    }
+
+    fn poll(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), BoxError>> {
+        let Some(future) = self.future.as_mut().as_pin_mut() else {
+            return Poll::Ready(Err("a finished handler was polled again".into()));
+        };
+        let result = future.poll(cx);
+        if result.is_ready() {
+            self.future.set(None);
+        }
+        result
+    }
 }
 
 /// A handler of single events.
@@ -114,21 +168,22 @@ where
         None
     }
 
-    fn start(&self, request: Request, state: &Arc<S>, future: &mut HandlerFuture) {
+    fn place(&self) -> Box<dyn Place<S>> {
         let handler = Arc::clone(&self.handler);
-        let state = Arc::clone(state);
-        future.set(async move {
-            let Deliveries::One(scope) = request.deliveries else {
-                return Err("a batch was given to a handler of single events".into());
-            };
-            match scope.decode::<E>() {
-                Ok(event) => handler.handle(event, Context::new(scope, state)).await,
-                Err(error) => {
-                    scope.reject(error);
-                    Ok(())
+        Reused::boxed(move |request: Request, state: &Arc<S>| {
+            let (handler, state) = (Arc::clone(&handler), Arc::clone(state));
+            // Several deliveries are only given to a batch handler.
+            let scope = request.into_first();
+            async move {
+                match scope.decode::<E>() {
+                    Ok(event) => handler.handle(event, Context::new(scope, state)).await,
+                    Err(error) => {
+                        scope.reject(error);
+                        Ok(())
+                    }
                 }
             }
-        });
+        })
     }
 }
 
@@ -163,29 +218,31 @@ where
         Some(self.batch_max)
     }
 
-    fn start(&self, request: Request, state: &Arc<S>, future: &mut HandlerFuture) {
+    fn place(&self) -> Box<dyn Place<S>> {
         let handler = Arc::clone(&self.handler);
-        let state = Arc::clone(state);
-        future.set(async move {
-            let scopes = match request.deliveries {
-                Deliveries::One(scope) => vec![scope],
-                Deliveries::Batch(scopes) => scopes,
-            };
-            let mut items = Vec::with_capacity(scopes.len());
-            for scope in scopes {
-                match scope.decode::<E>() {
-                    Ok(event) => items.push(BatchItem::<E, S>::new(
-                        event,
-                        Context::<S, NoUnit>::new(scope, Arc::clone(&state)),
-                    )),
-                    Err(error) => scope.reject(error),
+        Reused::boxed(move |request: Request, state: &Arc<S>| {
+            let (handler, state) = (Arc::clone(&handler), Arc::clone(state));
+            async move {
+                let scopes = match request.deliveries {
+                    Deliveries::One(scope) => vec![scope],
+                    Deliveries::Batch(scopes) => scopes,
+                };
+                let mut items = Vec::with_capacity(scopes.len());
+                for scope in scopes {
+                    match scope.decode::<E>() {
+                        Ok(event) => items.push(BatchItem::<E, S>::new(
+                            event,
+                            Context::<S, NoUnit>::new(scope, Arc::clone(&state)),
+                        )),
+                        Err(error) => scope.reject(error),
+                    }
+                }
+                match items.is_empty() {
+                    true => Ok(()),
+                    false => handler.handle(items).await,
                 }
             }
-            match items.is_empty() {
-                true => Ok(()),
-                false => handler.handle(items).await,
-            }
-        });
+        })
     }
 }
 
@@ -193,17 +250,31 @@ where
 pub struct Dispatch<S>(Arc<Handlers<S>>);
 
 struct Handlers<S> {
-    handlers: Vec<Arc<dyn ErasedHandler<S>>>,
+    handlers: Vec<Registered<S>>,
     state: Arc<S>,
-    idle: Mutex<Vec<HandlerFuture>>,
+}
+
+struct Registered<S> {
+    handler: Arc<dyn ErasedHandler<S>>,
+    /// Places that no run is in; as many as ever ran at once.
+    idle: Mutex<Vec<Box<dyn Place<S>>>>,
+}
+
+impl<S> Registered<S> {
+    fn idle(&self) -> MutexGuard<'_, Vec<Box<dyn Place<S>>>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl<S> Dispatch<S> {
     pub(crate) fn new(handlers: Vec<Arc<dyn ErasedHandler<S>>>, state: Arc<S>) -> Self {
-        Self(Arc::new(Handlers {
-            handlers,
-            state,
+        let register = |handler| Registered {
+            handler,
             idle: Mutex::new(Vec::new()),
+        };
+        Self(Arc::new(Handlers {
+            handlers: handlers.into_iter().map(register).collect(),
+            state,
         }))
     }
 }
@@ -217,7 +288,12 @@ impl<S> Clone for Dispatch<S> {
 impl<S> fmt::Debug for Dispatch<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list()
-            .entries(self.0.handlers.iter().map(|handler| handler.event_type()))
+            .entries(
+                self.0
+                    .handlers
+                    .iter()
+                    .map(|registered| registered.handler.event_type()),
+            )
             .finish()
     }
 }
@@ -231,20 +307,20 @@ impl<S: Send + Sync + 'static> Service<Request> for Dispatch<S> {
         Poll::Ready(Ok(()))
     }
 
+    #[inline]
     fn call(&mut self, request: Request) -> DispatchFuture<S> {
         let handler = request
             .first()
             .route()
             .expect("a run begins only for a routed message")
             .handler;
-        let idle = {
-            let mut idle = self.0.idle.lock().unwrap_or_else(PoisonError::into_inner);
-            idle.pop()
-        };
-        let mut future = idle.unwrap_or_else(|| ReusableBoxFuture::new(std::future::ready(Ok(()))));
-        self.0.handlers[handler].start(request, &self.0.state, &mut future);
+        let registered = &self.0.handlers[handler];
+        let idle = registered.idle().pop();
+        let mut place = idle.unwrap_or_else(|| registered.handler.place());
+        place.start(request, &self.0.state);
         DispatchFuture {
-            future: Some(future),
+            place: Some(place),
+            handler,
             handlers: Arc::clone(&self.0),
         }
     }
@@ -252,8 +328,9 @@ impl<S: Send + Sync + 'static> Service<Request> for Dispatch<S> {
 
 /// A handler while it runs. Dropping it drops the handler's future.
 pub struct DispatchFuture<S> {
-    /// Taken out, to be used again, when the handler has ended.
-    future: Option<HandlerFuture>,
+    /// Given back, to be used again, when the handler has ended.
+    place: Option<Box<dyn Place<S>>>,
+    handler: usize,
     handlers: Arc<Handlers<S>>,
 }
 
@@ -266,22 +343,17 @@ impl<S> fmt::Debug for DispatchFuture<S> {
 impl<S> Future for DispatchFuture<S> {
     type Output = Result<(), BoxError>;
 
+    #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
-        let Some(future) = &mut self.future else {
+        let Some(place) = &mut self.place else {
             return Poll::Ready(Err("a finished handler was polled again".into()));
         };
-        let result = match future.poll(cx) {
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(result) => result,
-        };
-        if let Some(future) = self.future.take() {
-            let mut idle = self
-                .handlers
-                .idle
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            idle.push(future);
+        let result = place.poll(cx);
+        if result.is_ready()
+            && let Some(place) = self.place.take()
+        {
+            self.handlers.handlers[self.handler].idle().push(place);
         }
-        Poll::Ready(result)
+        result
     }
 }

@@ -163,6 +163,12 @@ impl Gate {
         if self.is_open() {
             return Admission::Yes;
         }
+        self.admit_held(worker)
+    }
+
+    /// Apart from `admit`, which is asked for every run and mostly answers at once.
+    #[cold]
+    fn admit_held(&self, worker: usize) -> Admission {
         let mut guard = self.lock();
         let state = &mut *guard;
         if state.paused {

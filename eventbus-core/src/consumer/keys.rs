@@ -1,10 +1,8 @@
 //! Deliveries of one worker, queued by key: strictly one after another within a key, any order
 //! between keys. Nothing is allocated per delivery once the tables have grown.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
-
-use foldhash::fast::FixedState;
 
 use super::scope::Scope;
 use crate::clock::Timestamp;
@@ -33,6 +31,8 @@ pub(crate) struct Node {
     pub(crate) sequence: u64,
     key: Option<u64>,
     next: Option<NodeId>,
+    /// Of the last delivery of a key: the next one in its bucket.
+    chain: Option<NodeId>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,8 +62,10 @@ pub(crate) enum Stage {
 pub(crate) struct Keys {
     nodes: Vec<Option<Node>>,
     free: Vec<NodeId>,
-    /// The last delivery of every key that has one.
-    tails: HashMap<u64, NodeId, FixedState>,
+    /// The last delivery of every key that has one, by the low bits of the key's hash; those of a
+    /// bucket are chained through their nodes. A hash map would take three times as long to say
+    /// that a key is new, which is what it is mostly asked.
+    buckets: Vec<Option<NodeId>>,
     ready: VecDeque<NodeId>,
     sequence: u64,
     /// Places taken.
@@ -97,20 +99,21 @@ impl Keys {
             sequence: self.sequence,
             key,
             next: None,
+            chain: None,
         };
         let id = match self.free.pop() {
             Some(id) => {
                 self.nodes[id as usize] = Some(node);
                 id
             }
-            None => {
-                self.nodes.push(Some(node));
-                // Bounded by the credit of the member.
-                (self.nodes.len() - 1) as NodeId
-            }
+            None => self.push_node(node),
         };
         self.count += 1;
-        let behind = key.and_then(|key| self.tails.insert(key, id));
+        let mut behind = None;
+        if let Some(key) = key {
+            behind = self.unlink(key);
+            self.link(id, key);
+        }
         match behind {
             Some(tail) => {
                 self.get_mut(tail).next = Some(id);
@@ -118,6 +121,65 @@ impl Keys {
             }
             None => self.ready.push_back(id),
         }
+    }
+
+    #[cold]
+    fn push_node(&mut self, node: Node) -> NodeId {
+        if self.nodes.len() * 2 >= self.buckets.len() {
+            self.grow();
+        }
+        self.nodes.push(Some(node));
+        // Bounded by the credit of the member.
+        (self.nodes.len() - 1) as NodeId
+    }
+
+    /// Makes more buckets, so that there are always twice as many as nodes.
+    fn grow(&mut self) {
+        let count = (self.buckets.len() * 2).max(128);
+        self.buckets.clear();
+        self.buckets.resize(count, None);
+        for index in 0..self.nodes.len() {
+            if let Some(node) = &self.nodes[index]
+                && let (Some(key), None) = (node.key, node.next)
+            {
+                self.link(index as NodeId, key);
+            }
+        }
+    }
+
+    #[inline]
+    fn bucket(&self, key: u64) -> usize {
+        // Their number is a power of two.
+        key as usize & (self.buckets.len() - 1)
+    }
+
+    /// Makes a delivery the last one of its key.
+    #[inline]
+    fn link(&mut self, id: NodeId, key: u64) {
+        let bucket = self.bucket(key);
+        let chain = self.buckets[bucket].replace(id);
+        self.get_mut(id).chain = chain;
+    }
+
+    /// Takes the last delivery of a key out of its bucket.
+    #[inline]
+    fn unlink(&mut self, key: u64) -> Option<NodeId> {
+        let bucket = self.bucket(key);
+        let mut before = None;
+        let mut place = self.buckets[bucket];
+        while let Some(id) = place {
+            let (found, chain) = (self.get(id).key, self.get(id).chain);
+            if found == Some(key) {
+                match before {
+                    None => self.buckets[bucket] = chain,
+                    Some(before) => self.get_mut(before).chain = chain,
+                }
+                return place;
+            }
+            before = place;
+            place = chain;
+        }
+        None
     }
 
     #[inline]
@@ -186,23 +248,23 @@ impl Keys {
     /// Removes the first delivery of a key; the next one is ready now, unless it was started with it.
     #[inline]
     pub(crate) fn remove(&mut self, id: NodeId) -> Arc<Scope> {
-        let node = self.nodes[id as usize]
-            .take()
-            .expect("a node is removed once");
-        self.free.push(id);
-        self.count -= 1;
-        match node.next {
+        match self.get(id).next {
             Some(next) => match self.get(next).state {
                 NodeState::Behind => self.push_ready(next),
                 NodeState::Dropped => self.ready.push_back(next),
                 _ => {}
             },
             None => {
-                if let Some(key) = node.key {
-                    self.tails.remove(&key);
+                if let Some(key) = self.get(id).key {
+                    self.unlink(key);
                 }
             }
         }
+        let node = self.nodes[id as usize]
+            .take()
+            .expect("a node is removed once");
+        self.free.push(id);
+        self.count -= 1;
         node.scope
     }
 

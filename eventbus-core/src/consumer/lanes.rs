@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::settler::SettleItem;
-use crate::delivery::{Assignment, Delivery, Lane, Receipt};
+use crate::delivery::{Assignment, Delivery, Lane, Receipt, Verdict};
 use crate::message::Topic;
 
 /// One lane of a consumer, as [`Consumer::status`](crate::Consumer::status) shows it.
@@ -78,43 +77,38 @@ impl Lanes {
         }
     }
 
-    /// Notes deliveries and passes each on with its partition; those of closed lanes are dropped.
-    pub(crate) fn delivered(&self, deliveries: Vec<Delivery>, mut pass: impl FnMut(Delivery, u32)) {
+    /// Notes deliveries.
+    pub(crate) fn delivered(&self, deliveries: &[Delivery]) {
         let now = Instant::now();
         let mut lanes = self.lock();
         // A batch is a few stretches of one lane each: what is noted is noted per stretch.
-        let mut stretch: Option<Stretch> = None;
-        for delivery in deliveries {
-            let receipt = delivery.receipt;
-            match &mut stretch {
-                Some(stretch) if stretch.lane == receipt.lane => {
-                    stretch.count += 1;
-                    stretch.end = receipt.tag + 1;
-                }
-                _ => {
-                    note_delivered(&mut lanes, stretch.take(), now);
-                    let partition = find(&mut lanes, receipt.lane).map(|entry| entry.partition);
-                    stretch = Some(Stretch {
-                        lane: receipt.lane,
-                        partition,
-                        count: 1,
-                        end: receipt.tag + 1,
-                    });
-                }
-            }
-            if let Some(partition) = stretch.as_ref().and_then(|stretch| stretch.partition) {
-                pass(delivery, partition);
+        for stretch in deliveries.chunk_by(|one, next| one.receipt.lane == next.receipt.lane) {
+            let last = stretch[stretch.len() - 1].receipt;
+            if let Some(entry) = find(&mut lanes, last.lane) {
+                entry.in_flight += stretch.len();
+                entry.arrivals.push_back(Arrival {
+                    end: last.tag + 1,
+                    unsettled: stretch.len(),
+                    at: now,
+                });
             }
         }
-        note_delivered(&mut lanes, stretch, now);
     }
 
-    pub(crate) fn settled(&self, items: &[SettleItem]) {
+    /// The partition of a lane, `None` when it is closed.
+    pub(crate) fn partition(&self, lane: Lane) -> Option<u32> {
+        find(&mut self.lock(), lane).map(|entry| entry.partition)
+    }
+
+    pub(crate) fn settled(&self, settled: &[(Receipt, Verdict)]) {
         let mut lanes = self.lock();
-        for item in items {
-            if let SettleItem::Settled(receipt, _) = item {
-                note_settled(&mut lanes, *receipt);
-            }
+        let mut rest = settled;
+        while let [(receipt, _), ..] = rest {
+            let count = match find(&mut lanes, receipt.lane) {
+                Some(entry) => entry.settle(receipt.tag, rest),
+                None => 1,
+            };
+            rest = &rest[count..];
         }
     }
 
@@ -146,46 +140,35 @@ fn find(lanes: &mut [Option<LaneEntry>], lane: Lane) -> Option<&mut LaneEntry> {
         .filter(|entry| entry.lane == lane)
 }
 
-/// Deliveries of one lane in a row.
-struct Stretch {
-    lane: Lane,
-    /// `None` when the lane is closed.
-    partition: Option<u32>,
-    count: usize,
-    /// The tag behind the last of them.
-    end: u64,
-}
-
-fn note_delivered(lanes: &mut [Option<LaneEntry>], stretch: Option<Stretch>, now: Instant) {
-    let Some(stretch) = stretch else { return };
-    if let Some(entry) = find(lanes, stretch.lane) {
-        entry.in_flight += stretch.count;
-        entry.arrivals.push_back(Arrival {
-            end: stretch.end,
-            unsettled: stretch.count,
-            at: now,
-        });
-    }
-}
-
-fn note_settled(lanes: &mut [Option<LaneEntry>], receipt: Receipt) {
-    let Some(entry) = find(lanes, receipt.lane) else {
-        return;
-    };
-    let index = entry
-        .arrivals
-        .partition_point(|arrival| arrival.end <= receipt.tag);
-    if let Some(arrival) = entry.arrivals.get_mut(index)
-        && arrival.unsettled > 0
-    {
-        arrival.unsettled -= 1;
-        entry.in_flight -= 1;
-    }
-    while entry
-        .arrivals
-        .front()
-        .is_some_and(|arrival| arrival.unsettled == 0)
-    {
-        entry.arrivals.pop_front();
+impl LaneEntry {
+    /// Notes at once the first of `settled`, which has this tag, and those behind it that came with
+    /// it. Returns how many they are, at least one.
+    fn settle(&mut self, tag: u64, settled: &[(Receipt, Verdict)]) -> usize {
+        // Mostly the oldest: then nothing has to be searched.
+        let index = match self.arrivals.front() {
+            Some(oldest) if tag < oldest.end => 0,
+            _ => self.arrivals.partition_point(|arrival| arrival.end <= tag),
+        };
+        let begin = match index {
+            0 => 0,
+            _ => self.arrivals[index - 1].end,
+        };
+        let Some(arrival) = self.arrivals.get_mut(index) else {
+            return 1;
+        };
+        let (lane, tags) = (self.lane, begin..arrival.end);
+        let count = settled
+            .iter()
+            .take_while(|(receipt, _)| receipt.lane == lane && tags.contains(&receipt.tag))
+            .count();
+        // A lane is settled once for each delivery; more than came is a mistake to live with.
+        let noted = count.min(arrival.unsettled);
+        arrival.unsettled -= noted;
+        self.in_flight -= noted;
+        let is_empty = |arrival: &Arrival| arrival.unsettled == 0;
+        while self.arrivals.front().is_some_and(is_empty) {
+            self.arrivals.pop_front();
+        }
+        count.max(1)
     }
 }

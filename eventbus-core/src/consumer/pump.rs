@@ -15,6 +15,7 @@ use crate::broker::Deliveries;
 use crate::coalescer::Coalescer;
 use crate::delivery::{Delivery, Lane, Signal, Verdict};
 use crate::error::Result;
+use crate::message::Message;
 
 /// Hears the broker; one task.
 pub(crate) struct Pump {
@@ -24,7 +25,7 @@ pub(crate) struct Pump {
     /// Told when a bounded read has delivered everything.
     ended: watch::Sender<bool>,
     /// For each worker, what the present signal brings it.
-    sorted: Vec<Vec<Item>>,
+    sorted: Vec<Vec<Delivery>>,
     /// The next worker for messages without a key.
     turn: usize,
     /// Lanes of a bounded read that have not ended.
@@ -128,40 +129,12 @@ impl Pump {
     fn deliver(&mut self, deliveries: Vec<Delivery>) -> Option<Duration> {
         let count = deliveries.len();
         self.runtime.telemetry.delivered(count);
-        let runtime = Arc::clone(&self.runtime);
-        let key_wanted = runtime
-            .replay
-            .as_ref()
-            .and_then(|replay| replay.key.as_ref());
-        let mut passed_over = Vec::new();
-        runtime.lanes.delivered(deliveries, |delivery, partition| {
-            if key_wanted.is_some() && delivery.message.key.as_ref() != key_wanted {
-                passed_over.push(SettleItem::Settled(delivery.receipt, Verdict::Done));
-                return;
-            }
-            let key = delivery
-                .message
-                .key
-                .as_ref()
-                .map(|key| runtime.hash_key(key));
-            let worker = self.worker_of(key);
-            self.sorted[worker].push(Item::Delivery {
-                delivery,
-                partition,
-                key,
-            });
-        });
-        for (inbox, items) in self.inboxes.iter().zip(&mut self.sorted) {
-            if !items.is_empty() {
-                inbox.append(items);
-            }
-        }
-        if !passed_over.is_empty() {
-            self.runtime
-                .telemetry
-                .skipped(Skip::OtherKey, passed_over.len());
-            self.runtime.lanes.settled(&passed_over);
-            self.settler.append(&mut passed_over);
+        let deliveries = self.pass_over_other_keys(deliveries);
+        self.runtime.lanes.delivered(&deliveries);
+        match self.inboxes.as_slice() {
+            // As they are: a delivery is large to be moved one by one.
+            [inbox] => inbox.push(Item::Deliveries(deliveries)),
+            _ => self.sort(deliveries),
         }
         let rate = self
             .runtime
@@ -172,11 +145,50 @@ impl Pump {
         Some(Duration::from_secs(1) * count as u32 / rate)
     }
 
-    fn worker_of(&mut self, key: Option<u64>) -> usize {
-        match key {
-            _ if self.inboxes.len() == 1 => 0,
+    /// In a replay of one key, settles deliveries of others.
+    fn pass_over_other_keys(&self, mut deliveries: Vec<Delivery>) -> Vec<Delivery> {
+        let replay = self.runtime.replay.as_ref();
+        let Some(key_wanted) = replay.and_then(|replay| replay.key.as_ref()) else {
+            return deliveries;
+        };
+        let mut passed_over = Vec::new();
+        deliveries.retain(|delivery| {
+            let wanted = delivery.message.key.as_ref() == Some(key_wanted);
+            if !wanted {
+                passed_over.push((delivery.receipt, Verdict::Done));
+            }
+            wanted
+        });
+        if !passed_over.is_empty() {
+            let telemetry = &self.runtime.telemetry;
+            telemetry.skipped(Skip::OtherKey, passed_over.len());
+            self.settler.add(SettleItem::Settled(passed_over));
+        }
+        deliveries
+    }
+
+    /// Gives each worker what is its own.
+    fn sort(&mut self, deliveries: Vec<Delivery>) {
+        let share = deliveries.len().div_ceil(self.inboxes.len());
+        for delivery in deliveries {
+            let worker = self.worker_of(&delivery.message);
+            let sorted = &mut self.sorted[worker];
+            if sorted.capacity() == 0 {
+                sorted.reserve(share);
+            }
+            sorted.push(delivery);
+        }
+        for (inbox, sorted) in self.inboxes.iter().zip(&mut self.sorted) {
+            if !sorted.is_empty() {
+                inbox.push(Item::Deliveries(std::mem::take(sorted)));
+            }
+        }
+    }
+
+    fn worker_of(&mut self, message: &Message) -> usize {
+        match &message.key {
             // The low bits choose among a worker's keys; these are independent of them.
-            Some(key) => (key >> 32) as usize % self.inboxes.len(),
+            Some(key) => (self.runtime.hash_key(key) >> 32) as usize % self.inboxes.len(),
             None => {
                 self.turn = (self.turn + 1) % self.inboxes.len();
                 self.turn

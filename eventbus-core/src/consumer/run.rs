@@ -4,6 +4,8 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
+use futures_util::future::Either;
 use tower::Service;
 use tracing::Instrument;
 
@@ -28,9 +30,26 @@ pub(crate) enum Run {
     DeadLetter(Arc<Scope>, Arc<Diagnosis>),
 }
 
-/// What became of a [`Run`].
+/// What became of a [`Run`]: that it went well fits a register, everything else is boxed.
 #[derive(Debug)]
 pub(crate) enum Ended {
+    /// One delivery was handled: settle it.
+    Done,
+    Otherwise(Box<Ending>),
+}
+
+impl From<Ending> for Ended {
+    fn from(ending: Ending) -> Self {
+        match ending {
+            Ending::One(Outcome::Done) => Self::Done,
+            ending => Self::Otherwise(Box::new(ending)),
+        }
+    }
+}
+
+/// What became of a [`Run`] in full.
+#[derive(Debug)]
+pub(crate) enum Ending {
     One(Outcome),
     /// One a delivery of the group, in its order.
     Each(Vec<Outcome>),
@@ -60,7 +79,8 @@ pub(crate) enum Outcome {
 }
 
 /// Does what `run` says with a consumer's layers.
-pub(crate) async fn run<V>(service: V, run: Run) -> Ended
+#[inline]
+pub(crate) fn run<V>(service: V, run: Run) -> impl Future<Output = Ended>
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
@@ -68,27 +88,45 @@ where
     // What is rare, or expensive anyway, is boxed: the common run stays small enough to be moved
     // into its slot at little cost.
     match run {
-        Run::Handle(scope) => Ended::One(match process_span(&scope) {
-            None if scope.runtime().unit.is_none() => handle_plain(service, scope).await,
-            None => Box::pin(handle_in_unit(service, scope)).await,
-            Some(span) => Box::pin(handle_one(service, scope).instrument(span)).await,
-        }),
-        Run::Group(scopes) => {
-            let span = process_span(&scopes[0]).unwrap_or_else(tracing::Span::none);
-            Box::pin(handle_group(service, scopes).instrument(span)).await
+        Run::Handle(scope) if scope.runtime().unit.is_none() && !is_traced() => {
+            Either::Left(handle_untraced(service, scope))
         }
-        Run::Publish(scope, messages) => Ended::One(publish(&scope, messages).await),
-        Run::DeadLetter(scope, diagnosis) => Ended::One(Box::pin(store(&scope, &diagnosis)).await),
+        run => Either::Right(Box::pin(run_any(service, run).map(Ended::from))),
     }
 }
 
-/// The span of a run, after OpenTelemetry's messaging conventions; free when nobody listens.
-fn process_span(scope: &Scope) -> Option<tracing::Span> {
-    if !tracing::enabled!(tracing::Level::INFO) {
-        return None;
+async fn run_any<V>(service: V, run: Run) -> Ending
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    match run {
+        Run::Handle(scope) => {
+            let span = process_span(&scope);
+            Ending::One(handle_one(service, scope).instrument(span).await)
+        }
+        Run::Group(scopes) => {
+            let span = process_span(&scopes[0]);
+            handle_group(service, scopes).instrument(span).await
+        }
+        Run::Publish(scope, messages) => Ending::One(publish(&scope, messages).await),
+        Run::DeadLetter(scope, diagnosis) => Ending::One(store(&scope, &diagnosis).await),
+    }
+}
+
+/// Whether anybody listens to the spans of runs.
+#[inline]
+fn is_traced() -> bool {
+    tracing::enabled!(tracing::Level::INFO)
+}
+
+/// The span of a run, after OpenTelemetry's messaging conventions; none when nobody listens.
+fn process_span(scope: &Scope) -> tracing::Span {
+    if !is_traced() {
+        return tracing::Span::none();
     }
     let message = scope.message();
-    let span = tracing::info_span!(
+    tracing::info_span!(
         "process",
         otel.name = format_args!("process {}", message.topic),
         otel.kind = "consumer",
@@ -101,8 +139,7 @@ fn process_span(scope: &Scope) -> Option<tracing::Span> {
         messaging.message.id = %scope.id(),
         messaging.message.conversation_id = message.headers.get_str(crate::header::CORRELATION_ID),
         attempt = scope.attempt(),
-    );
-    Some(span)
+    )
 }
 
 async fn call<V>(service: &mut V, request: Request) -> Result<(), BoxError>
@@ -157,15 +194,46 @@ where
     V::Error: Into<BoxError>,
 {
     let result = call(&mut service, Request::one(Arc::clone(&scope))).await;
-    if let Err(cause) = failure(&scope, result) {
+    conclude(&scope, result).await
+}
+
+/// The run that most deliveries need. A block of its own and no call of [`handle_plain`], because
+/// an `async fn` keeps each of its arguments twice.
+#[allow(clippy::manual_async_fn, reason = "an async fn takes twice the room")]
+fn handle_untraced<V>(mut service: V, scope: Arc<Scope>) -> impl Future<Output = Ended>
+where
+    V: Service<Request, Response = ()>,
+    V::Error: Into<BoxError>,
+{
+    async move {
+        let result = match poll_fn(|cx| service.poll_ready(cx))
+            .await
+            .map_err(Into::into)
+        {
+            Ok(()) => {
+                let running = service.call(Request::one(Arc::clone(&scope)));
+                running.await.map_err(Into::into)
+            }
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(()) if !scope.is_touched() => Ended::Done,
+            result => Ending::One(Box::pin(conclude(&scope, result)).await).into(),
+        }
+    }
+}
+
+/// Sends what a handler that succeeded has published.
+async fn conclude(scope: &Scope, result: Result<(), BoxError>) -> Outcome {
+    if let Err(cause) = failure(scope, result) {
         return Outcome::Failed(cause);
     }
     let mut outgoing = Vec::new();
     scope.take_outgoing(&mut outgoing);
-    publish(&scope, outgoing).await
+    publish(scope, outgoing).await
 }
 
-async fn handle_group<V>(mut service: V, scopes: Vec<Arc<Scope>>) -> Ended
+async fn handle_group<V>(mut service: V, scopes: Vec<Arc<Scope>>) -> Ending
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
@@ -174,12 +242,12 @@ where
         return handle_batch(&mut service, scopes).await;
     };
     match in_transaction(&mut service, &unit, &scopes).await {
-        Transaction::Committed(outcomes) => Ended::Each(outcomes),
-        Transaction::Failed(_) => Ended::Split,
+        Transaction::Committed(outcomes) => Ending::Each(outcomes),
+        Transaction::Failed(_) => Ending::Split,
         Transaction::Unavailable(error) => {
             let error = Arc::new(crate::error::error_chain(error.as_ref()));
             let each = |_| Outcome::Unavailable(error.as_str().into());
-            Ended::Each(scopes.iter().map(each).collect())
+            Ending::Each(scopes.iter().map(each).collect())
         }
     }
 }
@@ -261,14 +329,14 @@ where
 }
 
 /// Gives several deliveries to a batch handler and sends what the good ones published.
-async fn handle_batch<V>(service: &mut V, scopes: Vec<Arc<Scope>>) -> Ended
+async fn handle_batch<V>(service: &mut V, scopes: Vec<Arc<Scope>>) -> Ending
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
 {
     let result = call(service, Request::batch(scopes.clone())).await;
     if result.is_err() && scopes.len() > 1 {
-        return Ended::Split;
+        return Ending::Split;
     }
     let mut error = result.err();
     let mut outcomes = Vec::with_capacity(scopes.len());
@@ -294,7 +362,7 @@ where
         }
         outcomes.push(outcome);
     }
-    Ended::Each(outcomes)
+    Ending::Each(outcomes)
 }
 
 async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {
@@ -302,7 +370,7 @@ async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {
         return Outcome::Done;
     }
     scope.set_awaits_others(true);
-    let sent = Box::pin(scope.runtime().bus.send(messages)).await;
+    let sent = scope.runtime().bus.send(messages).await;
     scope.set_awaits_others(false);
     match sent {
         Ok(()) => Outcome::Done,

@@ -97,8 +97,8 @@ impl Scope {
     }
 
     #[inline]
-    pub(crate) fn fill(&mut self, delivery: Delivery, partition: u32) {
-        self.delivery = Some(delivery);
+    pub(crate) fn fill(&mut self, delivery: Option<Delivery>, partition: u32) {
+        self.delivery = delivery;
         self.partition = partition;
     }
 
@@ -187,8 +187,9 @@ impl Scope {
         self.state()
     }
 
+    /// Whether an attempt may have left anything.
     #[inline]
-    fn is_touched(&self) -> bool {
+    pub(crate) fn is_touched(&self) -> bool {
         self.touched.load(Ordering::Acquire)
     }
 
@@ -196,12 +197,18 @@ impl Scope {
     #[inline]
     fn forget(&self) {
         if self.is_touched() {
-            let mut state = self.state();
-            state.outgoing.clear();
-            state.work = None;
-            state.failure = None;
-            self.touched.store(false, Ordering::Release);
+            self.wipe();
         }
+    }
+
+    /// Apart from `forget`, so that the look whether it is needed stays a look.
+    #[cold]
+    fn wipe(&self) {
+        let mut state = self.state();
+        state.outgoing.clear();
+        state.work = None;
+        state.failure = None;
+        self.touched.store(false, Ordering::Release);
     }
 
     /// Finds out what the message is; the one place where headers and format are read.

@@ -6,14 +6,14 @@ use super::Runtime;
 use super::backoff::Backoff;
 use crate::activity::Part;
 use crate::broker::Settlement;
-use crate::coalescer::Flushes;
+use crate::coalescer::{Flushes, move_all};
 use crate::delivery::{Lane, Receipt, Verdict};
 use crate::error::Result;
 
 /// What the settler is told, in order.
 #[derive(Debug)]
 pub(crate) enum SettleItem {
-    Settled(Receipt, Verdict),
+    Settled(Vec<(Receipt, Verdict)>),
     /// No handler of these lanes runs any more.
     Release(Vec<Lane>),
     /// The end: nothing comes after it.
@@ -35,7 +35,7 @@ pub(crate) async fn run(
         let mut stop = false;
         for item in items.drain(..) {
             match item {
-                SettleItem::Settled(receipt, verdict) => verdicts.push((receipt, verdict)),
+                SettleItem::Settled(mut more) => move_all(&mut more, &mut verdicts),
                 SettleItem::Release(lanes) => {
                     settle(&runtime, settlement.as_mut(), &mut verdicts).await?;
                     release(&runtime, settlement.as_mut(), &lanes).await?;

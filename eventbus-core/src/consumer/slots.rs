@@ -119,12 +119,18 @@ impl<F: Future> SlotSet<F> {
         self.wakes.parent.register(cx.waker());
     }
 
-    /// Puts a future into a free slot, to be polled next.
-    pub(crate) fn start(&mut self, future: F) -> usize {
+    /// Puts a future into a free slot and polls it. One that ends at once leaves the slot free
+    /// again, so that the next one finds its memory in the processor's cache.
+    #[inline]
+    pub(crate) fn start(&mut self, future: F) -> (usize, Poll<Caught<F::Output>>) {
         let index = self.free.pop().expect("the caller saw that there is room");
-        self.slots[index].future.set(Some(future));
-        self.wakes.mark(index);
-        index
+        let slot = &mut self.slots[index];
+        slot.future.set(Some(future));
+        let polled = slot.poll();
+        if polled.is_ready() {
+            self.free.push(index);
+        }
+        (index, polled)
     }
 
     /// Drops the future in a slot.
@@ -161,22 +167,32 @@ impl<F: Future> SlotSet<F> {
 }
 
 impl<F: Future> Slot<F> {
+    #[inline]
     fn poll(&mut self) -> Poll<Caught<F::Output>> {
-        let Some(future) = self.future.as_mut().as_pin_mut() else {
+        let place = &mut self.future;
+        if place.is_none() {
             // Woken after its future was dropped.
             return Poll::Pending;
-        };
+        }
         let mut cx = Context::from_waker(&self.waker);
         let _in_handler = InHandler::enter();
-        let result = match catch_unwind(AssertUnwindSafe(|| future.poll(&mut cx))) {
-            Ok(Poll::Pending) => return Poll::Pending,
-            Ok(Poll::Ready(output)) => Ok(output),
-            Err(panic) => Err(panic),
-        };
-        let future = &mut self.future;
-        match catch_unwind(AssertUnwindSafe(|| future.set(None))) {
-            Ok(()) => Poll::Ready(result),
-            Err(panic) => Poll::Ready(Err(panic)),
+        // One catch for both: what is dropped after its end may panic, too.
+        let polled = catch_unwind(AssertUnwindSafe(|| {
+            let future = place.as_mut().as_pin_mut()?;
+            let Poll::Ready(output) = future.poll(&mut cx) else {
+                return None;
+            };
+            place.set(None);
+            Some(output)
+        }));
+        match polled {
+            Ok(None) => Poll::Pending,
+            Ok(Some(output)) => Poll::Ready(Ok(output)),
+            Err(panic) => {
+                // The first panic is the one that is told.
+                let _ = catch_unwind(AssertUnwindSafe(|| place.set(None)));
+                Poll::Ready(Err(panic))
+            }
         }
     }
 }

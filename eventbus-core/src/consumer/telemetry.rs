@@ -71,8 +71,8 @@ pub(crate) struct Tally {
     skipped: [u64; 4],
     first_seen: u32,
     first_failed: u32,
-    /// In nanoseconds.
-    durations: Vec<u64>,
+    /// In nanoseconds, each with how many runs took it.
+    durations: Vec<(u64, u64)>,
 }
 
 /// How many durations wait for being passed on: more are not measured in that turn.
@@ -97,9 +97,9 @@ impl Tally {
     }
 
     #[inline]
-    pub(crate) fn ran(&mut self, nanos: u64) {
+    pub(crate) fn ran(&mut self, nanos: u64, count: u64) {
         if self.durations.len() < DURATIONS_MAX {
-            self.durations.push(nanos);
+            self.durations.push((nanos, count));
         }
     }
 
@@ -216,8 +216,10 @@ impl Telemetry {
             let now = self.blocked.fetch_add(blocked, Ordering::Relaxed) + blocked;
             self.blocked_gauge.set(now as f64);
         }
-        for nanos in tally.durations.drain(..) {
-            self.duration.record(Duration::from_nanos(nanos));
+        for (nanos, count) in tally.durations.drain(..) {
+            let seconds = Duration::from_nanos(nanos).as_secs_f64();
+            // Far fewer than a machine word counts.
+            self.duration.record_many(seconds, count as usize);
         }
     }
 

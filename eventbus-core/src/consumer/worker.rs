@@ -24,26 +24,21 @@ use tokio::time::{Instant, Sleep};
 use super::Runtime;
 use super::gate::{Admission, Probed};
 use super::keys::{Keys, NodeId, NodeState, Stage};
-use super::run::{Ended, Outcome, Run};
+use super::run::{Ended, Ending, Outcome, Run};
 use super::scope::{Routed, Scope, Skip};
 use super::settler::SettleItem;
 use super::slots::{Caught, SlotSet, panic_text};
 use super::{OnPoison, telemetry::Tally};
 use crate::activity::Part;
-use crate::coalescer::{Coalescer, Mailbox, move_all};
+use crate::coalescer::{Coalescer, Mailbox};
 use crate::dead_letter::{Cause, Diagnosis};
-use crate::delivery::{Delivery, Lane, Verdict};
+use crate::delivery::{Delivery, Lane, Receipt, Verdict};
 use crate::retry::{OnError, with_jitter};
 
 /// What a worker is told.
 #[derive(Debug)]
 pub(crate) enum Item {
-    Delivery {
-        delivery: Delivery,
-        partition: u32,
-        /// The hash of its key.
-        key: Option<u64>,
-    },
+    Deliveries(Vec<Delivery>),
     Revoke(Arc<Revocation>),
     Stop(Arc<Stop>),
     /// The gate changed: look again.
@@ -57,11 +52,6 @@ pub(crate) struct Inbox(Mailbox<Item>);
 impl Inbox {
     pub(crate) fn new(part: Arc<Part>) -> Self {
         Self(Mailbox::new(Some(part)))
-    }
-
-    /// Moves all of `items` in.
-    pub(crate) fn append(&self, items: &mut Vec<Item>) {
-        self.0.put(|there| move_all(items, there));
     }
 
     pub(crate) fn push(&self, item: Item) {
@@ -116,6 +106,9 @@ pub(crate) struct Stop {
     pub(crate) finish: bool,
 }
 
+/// How many runs a worker starts before it looks anew.
+const STARTS_MAX: usize = 64;
+
 /// How often a worker looks anew within one turn before it lets other tasks run.
 const PASSES_MAX: usize = 16;
 
@@ -139,7 +132,7 @@ pub(crate) struct Worker<V, Fut> {
     revocations: Vec<Arc<Revocation>>,
     stop: Option<Arc<Stop>>,
     /// Verdicts of this turn.
-    settled: Vec<SettleItem>,
+    settled: Vec<(Receipt, Verdict)>,
     tally: Tally,
     received: Vec<Item>,
     ended: Vec<(usize, Caught<Ended>)>,
@@ -153,6 +146,8 @@ pub(crate) struct Worker<V, Fut> {
     /// Whether anything ready may not be started now.
     held: bool,
     random: u64,
+    /// Handlers that ended when they were started, in this pass.
+    ended_at_once: u64,
     begun: Instant,
     /// The present turn's time, in nanoseconds after `begun`.
     turn: u64,
@@ -172,6 +167,7 @@ enum Nodes {
 }
 
 impl Nodes {
+    #[inline]
     fn iter(&self) -> impl Iterator<Item = NodeId> + '_ {
         match self {
             Self::One(id) => std::slice::from_ref(id).iter().copied(),
@@ -218,6 +214,7 @@ where
             probe_at: None,
             held: false,
             random,
+            ended_at_once: 0,
             begun: Instant::now(),
             turn: 0,
         }
@@ -270,7 +267,9 @@ where
     fn flush(&mut self) {
         if !self.settled.is_empty() {
             self.runtime.lanes.settled(&self.settled);
-            self.settler.append(&mut self.settled);
+            let next = Vec::with_capacity(self.settled.len());
+            let settled = std::mem::replace(&mut self.settled, next);
+            self.settler.add(SettleItem::Settled(settled));
         }
         self.count_first_attempts();
         self.runtime.telemetry.add(&mut self.tally);
@@ -290,11 +289,7 @@ where
         let progress = self.inbox.0.poll_take(cx, &mut received).is_ready();
         for item in received.drain(..) {
             match item {
-                Item::Delivery {
-                    delivery,
-                    partition,
-                    key,
-                } => self.accept(delivery, partition, key),
+                Item::Deliveries(deliveries) => self.accept_all(deliveries),
                 Item::Revoke(revocation) => self.begin_revocation(revocation),
                 Item::Stop(stop) => self.begin_stop(stop, now),
                 Item::Wake => {}
@@ -304,21 +299,51 @@ where
         progress
     }
 
-    fn accept(&mut self, delivery: Delivery, partition: u32, key: Option<u64>) {
+    fn accept_all(&mut self, deliveries: Vec<Delivery>) {
         if self.stop.as_ref().is_some_and(|stop| !stop.finish) {
-            // Never started: the next owner gets it.
+            // Never started: the next owner gets them.
             return;
         }
+        let mut place = None;
+        let mut deliveries = deliveries.into_iter();
+        while let Some(delivery) = deliveries.as_slice().first() {
+            let lane = delivery.receipt.lane;
+            // Looked up once for all that come in a row.
+            let partition = match place {
+                Some((known, partition)) if known == lane => partition,
+                _ => self.runtime.lanes.partition(lane),
+            };
+            place = Some((lane, partition));
+            let Some(partition) = partition else {
+                // What comes on a lane that is closed already is the next owner's.
+                deliveries.next();
+                continue;
+            };
+            let key = delivery.message.key.as_ref();
+            let key = key.map(|key| self.runtime.hash_key(key));
+            let scope = self.fill_scope(&mut deliveries, partition);
+            self.keys.push(scope, key);
+        }
+    }
+
+    /// Moves the next delivery into a scope; from one to the other, because it is large.
+    #[inline]
+    fn fill_scope(
+        &mut self,
+        deliveries: &mut std::vec::IntoIter<Delivery>,
+        partition: u32,
+    ) -> Arc<Scope> {
         let mut scope = self
             .pool
             .pop()
             .unwrap_or_else(|| Arc::new(Scope::new(Arc::clone(&self.runtime))));
         Arc::get_mut(&mut scope)
             .expect("a scope in the pool is nobody else's")
-            .fill(delivery, partition);
-        self.keys.push(scope, key);
+            .fill(deliveries.next(), partition);
+        scope
     }
 
+    #[inline]
     fn recycle(&mut self, mut scope: Arc<Scope>) {
         // A context that outlived its handler keeps its scope; a new one is made for the next.
         if let Some(inner) = Arc::get_mut(&mut scope) {
@@ -344,14 +369,14 @@ where
     }
 
     fn start_ready(&mut self) -> bool {
-        let mut started = false;
+        let mut started = 0;
         self.held = false;
         self.probe_at = None;
-        while self.slots.has_room()
-            && let Some(id) = self.keys.peek_ready()
+        while started < STARTS_MAX
+            && self.slots.has_room()
+            && let Some(id) = self.keys.pop_ready()
         {
             if self.keys.get(id).state == NodeState::Dropped {
-                self.keys.pop_ready();
                 let scope = self.keys.remove(id);
                 self.recycle(scope);
                 continue;
@@ -368,17 +393,29 @@ where
                 Admission::Yes => false,
                 Admission::Probe => true,
                 Admission::Wait(probe_at) => {
+                    self.keys.push_ready_first(id);
                     self.held = true;
                     self.probe_at = probe_at;
                     break;
                 }
             };
-            self.keys.pop_ready();
             self.keys.get_mut(id).probe = probe;
             self.start_one(id);
-            started = true;
+            started += 1;
         }
-        started
+        self.measure_ended_at_once();
+        started > 0
+    }
+
+    /// Those that ended at once share the time between them: reading the clock for each of them
+    /// would cost more than most of them take.
+    fn measure_ended_at_once(&mut self) {
+        let count = std::mem::take(&mut self.ended_at_once);
+        if count == 0 {
+            return;
+        }
+        let spent = self.since_begun(Instant::now()).saturating_sub(self.turn);
+        self.tally.ran(spent / count, count);
     }
 
     fn start_one(&mut self, id: NodeId) {
@@ -520,15 +557,27 @@ where
     }
 
     fn start_run(&mut self, nodes: Nodes, run: Run, is_handler: bool) {
-        let slot = self.slots.start((self.start)(run));
+        let (slot, polled) = self.slots.start((self.start)(run));
+        // What nearly every run comes to, without the detours of the others.
+        if let (Nodes::One(id), Poll::Ready(Ok(Ended::Done))) = (&nodes, &polled) {
+            self.ended_at_once += u64::from(is_handler);
+            return self.done(*id);
+        }
         for id in nodes.iter() {
             self.keys.get_mut(id).state = NodeState::Running(slot);
         }
-        self.running[slot] = Some(Running {
+        let running = Running {
             nodes,
             started: self.turn,
             is_handler,
-        });
+        };
+        match polled {
+            Poll::Pending => self.running[slot] = Some(running),
+            Poll::Ready(result) => {
+                self.ended_at_once += u64::from(is_handler);
+                self.conclude_run(running, result);
+            }
+        }
     }
 
     // ---- concluding
@@ -544,24 +593,25 @@ where
                 continue;
             };
             if running.is_handler {
-                self.tally.ran(now.saturating_sub(running.started));
+                self.tally.ran(now.saturating_sub(running.started), 1);
             }
-            match result {
-                Ok(ended) => self.conclude_run(running, ended),
-                Err(panic) => {
-                    let text = panic_text(panic.as_ref()).to_owned();
-                    self.fail_run(running, || Cause::Panic(text.clone()));
-                }
-            }
+            self.conclude_run(running, result);
         }
         self.ended = ended;
     }
 
-    fn conclude_run(&mut self, running: Running, ended: Ended) {
-        match (running.nodes, ended) {
-            (Nodes::One(id), Ended::One(outcome)) => self.conclude_one(id, outcome),
-            (Nodes::Group(ids), Ended::Each(outcomes)) => self.conclude_each(&ids, outcomes),
-            (nodes, _) => self.split(&nodes),
+    fn conclude_run(&mut self, running: Running, result: Caught<Ended>) {
+        match result {
+            Ok(Ended::Done) => running.nodes.iter().for_each(|id| self.done(id)),
+            Ok(Ended::Otherwise(ending)) => match (running.nodes, *ending) {
+                (Nodes::One(id), Ending::One(outcome)) => self.conclude_one(id, outcome),
+                (Nodes::Group(ids), Ending::Each(outcomes)) => self.conclude_each(&ids, outcomes),
+                (nodes, _) => self.split(&nodes),
+            },
+            Err(panic) => {
+                let text = panic_text(panic.as_ref()).to_owned();
+                self.fail_run(running, || Cause::Panic(text.clone()));
+            }
         }
     }
 
@@ -643,15 +693,11 @@ where
     }
 
     fn conclude_one(&mut self, id: NodeId, outcome: Outcome) {
-        let first_attempt = self.keys.get(id).failures == 0;
         match outcome {
-            Outcome::Done | Outcome::Settled => {
-                self.tally.handled(first_attempt);
-                self.end_probe(id, Probed::Handled);
-                match outcome {
-                    Outcome::Settled => self.drop_settled(id),
-                    _ => self.settle(id),
-                }
+            Outcome::Done => self.done(id),
+            Outcome::Settled => {
+                self.handled(id);
+                self.drop_settled(id);
             }
             Outcome::Duplicate => {
                 self.tally.duplicates += 1;
@@ -676,6 +722,18 @@ where
                 self.again(id);
             }
         }
+    }
+
+    #[inline]
+    fn done(&mut self, id: NodeId) {
+        self.handled(id);
+        self.settle(id);
+    }
+
+    #[inline]
+    fn handled(&mut self, id: NodeId) {
+        self.tally.handled(self.keys.get(id).failures == 0);
+        self.end_probe(id, Probed::Handled);
     }
 
     /// Something is away: the delivery goes back as it was, and the gate holds.
@@ -804,19 +862,21 @@ where
             .push(Reverse((Instant::now() + delay, id, sequence)));
     }
 
+    #[inline]
     fn end_probe(&mut self, id: NodeId, probed: Probed) {
         if std::mem::take(&mut self.keys.get_mut(id).probe) {
             self.runtime.gate.probed(probed);
         }
     }
 
+    #[inline]
     fn settle(&mut self, id: NodeId) {
         let receipt = self.keys.get(id).scope.delivery().receipt;
-        self.settled
-            .push(SettleItem::Settled(receipt, Verdict::Done));
+        self.settled.push((receipt, Verdict::Done));
         self.drop_settled(id);
     }
 
+    #[inline]
     fn drop_settled(&mut self, id: NodeId) {
         if self.keys.get(id).blocked {
             self.tally.blocked -= 1;
@@ -873,10 +933,8 @@ where
         self.revocations.push(Arc::clone(&revocation));
         if revocation.finish_until.is_none() {
             self.cancel_runs(&revocation.lanes);
-            self.settled.retain(|item| match item {
-                SettleItem::Settled(receipt, _) => !revocation.lanes.contains(&receipt.lane),
-                _ => true,
-            });
+            self.settled
+                .retain(|(receipt, _)| !revocation.lanes.contains(&receipt.lane));
         }
     }
 

@@ -131,10 +131,11 @@ impl Format for EnvelopeFormat {
         message: &'m Message,
         known: &KnownHeaders<'m>,
     ) -> Result<Option<Reading<'m>>> {
-        if known.format().is_some_and(|format| format != NAME) {
+        let format = known.format();
+        if format.is_some_and(|format| format != NAME) {
             return Ok(None);
         }
-        if known.format().is_some()
+        if format.is_some()
             && let Some(event_type) = known.event_type()
         {
             let version = known.version().map_or(Ok(1), parse_version)?;
@@ -152,7 +153,7 @@ impl Format for EnvelopeFormat {
         }
         let document: Document<'m> = match parse(&message.payload) {
             Ok(document) => document,
-            Err(error) if known.format().is_some() => return Err(error),
+            Err(error) if format.is_some() => return Err(error),
             Err(_) => return Ok(None),
         };
         let (Some(event_type), Some(data)) = (document.event_type, document.data) else {
