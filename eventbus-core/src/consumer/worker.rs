@@ -374,21 +374,28 @@ where
         self.probe_at = None;
         while started < STARTS_MAX
             && self.slots.has_room()
-            && let Some(id) = self.keys.pop_ready()
+            && let Some(mut id) = self.keys.pop_ready()
         {
             if self.keys.get(id).state == NodeState::Dropped {
                 let scope = self.keys.remove(id);
                 self.recycle(scope);
                 continue;
             }
-            if self.runtime.gate.holds_for_failures() && !self.keys.bring_handler_forward() {
+            if self.runtime.gate.holds_for_failures() {
                 // Only a handler can show that handlers succeed again; dead letters wait till then.
-                self.held = true;
-                break;
+                self.keys.push_ready_first(id);
+                match self
+                    .keys
+                    .bring_handler_forward()
+                    .then(|| self.keys.pop_ready())
+                {
+                    Some(Some(handler)) => id = handler,
+                    _ => {
+                        self.held = true;
+                        break;
+                    }
+                }
             }
-            let Some(id) = self.keys.peek_ready() else {
-                break;
-            };
             let probe = match self.runtime.gate.admit(self.number) {
                 Admission::Yes => false,
                 Admission::Probe => true,
