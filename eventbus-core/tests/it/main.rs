@@ -4,3 +4,4 @@ mod conformance;
 mod formats;
 mod memory;
 mod order;
+mod review;

@@ -1,0 +1,168 @@
+//! What a broker that errs, a future that is dropped or a value at its limit must not do.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use eventbus_core::{
+    AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Error, ErrorKind, Event, EventBus,
+    Json, Key, Lane, Member, MemoryBroker, Message, PublishError, Publisher, Receipt, Result,
+    Settlement, Signal, Start, Subscriber, Subscription, Topic, Until, Verdict, unknown_version,
+};
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Placed {
+    order: u64,
+}
+
+impl Event for Placed {
+    const TYPE: &'static str = "Placed";
+    const TOPIC: Topic = Topic::from_static("orders");
+    const VERSION: u32 = 1;
+    type Codec = Json;
+
+    fn key(&self) -> Option<Key> {
+        Some(Key::display(self.order))
+    }
+
+    fn upcast(version: u32, _: &[u8]) -> Result<Self> {
+        Err(unknown_version::<Self>(version))
+    }
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn placed(order: u64) -> Placed {
+    Placed { order }
+}
+
+// ---- a broker whose settlements fail
+
+/// Wraps the in-memory broker; settling fails on demand.
+#[derive(Clone, Debug)]
+struct Unsettling {
+    inner: MemoryBroker,
+    /// How many settlements fail from now on, and how.
+    failing: Arc<AtomicUsize>,
+    kind: ErrorKind,
+    /// How closing a member goes.
+    closing: Closing,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Closing {
+    Works,
+    Hangs,
+    Fails,
+}
+
+impl Unsettling {
+    fn new(kind: ErrorKind, closing: Closing) -> Self {
+        Self {
+            inner: MemoryBroker::new(),
+            failing: Arc::default(),
+            kind,
+            closing,
+        }
+    }
+
+    fn fail(&self, times: usize) {
+        self.failing.store(times, Ordering::SeqCst);
+    }
+}
+
+#[async_trait]
+impl Publisher for Unsettling {
+    async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
+        self.inner.publish(batch).await
+    }
+}
+
+#[async_trait]
+impl Subscriber for Unsettling {
+    async fn subscribe(&self, subscription: Subscription) -> Result<Member> {
+        let member = self.inner.subscribe(subscription).await?;
+        let settlement = Wrapped(member.settlement, self.clone());
+        let deliveries = Wrapped(member.deliveries, self.clone());
+        Ok(Member::new(Box::new(deliveries), Box::new(settlement)))
+    }
+}
+
+#[async_trait]
+impl Broker for Unsettling {
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    async fn admin(&self, request: AdminRequest) -> Result<AdminReply> {
+        self.inner.admin(request).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.inner.close().await
+    }
+}
+
+#[derive(Debug)]
+struct Wrapped<T>(T, Unsettling);
+
+#[async_trait]
+impl Deliveries for Wrapped<Box<dyn Deliveries>> {
+    async fn next(&mut self) -> Result<Signal> {
+        self.0.next().await
+    }
+
+    async fn close(self: Box<Self>) -> Result<()> {
+        match self.1.closing {
+            Closing::Works => self.0.close().await,
+            Closing::Hangs => std::future::pending().await,
+            Closing::Fails => Err(Error::new(
+                ErrorKind::Unavailable,
+                "close",
+                "nobody answers",
+            )),
+        }
+    }
+}
+
+#[async_trait]
+impl Settlement for Wrapped<Box<dyn Settlement>> {
+    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+        let less = |failing: usize| failing.checked_sub(1);
+        let (set, get) = (Ordering::SeqCst, Ordering::SeqCst);
+        if self.1.failing.fetch_update(set, get, less).is_ok() {
+            return Err(Error::new(self.1.kind, "settle", "as the test asked for"));
+        }
+        self.0.settle(settled).await
+    }
+
+    async fn release(&mut self, lanes: &[Lane]) -> Result<()> {
+        self.0.release(lanes).await
+    }
+}
+
+#[tokio::test]
+async fn a_reader_whose_settlement_failed_still_gives_every_message() {
+    let broker = Unsettling::new(ErrorKind::Unavailable, Closing::Works);
+    let bus = EventBus::new(broker.clone());
+    for number in 0..20 {
+        bus.publish(placed(number)).await.expect("there is room");
+    }
+    let topics = [Placed::TOPIC];
+    let reader = bus.read(&topics, Start::Earliest, Some(Until::Now)).await;
+    let mut reader = reader.expect("there is a history");
+    broker.fail(1);
+    let mut seen = 0;
+    let mut failures = 0;
+    loop {
+        match reader.next().await {
+            Ok(Some(_)) => seen += 1,
+            Ok(None) => break,
+            Err(error) if error.is_retryable() => failures += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert_eq!((seen, failures), (20, 1));
+}
