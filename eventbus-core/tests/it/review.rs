@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Error, ErrorKind, Event, EventBus,
-    Json, Key, Lane, Member, MemoryBroker, Message, PublishError, Publisher, Receipt, Result,
-    Settlement, Signal, Start, Subscriber, Subscription, Topic, Until, Verdict, unknown_version,
+    AdminReply, AdminRequest, Broker, Capabilities, Context, Deliveries, Error, ErrorKind, Event,
+    EventBus, Json, Key, Lane, Member, MemoryBroker, Message, PublishError, Publisher, Receipt,
+    Result, Settlement, Signal, Start, Subscriber, Subscription, Topic, Until, Verdict,
+    unknown_version,
 };
+use eventbus_testkit::within;
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -165,4 +167,53 @@ async fn a_reader_whose_settlement_failed_still_gives_every_message() {
         }
     }
     assert_eq!((seen, failures), (20, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_consumer_that_cannot_settle_leaves_nobody_waiting_for_quiet() {
+    let broker = Unsettling::new(ErrorKind::Unauthorized, Closing::Works);
+    let bus = EventBus::new(broker.clone());
+    let consumer = bus
+        .consumer("billing")
+        .on(async |_: Placed, _: Context| Ok(()));
+    let consumer = consumer.spawn().await.expect("it is set up well");
+    broker.fail(usize::MAX);
+    for number in 0..10 {
+        bus.publish(placed(number)).await.expect("there is room");
+        tokio::time::sleep(SECOND).await;
+    }
+    assert!(bus.activity().is_quiet());
+    let error = consumer.shutdown().await.expect_err("it has failed");
+    assert_eq!(error.kind(), ErrorKind::Unauthorized);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_ended_a_consumer_is_told_although_closing_fails_too() {
+    let broker = Unsettling::new(ErrorKind::Unauthorized, Closing::Fails);
+    let bus = EventBus::new(broker.clone());
+    let consumer = bus
+        .consumer("billing")
+        .on(async |_: Placed, _: Context| Ok(()));
+    let consumer = consumer.spawn().await.expect("it is set up well");
+    broker.fail(1);
+    bus.publish(placed(1)).await.expect("there is room");
+    tokio::time::sleep(SECOND).await;
+    let error = consumer.shutdown().await.expect_err("it has failed");
+    assert_eq!(error.kind(), ErrorKind::Unauthorized);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_ends_although_the_broker_does_not_answer() {
+    let broker = Unsettling::new(ErrorKind::Unavailable, Closing::Hangs);
+    let bus = EventBus::new(broker);
+    let consumer = bus
+        .consumer("billing")
+        .on(async |_: Placed, _: Context| Ok(()));
+    let consumer = consumer.shutdown_timeout(5 * SECOND).spawn().await;
+    let consumer = consumer.expect("it is set up well");
+    let error = within(60 * SECOND, consumer.shutdown()).await;
+    assert_eq!(
+        error.expect_err("nobody answered").kind(),
+        ErrorKind::Timeout
+    );
 }
