@@ -327,7 +327,7 @@ impl DeadLetters {
             if let Some(rate) = redrive.rate {
                 tokio::time::sleep_until(begun + Duration::from_secs(1) * count / rate).await;
             }
-            let event = redriven(&letter)?;
+            let event = self.redriven(&letter)?;
             self.bus.send(vec![event]).await.map_err(Error::from)?;
             self.decide(&letter, REDRIVEN, &redrive).await?;
             count += 1;
@@ -367,6 +367,31 @@ impl DeadLetters {
             .with_headers(headers);
         record.key = letter.message.key.clone();
         self.bus.send(vec![record]).await.map_err(Error::from)
+    }
+
+    /// The event of a letter, directed to the letter's group alone.
+    fn redriven(&self, letter: &DeadLetter) -> Result<Message> {
+        let message = &letter.message;
+        let count = redrives(&message.headers) + 1;
+        let mut headers = Headers::builder().with_room_for_dead_letter();
+        for (name, value) in message.headers.iter() {
+            if ![header::ID, header::TO_GROUP, header::REDRIVES].contains(&name) {
+                headers = headers.push(name, value)?;
+            }
+        }
+        // The id that its handler knows it by: one made from its place would change with the place.
+        let place = || match letter.position {
+            Some(position) => EventId::of_place(&message.topic, letter.partition, position.0),
+            None => EventId::new(),
+        };
+        let now = self.bus.clock().now();
+        let id = self.bus.formats().id_of(message, place, now);
+        let headers = headers
+            .push(header::ID, id.to_string())?
+            .push(header::TO_GROUP, letter.group.as_str())?
+            .push(header::REDRIVES, count.to_string())?
+            .build();
+        Ok(message.clone().with_headers(headers))
     }
 
     /// Reads all letters and what was decided about them.
@@ -447,27 +472,4 @@ fn parse(id: EventId, group: &Group, letter: &Message) -> Result<DeadLetter> {
         failed_at: time(headers, FAILED_AT)?,
         status: DeadLetterStatus::Open,
     })
-}
-
-/// The event of a letter, directed to the letter's group alone.
-fn redriven(letter: &DeadLetter) -> Result<Message> {
-    let count = redrives(&letter.message.headers) + 1;
-    let mut headers = Headers::builder().with_room_for_dead_letter();
-    for (name, value) in letter.message.headers.iter() {
-        if name != header::TO_GROUP && name != header::REDRIVES {
-            headers = headers.push(name, value)?;
-        }
-    }
-    // A message without an id had one from its place; in its new place it keeps that one.
-    if letter.message.headers.get(header::ID).is_none()
-        && let Some(position) = letter.position
-    {
-        let id = EventId::of_place(&letter.message.topic, letter.partition, position.0);
-        headers = headers.push(header::ID, id.to_string())?;
-    }
-    let headers = headers
-        .push(header::TO_GROUP, letter.group.as_str())?
-        .push(header::REDRIVES, count.to_string())?
-        .build();
-    Ok(letter.message.clone().with_headers(headers))
 }

@@ -1,17 +1,17 @@
 //! What a broker that errs, a future that is dropped or a value at its limit must not do.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Capabilities, Context, Deliveries, Error, ErrorKind, Event,
-    EventBus, Json, Key, Lane, Member, MemoryBroker, Message, PublishError, Publisher, Receipt,
-    Result, Settlement, Signal, Start, Subscriber, Subscription, Topic, Until, Verdict,
-    unknown_version,
+    AdminReply, AdminRequest, BoxError, Broker, Capabilities, Context, Deliveries, Error,
+    ErrorKind, Event, EventBus, Json, Key, Lane, Member, MemoryBroker, Message, PublishError,
+    Publisher, Receipt, Redrive, Result, RetryPolicy, Settlement, Signal, Start, Subscriber,
+    Subscription, Topic, Until, Verdict, unknown_version,
 };
-use eventbus_testkit::within;
+use eventbus_testkit::{TestBus, within};
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,6 +38,68 @@ const SECOND: Duration = Duration::from_secs(1);
 
 fn placed(order: u64) -> Placed {
     Placed { order }
+}
+
+/// Fails while it says so, and notes the ids it was asked to handle.
+#[derive(Debug, Default)]
+struct Desk {
+    broken: AtomicBool,
+    ids: Mutex<Vec<String>>,
+}
+
+impl Desk {
+    fn broken() -> Arc<Self> {
+        let desk = Self::default();
+        desk.broken.store(true, Ordering::SeqCst);
+        Arc::new(desk)
+    }
+
+    fn mend(&self) {
+        self.broken.store(false, Ordering::SeqCst);
+    }
+
+    fn break_again(&self) {
+        self.broken.store(true, Ordering::SeqCst);
+    }
+
+    fn ids(&self) -> Vec<String> {
+        self.ids.lock().expect("nobody panics").clone()
+    }
+}
+
+async fn noting(_: Placed, cx: Context<Desk>) -> Result<(), BoxError> {
+    let desk = cx.state();
+    desk.ids
+        .lock()
+        .expect("nobody panics")
+        .push(cx.id().to_string());
+    match desk.broken.load(Ordering::SeqCst) {
+        true => Err("broken".into()),
+        false => Ok(()),
+    }
+}
+
+// ---- dead letters
+
+#[tokio::test]
+async fn a_foreign_event_keeps_the_id_of_its_body_through_a_redrive() {
+    let test = TestBus::new();
+    let desk = Desk::broken();
+    let consumer = test.consumer("billing").shared_state(desk.clone());
+    let consumer = consumer.on(noting).retry(RetryPolicy::none());
+    let consumer = test.spawn(consumer).await;
+    let body = r#"{"eventId":"order-7","eventType":"Placed","data":{"order":7}}"#;
+    let foreign = Message::new(Placed::TOPIC, body).with_key("7");
+    test.broker()
+        .publish(vec![foreign])
+        .await
+        .expect("there is room");
+    test.settled().await;
+    desk.mend();
+    let redriven = consumer.dead_letters().redrive(Redrive::all()).await;
+    assert_eq!(redriven.expect("letters can be re-driven"), 1);
+    test.settled().await;
+    assert_eq!(desk.ids(), ["order-7", "order-7"]);
 }
 
 // ---- a broker whose settlements fail
