@@ -1,6 +1,6 @@
 //! Messages that could not be handled: kept whole with their cause, listed and re-driven.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ const ATTEMPTS: &str = "eb-dlq-attempts";
 const FIRST_FAILED_AT: &str = "eb-dlq-first-failed-at";
 const FAILED_AT: &str = "eb-dlq-failed-at";
 const TOPIC: &str = "eb-dlq-topic";
+const GROUP: &str = "eb-dlq-group";
 const PARTITION: &str = "eb-dlq-partition";
 const POSITION: &str = "eb-dlq-position";
 /// On a record about a letter, not on a letter.
@@ -118,6 +119,7 @@ pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Messa
         )?
         .push(FAILED_AT, now.to_string())?
         .push(TOPIC, original.topic.as_str())?
+        .push(GROUP, scope.group().as_str())?
         .push(PARTITION, scope.partition().to_string())?
         .push_some(
             POSITION,
@@ -284,10 +286,27 @@ impl DeadLetters {
     ///
     /// Those of reading a topic from its beginning.
     pub async fn list(&self) -> Result<Vec<DeadLetter>> {
-        let mut letters = self.read().await?;
-        letters.retain(|letter| letter.status == DeadLetterStatus::Open);
-        letters.truncate(DEAD_LETTERS_MAX);
-        Ok(letters)
+        let mut letters: BTreeMap<usize, DeadLetter> = BTreeMap::new();
+        let mut places = HashMap::new();
+        let mut count = 0;
+        self.read(|id, entry| match entry {
+            // A letter stored twice after an unknown outcome is one letter; one that is stored
+            // after a decision is open again, because its event has failed again.
+            Entry::Letter(letter) => {
+                places.entry(id).or_insert_with(|| {
+                    count += 1;
+                    letters.insert(count, *letter);
+                    count
+                });
+            }
+            Entry::Decided(_) => {
+                if let Some(place) = places.remove(&id) {
+                    letters.remove(&place);
+                }
+            }
+        })
+        .await?;
+        Ok(letters.into_values().take(DEAD_LETTERS_MAX).collect())
     }
 
     /// One letter, whatever has become of it.
@@ -296,19 +315,24 @@ impl DeadLetters {
     ///
     /// `NotFound` when there is none with this id.
     pub async fn show(&self, id: &EventId) -> Result<DeadLetter> {
-        let letters = self.read().await?;
-        letters
-            .into_iter()
-            .find(|letter| letter.id == *id)
-            .ok_or_else(|| {
-                Error::new(
-                    ErrorKind::NotFound,
-                    "show dead letter",
-                    "there is no such letter: `list` shows the open ones",
-                )
-                .with("group", &self.group)
-                .with("id", id)
-            })
+        let mut found: Option<DeadLetter> = None;
+        self.read(|entry_id, entry| match (entry, &mut found) {
+            _ if entry_id != *id => {}
+            (Entry::Letter(_), Some(open)) if open.status == DeadLetterStatus::Open => {}
+            (Entry::Letter(letter), found) => *found = Some(*letter),
+            (Entry::Decided(status), Some(letter)) => letter.status = status,
+            (Entry::Decided(_), None) => {}
+        })
+        .await?;
+        found.ok_or_else(|| {
+            Error::new(
+                ErrorKind::NotFound,
+                "show dead letter",
+                "there is no such letter: `list` shows the open ones",
+            )
+            .with("group", &self.group)
+            .with("id", id)
+        })
     }
 
     /// Gives letters to their group again, and to no other: each event keeps its id and key, its
@@ -394,8 +418,8 @@ impl DeadLetters {
         Ok(message.clone().with_headers(headers))
     }
 
-    /// Reads all letters and what was decided about them.
-    async fn read(&self) -> Result<Vec<DeadLetter>> {
+    /// Reads all letters and what was decided about them, from the oldest to the newest.
+    async fn read(&self, mut visit: impl FnMut(EventId, Entry) + Send) -> Result<()> {
         let topics = self
             .topics
             .iter()
@@ -405,30 +429,45 @@ impl DeadLetters {
             .bus
             .read_physical(topics, Start::Earliest, Some(Until::Now))
             .await?;
-        let mut letters: Vec<DeadLetter> = Vec::new();
-        let mut places = HashMap::new();
         while let Some(record) = reader.next().await? {
-            let headers = &record.message.headers;
-            let Some(id) = headers.get_str(LETTER).map(EventId::parse).transpose()? else {
-                continue;
-            };
-            match headers.get_str(STATUS) {
-                Some(status) => {
-                    if let Some(place) = places.get(&id) {
-                        let letter: &mut DeadLetter = &mut letters[*place];
-                        letter.status = decided(status, headers)?;
-                    }
-                }
-                // A letter stored twice after an unknown outcome is one letter.
-                None if places.contains_key(&id) => {}
-                None => {
-                    places.insert(id.clone(), letters.len());
-                    letters.push(parse(id, &self.group, &record.message)?);
-                }
+            match entry(&self.group, &record.message) {
+                Ok(Some((id, entry))) => visit(id, entry),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(
+                    topic = record.message.topic.as_str(),
+                    partition = record.partition,
+                    position = record.position.map(tracing::field::display),
+                    %error,
+                    "a record among dead letters can't be read"
+                ),
             }
         }
-        Ok(letters)
+        Ok(())
     }
+}
+
+/// What stands on a dead-letter topic.
+enum Entry {
+    Letter(Box<DeadLetter>),
+    Decided(DeadLetterStatus),
+}
+
+/// Reads a record, or `None` when it is nothing of this group's.
+fn entry(group: &Group, record: &Message) -> Result<Option<(EventId, Entry)>> {
+    let headers = &record.headers;
+    // Two topics and groups, such as `a.b` of `c` and `a` of `b.c`, can share a topic of letters.
+    let other_group = headers
+        .get_str(GROUP)
+        .is_some_and(|other| other != group.as_str());
+    let Some(id) = headers.get_str(LETTER).filter(|_| !other_group) else {
+        return Ok(None);
+    };
+    let id = EventId::parse(id)?;
+    let entry = match headers.get_str(STATUS) {
+        Some(status) => Entry::Decided(decided(status, headers)?),
+        None => Entry::Letter(Box::new(parse(id.clone(), group, record)?)),
+    };
+    Ok(Some((id, entry)))
 }
 
 fn decided(status: &str, headers: &Headers) -> Result<DeadLetterStatus> {

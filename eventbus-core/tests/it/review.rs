@@ -7,9 +7,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use eventbus_core::{
     AdminReply, AdminRequest, BoxError, Broker, Capabilities, Context, Deliveries, Error,
-    ErrorKind, Event, EventBus, Json, Key, Lane, Member, MemoryBroker, Message, PublishError,
-    Publisher, Receipt, Redrive, Result, RetryPolicy, Settlement, Signal, Start, Subscriber,
-    Subscription, Topic, Until, Verdict, unknown_version,
+    ErrorKind, Event, EventBus, Group, Json, Key, Lane, Member, MemoryBroker, Message,
+    PublishError, Publisher, Receipt, Redrive, Result, RetryPolicy, Settlement, Signal, Start,
+    Subscriber, Subscription, Topic, Until, Verdict, unknown_version,
 };
 use eventbus_testkit::{TestBus, within};
 use serde::{Deserialize, Serialize};
@@ -100,6 +100,95 @@ async fn a_foreign_event_keeps_the_id_of_its_body_through_a_redrive() {
     assert_eq!(redriven.expect("letters can be re-driven"), 1);
     test.settled().await;
     assert_eq!(desk.ids(), ["order-7", "order-7"]);
+}
+
+#[tokio::test]
+async fn an_event_that_fails_again_after_its_letter_was_decided_has_an_open_letter() {
+    let test = TestBus::new();
+    let desk = Desk::broken();
+    let billing = || {
+        let consumer = test.consumer("billing").shared_state(desk.clone());
+        consumer.on(noting).retry(RetryPolicy::none())
+    };
+    let consumer = test.spawn(billing()).await;
+    test.publish(placed(1)).await.expect("there is room");
+    test.settled().await;
+    desk.mend();
+    let desk_of_letters = consumer.dead_letters();
+    desk_of_letters
+        .discard(Redrive::all().because("was a test"))
+        .await
+        .expect("letters can be discarded");
+    assert!(test.dead_letters().await.is_empty());
+    consumer.shutdown().await.expect("it ends");
+    // Everything is handled anew, and the same event fails again.
+    let reset = AdminRequest::ResetGroup {
+        group: Group::from_static("billing"),
+        topic: Placed::TOPIC,
+        to: Start::Earliest,
+    };
+    test.broker()
+        .admin(reset)
+        .await
+        .expect("nobody is a member");
+    desk.break_again();
+    let _consumer = test.spawn(billing()).await;
+    test.settled().await;
+    assert_eq!(test.dead_letters().await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_damaged_record_among_dead_letters_hides_none_of_the_others() {
+    let test = TestBus::new();
+    let consumer = test.consumer("billing").shared_state(Desk::broken());
+    let consumer = consumer.on(noting).retry(RetryPolicy::none());
+    let consumer = test.spawn(consumer).await;
+    test.publish(placed(1)).await.expect("there is room");
+    test.settled().await;
+    for (name, value) in [("eb-dlq-id", ""), ("eb-dlq-id", "without anything else")] {
+        let headers = eventbus_core::Headers::builder().push(name, value);
+        let damaged = Message::new(Topic::from_static("orders.billing.dlq"), "?")
+            .with_headers(headers.expect("within limits").build());
+        test.broker()
+            .publish(vec![damaged])
+            .await
+            .expect("there is room");
+    }
+    let letters = consumer.dead_letters().list().await;
+    assert_eq!(letters.expect("the sound one is listed").len(), 1);
+}
+
+#[tokio::test]
+async fn groups_whose_letters_share_a_topic_see_their_own() {
+    #[derive(Debug, Serialize, Deserialize)]
+    struct Regional {}
+    impl Event for Regional {
+        const TYPE: &'static str = "Regional";
+        const TOPIC: Topic = Topic::from_static("orders.eu");
+        const VERSION: u32 = 1;
+        type Codec = Json;
+        fn key(&self) -> Option<Key> {
+            None
+        }
+        fn upcast(version: u32, _: &[u8]) -> Result<Self> {
+            Err(unknown_version::<Self>(version))
+        }
+    }
+    let test = TestBus::new();
+    let first = test.consumer("eu.billing").retry(RetryPolicy::none());
+    let first = first.on(async |_: Placed, _: Context| Err("first".into()));
+    let first = test.spawn(first).await;
+    let second = test.consumer("billing").retry(RetryPolicy::none());
+    let second = second.on(async |_: Regional, _: Context| Err("second".into()));
+    let second = test.spawn(second).await;
+    test.publish(placed(1)).await.expect("there is room");
+    test.publish(Regional {}).await.expect("there is room");
+    test.settled().await;
+    for (consumer, error) in [(&first, "first"), (&second, "second")] {
+        let letters = consumer.dead_letters().list().await.expect("listed");
+        let errors: Vec<_> = letters.iter().map(|letter| letter.error.as_str()).collect();
+        assert_eq!(errors, [error]);
+    }
 }
 
 // ---- a broker whose settlements fail
