@@ -5,6 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::clock::FOREVER;
+
 /// Decides after each failed attempt whether and when there is another one.
 ///
 /// Attempts are made in place: a message holds its key until it is handled or dead-lettered. Times
@@ -151,6 +153,7 @@ fn below<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e (dyn StdError + 
 
 /// Adds up to a tenth of `delay`, by a random number.
 pub(crate) fn with_jitter(delay: Duration, random: u64) -> Duration {
+    let delay = delay.min(FOREVER);
     let tenth = u64::try_from(delay.as_nanos() / 10).unwrap_or(u64::MAX);
     match tenth {
         0 => delay,

@@ -18,6 +18,7 @@ use super::settler::{self, SettleItem};
 use super::telemetry::Counts;
 use super::worker::{Inbox, Item, Stop, Worker};
 use crate::broker::Deliveries;
+use crate::clock::FOREVER;
 use crate::coalescer::Coalescer;
 use crate::dead_letter::DeadLetters;
 use crate::delivery::Subscription;
@@ -297,9 +298,8 @@ impl Consumer {
         if failed {
             return self.stop(Instant::now(), false).await;
         }
-        // Years: a replay takes the time it takes.
-        let never = Instant::now() + Duration::from_secs(365 * 24 * 60 * 60);
-        self.stop(never, true).await
+        // A replay takes the time it takes.
+        self.stop(Instant::now() + FOREVER, true).await
     }
 
     async fn stop(mut self, deadline: Instant, finish: bool) -> Result<Counts> {

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use eventbus_core::{
-    AdminReply, AdminRequest, BoxError, Broker, Capabilities, Context, Deliveries, Error,
-    ErrorKind, Event, EventBus, Group, Json, Key, Lane, Member, MemoryBroker, Message,
-    PublishError, Publisher, Receipt, Redrive, Result, RetryPolicy, Settlement, Signal, Start,
-    Subscriber, Subscription, Topic, Until, Verdict, unknown_version,
+    AdminReply, AdminRequest, BoxError, Breaker, Broker, Capabilities, Context, Deliveries, Error,
+    ErrorKind, Event, EventBus, Group, Json, Key, Lane, Limits, Member, MemoryBroker, Message,
+    OnError, PublishError, Publisher, Receipt, Redrive, Result, RetryPolicy, Settlement, Signal,
+    Start, Subscriber, Subscription, Topic, Until, Verdict, unknown_version,
 };
 use eventbus_testkit::{TestBus, within};
 use serde::{Deserialize, Serialize};
@@ -367,4 +367,43 @@ async fn a_shutdown_ends_although_the_broker_does_not_answer() {
         error.expect_err("nobody answered").kind(),
         ErrorKind::Timeout
     );
+}
+
+// ---- time
+
+#[tokio::test]
+async fn the_longest_duration_means_never() {
+    let test = TestBus::new();
+    let consumer = test
+        .consumer("billing")
+        .deadline(Duration::MAX)
+        .shutdown_timeout(Duration::MAX)
+        .limits(Limits::default().with_revoke_timeout(Duration::MAX))
+        .breaker(Breaker::default().with_probe_after(Duration::MAX, Duration::MAX))
+        .retry(
+            RetryPolicy::fixed(2, Duration::MAX).when(|error: &Error| match error.kind() {
+                ErrorKind::Conflict => OnError::After(Duration::MAX),
+                _ => OnError::Next,
+            }),
+        )
+        .on(async |placed: Placed, _: Context| match placed.order {
+            0 => Ok(()),
+            1 => Err(Error::new(ErrorKind::Conflict, "handle", "later").into()),
+            _ => Err("later".into()),
+        });
+    let consumer = test.spawn(consumer).await;
+    for order in 0..3 {
+        test.publish(placed(order)).await.expect("there is room");
+    }
+    test.settled().await;
+    let other = test
+        .consumer("billing")
+        .on(async |_: Placed, _: Context| Ok(()));
+    let other = test.spawn(other).await;
+    test.settled().await;
+    let handled = consumer.status().counts.handled;
+    consumer.shutdown().await.expect("it ends");
+    test.settled().await;
+    assert_eq!(handled + other.status().counts.handled, 3);
+    other.shutdown().await.expect("it ends");
 }
