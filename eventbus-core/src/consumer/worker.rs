@@ -250,6 +250,8 @@ where
             }
             passes += 1;
             if passes == PASSES_MAX {
+                // Also a worker that never rests has deadlines.
+                self.expire_runs(now);
                 self.flush();
                 cx.waker().wake_by_ref();
                 return Poll::Pending;

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -370,6 +371,27 @@ async fn a_shutdown_ends_although_the_broker_does_not_answer() {
 }
 
 // ---- time
+
+#[tokio::test]
+async fn a_handler_that_never_rests_is_dropped_at_its_deadline() {
+    let test = TestBus::new();
+    let consumer = test.consumer("billing").workers(1);
+    let consumer = consumer.retry(RetryPolicy::none()).deadline(10 * SECOND);
+    let consumer = consumer.on(async |_: Placed, _: Context| {
+        std::future::poll_fn(|cx| {
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await
+    });
+    let consumer = test.spawn(consumer).await;
+    test.publish(placed(1)).await.expect("there is room");
+    for _ in 0..100 {
+        tokio::time::advance(SECOND).await;
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(consumer.status().counts.dead_lettered, 1);
+}
 
 #[tokio::test]
 async fn the_longest_duration_means_never() {
