@@ -2,6 +2,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -116,10 +117,14 @@ impl RetryPolicy {
 
     /// What the rules say of `error`, apart from how many attempts are left.
     pub(crate) fn classify(&self, error: &(dyn StdError + 'static)) -> OnError {
-        self.rules
-            .iter()
-            .find_map(|rule| rule(error))
-            .unwrap_or(OnError::Next)
+        let decide = || self.rules.iter().find_map(|rule| rule(error));
+        match catch_unwind(AssertUnwindSafe(decide)) {
+            Ok(decision) => decision.unwrap_or(OnError::Next),
+            Err(_) => {
+                tracing::error!("a rule of the retry policy panicked: the schedule decides");
+                OnError::Next
+            }
+        }
     }
 
     /// How long to wait after attempt number `attempt` (from 1), or `None` when it was the last.

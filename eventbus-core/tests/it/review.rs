@@ -429,3 +429,35 @@ async fn the_longest_duration_means_never() {
     assert_eq!(handled + other.status().counts.handled, 3);
     other.shutdown().await.expect("it ends");
 }
+
+/// An error with a bug of its own.
+#[derive(Debug)]
+struct Unprintable;
+
+impl std::fmt::Display for Unprintable {
+    fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        panic!("a bug")
+    }
+}
+
+impl std::error::Error for Unprintable {}
+
+#[tokio::test]
+async fn a_panic_in_a_rule_or_in_an_error_s_text_costs_its_event_and_not_the_consumer() {
+    let test = TestBus::new();
+    let consumer = test
+        .consumer("billing")
+        .retry(RetryPolicy::immediate(2).when(|_: &Error| -> OnError { panic!("a bug") }))
+        .on(async |placed: Placed, _: Context| match placed.order {
+            0 => Ok(()),
+            1 => Err(Error::new(ErrorKind::Conflict, "handle", "no").into()),
+            _ => Err(Unprintable.into()),
+        });
+    let consumer = test.spawn(consumer).await;
+    for order in [1, 2, 0] {
+        test.publish(placed(order)).await.expect("there is room");
+    }
+    test.settled().await;
+    let counts = consumer.status().counts;
+    assert_eq!((counts.handled, counts.dead_lettered), (1, 2));
+}
