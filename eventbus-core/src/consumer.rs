@@ -545,6 +545,10 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             .with("group", group));
         }
         let mut settings = self.settings.within_forever();
+        if replay.is_some() {
+            // It ends with the first event that can't be handled: holding would only hide which.
+            settings.breaker = settings.breaker.with_failure_rate(f64::INFINITY);
+        }
         if self.unit.as_ref().is_some_and(|unit| unit.group_max() > 1) {
             // One transaction at a time per worker; it holds several events.
             settings.concurrency = settings.workers;

@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use eventbus_core::{
     AdminReply, AdminRequest, BoxError, Breaker, Broker, Capabilities, Context, Deliveries, Error,
     ErrorKind, Event, EventBus, Group, Json, Key, Lane, Limits, Member, MemoryBroker, Message,
-    OnError, PublishError, Publisher, Receipt, Redrive, Result, RetryPolicy, Settlement, Signal,
-    Start, Subscriber, Subscription, Topic, Until, Verdict, unknown_version,
+    OnError, PublishError, Publisher, Receipt, Redrive, Replay, Result, RetryPolicy, Settlement,
+    Signal, Start, Subscriber, Subscription, Topic, Until, Verdict, unknown_version,
 };
 use eventbus_testkit::{TestBus, within};
 use serde::{Deserialize, Serialize};
@@ -460,4 +460,21 @@ async fn a_panic_in_a_rule_or_in_an_error_s_text_costs_its_event_and_not_the_con
     test.settled().await;
     let counts = consumer.status().counts;
     assert_eq!((counts.handled, counts.dead_lettered), (1, 2));
+}
+
+#[tokio::test]
+async fn a_replay_of_events_that_all_fail_ends_with_their_error() {
+    let test = TestBus::new();
+    for number in 0..200 {
+        test.publish(placed(number)).await.expect("there is room");
+    }
+    let replay = test
+        .consumer("read-model")
+        .on(async |_: Placed, _: Context| Err("broken".into()))
+        .replay(Replay::from(Start::Earliest));
+    let error = within(600 * SECOND, replay).await;
+    assert_eq!(
+        error.expect_err("nothing can be handled").kind(),
+        ErrorKind::Conflict
+    );
 }
