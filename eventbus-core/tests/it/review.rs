@@ -6,14 +6,17 @@ use std::task::Poll;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use eventbus_core::{
-    AdminReply, AdminRequest, BoxError, Breaker, Broker, Capabilities, Context, Deliveries, Error,
-    ErrorKind, Event, EventBus, Group, Json, Key, Lane, Limits, Member, MemoryBroker, Message,
-    OnError, PublishError, Publisher, Receipt, Redrive, Replay, Result, RetryPolicy, Settlement,
-    Signal, Start, Subscriber, Subscription, Topic, Until, Verdict, unknown_version,
+    AdminReply, AdminRequest, Assignment, BoxError, Breaker, Broker, Capabilities, Context,
+    Deliveries, Delivery, Error, ErrorKind, Event, EventBus, Group, Json, Key, Lane, Limits,
+    Member, MemoryBroker, Message, OnError, PublishError, Publisher, Receipt, Redrive, Replay,
+    Result, RetryPolicy, Settlement, Signal, Start, Subscriber, Subscription, Topic, Until,
+    Verdict, unknown_version,
 };
 use eventbus_testkit::{TestBus, within};
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Placed {
@@ -477,4 +480,129 @@ async fn a_replay_of_events_that_all_fail_ends_with_their_error() {
         error.expect_err("nothing can be handled").kind(),
         ErrorKind::Conflict
     );
+}
+
+// ---- a broker that says what the test tells it to
+
+/// Hands its one member the signals it is given.
+#[derive(Debug)]
+struct Scripted {
+    inner: MemoryBroker,
+    signals: Mutex<Option<UnboundedReceiver<Signal>>>,
+}
+
+fn scripted() -> (Scripted, UnboundedSender<Signal>) {
+    let (sender, receiver) = unbounded_channel();
+    let inner = MemoryBroker::new();
+    let signals = Mutex::new(Some(receiver));
+    (Scripted { inner, signals }, sender)
+}
+
+#[async_trait]
+impl Publisher for Scripted {
+    async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
+        self.inner.publish(batch).await
+    }
+}
+
+#[async_trait]
+impl Subscriber for Scripted {
+    async fn subscribe(&self, _: Subscription) -> Result<Member> {
+        let signals = self.signals.lock().expect("nobody panics").take();
+        let signals = signals.expect("there is one member");
+        Ok(Member::new(Box::new(Script(signals)), Box::new(Nobody)))
+    }
+}
+
+#[async_trait]
+impl Broker for Scripted {
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    async fn admin(&self, request: AdminRequest) -> Result<AdminReply> {
+        self.inner.admin(request).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.inner.close().await
+    }
+}
+
+#[derive(Debug)]
+struct Script(UnboundedReceiver<Signal>);
+
+#[async_trait]
+impl Deliveries for Script {
+    async fn next(&mut self) -> Result<Signal> {
+        match self.0.recv().await {
+            Some(signal) => Ok(signal),
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn close(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct Nobody;
+
+#[async_trait]
+impl Settlement for Nobody {
+    async fn settle(&mut self, _: &[(Receipt, Verdict)]) -> Result<()> {
+        Ok(())
+    }
+
+    async fn release(&mut self, _: &[Lane]) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A payload that says how many messages are left of it.
+struct Counted {
+    _alive: Arc<()>,
+}
+
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        br#"{"event_type":"Placed","order":1}"#
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_paused_consumer_keeps_nothing_of_lanes_that_come_and_go() {
+    let (broker, signals) = scripted();
+    let bus = EventBus::new(broker);
+    let consumer = bus.consumer("billing").workers(1);
+    let consumer = consumer.on(async |_: Placed, _: Context| Ok(()));
+    let consumer = consumer.spawn().await.expect("it is set up well");
+    consumer.pause();
+    let alive = Arc::new(());
+    let deliver = |lane: Lane, count: u64| {
+        let deliveries = (0..count).map(|tag| {
+            let payload = Bytes::from_owner(Counted {
+                _alive: Arc::clone(&alive),
+            });
+            let message = Message::new(Placed::TOPIC, payload).with_key(Key::display(tag));
+            Delivery::new(message, Receipt { lane, tag })
+        });
+        let assignment = Assignment::new(lane, Placed::TOPIC, lane.id);
+        let tell = |signal| signals.send(signal).expect("the member hears");
+        tell(Signal::Assigned(vec![assignment]));
+        tell(Signal::Delivered(deliveries.collect()));
+    };
+    deliver(Lane { id: 0, epoch: 1 }, 1);
+    for epoch in 1..=20 {
+        let lane = Lane { id: 1, epoch };
+        deliver(lane, 50);
+        tokio::time::sleep(SECOND).await;
+        let revoking = Signal::Revoking(vec![lane]);
+        signals.send(revoking).expect("the member hears");
+        tokio::time::sleep(SECOND).await;
+    }
+    assert_eq!(Arc::strong_count(&alive) - 1, 1, "only one is in flight");
+    assert_eq!(consumer.status().lanes.len(), 1);
+    consumer.shutdown().await.expect("it ends");
 }
