@@ -9,6 +9,9 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::error::{Error, ErrorKind, Result};
 
+/// Longest time that is waited: as good as never, and an instant that far ahead can still be said.
+pub(crate) const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+
 /// Says what time it is, for timestamps, expiry and dead letters.
 pub trait Clock: Debug + Send + Sync + 'static {
     /// The present time.

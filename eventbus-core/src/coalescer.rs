@@ -10,7 +10,8 @@
 //! A lone item pays nothing, batches form from concurrency, and whoever waits learns of its own
 //! flush. Settling uses it; stores use it for inserts and commits.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
@@ -22,31 +23,63 @@ use crate::error::{Error, ErrorKind, Result};
 /// Many put in, one takes out everything there is.
 #[derive(Debug)]
 pub(crate) struct Mailbox<T> {
-    items: Mutex<Vec<T>>,
+    items: Mutex<Items<T>>,
     waker: AtomicWaker,
     part: Option<Arc<Part>>,
+}
+
+#[derive(Debug)]
+struct Items<T> {
+    there: Vec<T>,
+    /// Nobody takes anything out any more.
+    closed: bool,
 }
 
 impl<T> Mailbox<T> {
     pub(crate) fn new(part: Option<Arc<Part>>) -> Self {
         Self {
-            items: Mutex::new(Vec::new()),
+            items: Mutex::new(Items {
+                there: Vec::new(),
+                closed: false,
+            }),
             waker: AtomicWaker::new(),
             part,
         }
     }
 
+    fn lock(&self) -> MutexGuard<'_, Items<T>> {
+        self.items.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Puts in under one lock; `fill` may read what is there.
     pub(crate) fn put<R>(&self, fill: impl FnOnce(&mut Vec<T>) -> R) -> R {
-        let result = {
-            let mut items = self.items.lock().unwrap_or_else(PoisonError::into_inner);
-            fill(&mut items)
-        };
+        let mut items = self.lock();
+        let result = fill(&mut items.there);
+        if items.closed {
+            let unwanted = std::mem::take(&mut items.there);
+            drop(items);
+            drop(unwanted);
+            return result;
+        }
+        // Under the lock, so that what is closed is no work.
         if let Some(part) = &self.part {
             part.raise();
         }
+        drop(items);
         self.waker.wake();
         result
+    }
+
+    /// Drops what is there and what is put in from now on: nobody takes it out any more.
+    fn close(&self) {
+        let mut items = self.lock();
+        items.closed = true;
+        let unwanted = std::mem::take(&mut items.there);
+        if let Some(part) = &self.part {
+            part.lower();
+        }
+        drop(items);
+        drop(unwanted);
     }
 
     /// Moves everything to `into`, or registers to be woken.
@@ -73,11 +106,11 @@ impl<T> Mailbox<T> {
     }
 
     fn take<R>(&self, into: &mut Vec<T>, taken: &impl Fn() -> R) -> Option<R> {
-        let mut items = self.items.lock().unwrap_or_else(PoisonError::into_inner);
-        if items.is_empty() {
+        let mut items = self.lock();
+        if items.there.is_empty() {
             return None;
         }
-        move_all(&mut items, into);
+        move_all(&mut items.there, into);
         Some(taken())
     }
 }
@@ -92,7 +125,8 @@ pub(crate) fn move_all<T>(from: &mut Vec<T>, to: &mut Vec<T>) {
 
 /// Puts items into the next flush.
 ///
-/// Bounded by its callers: each waits for its flush, or holds credit for what it put in.
+/// Bounded by its callers: each waits for its flush, or holds credit for what it put in. What is
+/// put in when the flushing side is gone is dropped.
 ///
 /// # Examples
 ///
@@ -121,8 +155,20 @@ struct Shared<T> {
     mailbox: Mailbox<T>,
     /// The number of the flush that what is added now belongs to.
     next: Mutex<u64>,
-    /// The number of the latest flush, and which of the last ones failed.
-    outcome: watch::Sender<(u64, Vec<u64>)>,
+    outcome: watch::Sender<Outcome>,
+}
+
+/// What became of the flushes so far.
+#[derive(Debug, Default)]
+struct Outcome {
+    /// The number of the latest flush.
+    latest: u64,
+    /// Which of the last ones failed.
+    failed: VecDeque<u64>,
+    /// The latest failure that is not remembered by itself any more.
+    forgotten: u64,
+    /// The flushing side is gone.
+    closed: bool,
 }
 
 /// Which flush an item belongs to.
@@ -165,7 +211,7 @@ impl<T> Coalescer<T> {
         let shared = Arc::new(Shared {
             mailbox: Mailbox::new(part),
             next: Mutex::new(1),
-            outcome: watch::Sender::new((0, Vec::new())),
+            outcome: watch::Sender::default(),
         });
         let flushes = Flushes {
             shared: Arc::clone(&shared),
@@ -201,21 +247,27 @@ impl<T> Coalescer<T> {
     ///
     /// # Errors
     ///
-    /// `Unavailable` when that flush failed, `Closed` when the flushing side is gone.
+    /// `Unavailable` when that flush failed, or was so long ago that this is not known any more;
+    /// `Closed` when the flushing side is gone and did not get to it.
     pub async fn flushed(&self, ticket: Ticket) -> Result<()> {
+        let Ticket(number) = ticket;
+        let gone = || Error::new(ErrorKind::Closed, "flush", "the flushing side is gone");
         let mut outcome = self.shared.outcome.subscribe();
         let seen = outcome
-            .wait_for(|(number, _)| *number >= ticket.0)
+            .wait_for(|outcome| outcome.latest >= number || outcome.closed)
             .await
-            .map_err(|_| Error::new(ErrorKind::Closed, "flush", "the flushing side is gone"))?;
-        match seen.1.contains(&ticket.0) {
-            false => Ok(()),
-            true => Err(Error::new(
+            .map_err(|_| gone())?;
+        if seen.latest < number {
+            return Err(gone());
+        }
+        if number <= seen.forgotten || seen.failed.contains(&number) {
+            return Err(Error::new(
                 ErrorKind::Unavailable,
                 "flush",
                 "the flush this was part of failed",
-            )),
+            ));
         }
+        Ok(())
     }
 }
 
@@ -252,14 +304,79 @@ impl<T> Flush<'_, T> {
 
 impl<T> Drop for Flush<'_, T> {
     fn drop(&mut self) {
-        self.shared.outcome.send_modify(|(number, failed)| {
-            *number = self.number;
-            if !self.succeeded {
-                if failed.len() == FAILED_MAX {
-                    failed.remove(0);
-                }
-                failed.push(self.number);
+        self.shared.outcome.send_modify(|outcome| {
+            outcome.latest = self.number;
+            if self.succeeded {
+                return;
             }
+            if outcome.failed.len() == FAILED_MAX
+                && let Some(oldest) = outcome.failed.pop_front()
+            {
+                outcome.forgotten = oldest;
+            }
+            outcome.failed.push_back(self.number);
         });
+    }
+}
+
+impl<T> Drop for Flushes<T> {
+    fn drop(&mut self) {
+        self.shared
+            .outcome
+            .send_modify(|outcome| outcome.closed = true);
+        self.shared.mailbox.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::activity::Activity;
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_waits_learns_that_the_flushing_side_is_gone() {
+        let (coalescer, mut flushes) = Coalescer::new();
+        let flushed = coalescer.add(1);
+        let mut batch = Vec::new();
+        flushes.next(&mut batch).await.done();
+        let waiting = coalescer.add(2);
+        drop(flushes);
+        let late = coalescer.add(3);
+        coalescer.flushed(flushed).await.expect("it was flushed");
+        for ticket in [waiting, late] {
+            let limit = std::time::Duration::from_secs(1);
+            let answer = tokio::time::timeout(limit, coalescer.flushed(ticket)).await;
+            let error = answer.expect("an answer").expect_err("nobody flushes");
+            assert_eq!(error.kind(), ErrorKind::Closed);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_nobody_will_flush_is_dropped_and_is_no_work() {
+        let activity = Activity::new();
+        let (coalescer, flushes) = Coalescer::for_part(Some(activity.part()));
+        let item = Arc::new(());
+        coalescer.add(Arc::clone(&item));
+        assert!(!activity.is_quiet());
+        drop(flushes);
+        coalescer.add(Arc::clone(&item));
+        assert!(activity.is_quiet());
+        assert_eq!(Arc::strong_count(&item), 1);
+    }
+
+    #[tokio::test]
+    async fn a_failed_flush_is_never_taken_for_a_good_one_however_late_one_asks() {
+        let (coalescer, mut flushes) = Coalescer::new();
+        let mut batch = Vec::new();
+        let first = coalescer.add(0);
+        drop(flushes.next(&mut batch).await);
+        for number in 0..FAILED_MAX * 2 {
+            coalescer.add(number);
+            drop(flushes.next(&mut batch).await);
+        }
+        let last = coalescer.add(0);
+        flushes.next(&mut batch).await.done();
+        assert!(coalescer.flushed(first).await.is_err());
+        coalescer.flushed(last).await.expect("it was flushed");
     }
 }

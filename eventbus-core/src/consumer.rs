@@ -20,6 +20,7 @@ use tower::{Layer, Service};
 
 use crate::broker::AdminRequest;
 use crate::bus::EventBus;
+use crate::clock::FOREVER;
 use crate::dead_letter::{self, Cause};
 use crate::delivery::{Limits, Start, Subscription};
 use crate::error::{BoxError, Error, ErrorKind, Result};
@@ -106,6 +107,22 @@ impl Default for Settings {
             hand_outs_max: 100,
             shutdown_timeout: Duration::from_secs(25),
         }
+    }
+}
+
+impl Settings {
+    /// As set, with `Duration::MAX` and the like as long as can be waited.
+    fn within_forever(mut self) -> Self {
+        for duration in [
+            &mut self.deadline,
+            &mut self.shutdown_timeout,
+            &mut self.limits.revoke_timeout,
+            &mut self.breaker.probe_after,
+            &mut self.breaker.probe_after_max,
+        ] {
+            *duration = FOREVER.min(*duration);
+        }
+        self
     }
 }
 
@@ -569,7 +586,11 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             )
             .with("group", group));
         }
-        let mut settings = self.settings;
+        let mut settings = self.settings.within_forever();
+        if replay.is_some() {
+            // It ends with the first event that can't be handled: holding would only hide which.
+            settings.breaker = settings.breaker.with_failure_rate(f64::INFINITY);
+        }
         if self.unit.as_ref().is_some_and(|unit| unit.group_max() > 1) {
             // One transaction at a time per worker; it holds several events.
             settings.concurrency = settings.workers;

@@ -1,6 +1,6 @@
 //! Messages that could not be handled: kept whole with their cause, listed and re-driven.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ const ATTEMPTS: &str = "eb-dlq-attempts";
 const FIRST_FAILED_AT: &str = "eb-dlq-first-failed-at";
 const FAILED_AT: &str = "eb-dlq-failed-at";
 const TOPIC: &str = "eb-dlq-topic";
+const GROUP: &str = "eb-dlq-group";
 const PARTITION: &str = "eb-dlq-partition";
 const POSITION: &str = "eb-dlq-position";
 /// On a record about a letter, not on a letter.
@@ -118,6 +119,7 @@ pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Messa
         )?
         .push(FAILED_AT, now.to_string())?
         .push(TOPIC, original.topic.as_str())?
+        .push(GROUP, scope.group().as_str())?
         .push(PARTITION, scope.partition().to_string())?
         .push_some(
             POSITION,
@@ -316,10 +318,27 @@ impl DeadLetters {
     ///
     /// Those of reading a topic from its beginning.
     pub async fn list(&self) -> Result<Vec<DeadLetter>> {
-        let mut letters = self.read().await?;
-        letters.retain(|letter| letter.status == DeadLetterStatus::Open);
-        letters.truncate(DEAD_LETTERS_MAX);
-        Ok(letters)
+        let mut letters: BTreeMap<usize, DeadLetter> = BTreeMap::new();
+        let mut places = HashMap::new();
+        let mut count = 0;
+        self.read(|id, entry| match entry {
+            // A letter stored twice after an unknown outcome is one letter; one that is stored
+            // after a decision is open again, because its event has failed again.
+            Entry::Letter(letter) => {
+                places.entry(id).or_insert_with(|| {
+                    count += 1;
+                    letters.insert(count, *letter);
+                    count
+                });
+            }
+            Entry::Decided(_) => {
+                if let Some(place) = places.remove(&id) {
+                    letters.remove(&place);
+                }
+            }
+        })
+        .await?;
+        Ok(letters.into_values().take(DEAD_LETTERS_MAX).collect())
     }
 
     /// One letter, whatever has become of it.
@@ -328,19 +347,24 @@ impl DeadLetters {
     ///
     /// `NotFound` when there is none with this id.
     pub async fn show(&self, id: &EventId) -> Result<DeadLetter> {
-        let letters = self.read().await?;
-        letters
-            .into_iter()
-            .find(|letter| letter.id == *id)
-            .ok_or_else(|| {
-                Error::new(
-                    ErrorKind::NotFound,
-                    "show dead letter",
-                    "there is no such letter: `list` shows the open ones",
-                )
-                .with("group", &self.group)
-                .with("id", id)
-            })
+        let mut found: Option<DeadLetter> = None;
+        self.read(|entry_id, entry| match (entry, &mut found) {
+            _ if entry_id != *id => {}
+            (Entry::Letter(_), Some(open)) if open.status == DeadLetterStatus::Open => {}
+            (Entry::Letter(letter), found) => *found = Some(*letter),
+            (Entry::Decided(status), Some(letter)) => letter.status = status,
+            (Entry::Decided(_), None) => {}
+        })
+        .await?;
+        found.ok_or_else(|| {
+            Error::new(
+                ErrorKind::NotFound,
+                "show dead letter",
+                "there is no such letter: `list` shows the open ones",
+            )
+            .with("group", &self.group)
+            .with("id", id)
+        })
     }
 
     /// Gives letters to their group again, and to no other: each event keeps its id and key, its
@@ -359,7 +383,7 @@ impl DeadLetters {
             if let Some(rate) = redrive.rate {
                 tokio::time::sleep_until(begun + Duration::from_secs(1) * count / rate).await;
             }
-            let event = redriven(&letter)?;
+            let event = self.redriven(&letter)?;
             self.bus.send(vec![event]).await.map_err(Error::from)?;
             self.decide(&letter, REDRIVEN, &redrive).await?;
             count += 1;
@@ -401,8 +425,33 @@ impl DeadLetters {
         self.bus.send(vec![record]).await.map_err(Error::from)
     }
 
-    /// Reads all letters and what was decided about them.
-    async fn read(&self) -> Result<Vec<DeadLetter>> {
+    /// The event of a letter, directed to the letter's group alone.
+    fn redriven(&self, letter: &DeadLetter) -> Result<Message> {
+        let message = &letter.message;
+        let count = redrives(&message.headers) + 1;
+        let mut headers = Headers::builder().with_room_for_dead_letter();
+        for (name, value) in message.headers.iter() {
+            if ![header::ID, header::TO_GROUP, header::REDRIVES].contains(&name) {
+                headers = headers.push(name, value)?;
+            }
+        }
+        // The id that its handler knows it by: one made from its place would change with the place.
+        let place = || match letter.position {
+            Some(position) => EventId::of_place(&message.topic, letter.partition, position.0),
+            None => EventId::new(),
+        };
+        let now = self.bus.clock().now();
+        let id = self.bus.formats().id_of(message, place, now);
+        let headers = headers
+            .push(header::ID, id.to_string())?
+            .push(header::TO_GROUP, letter.group.as_str())?
+            .push(header::REDRIVES, count.to_string())?
+            .build();
+        Ok(message.clone().with_headers(headers))
+    }
+
+    /// Reads all letters and what was decided about them, from the oldest to the newest.
+    async fn read(&self, mut visit: impl FnMut(EventId, Entry) + Send) -> Result<()> {
         let topics = self
             .topics
             .iter()
@@ -412,30 +461,45 @@ impl DeadLetters {
             .bus
             .read_physical(topics, Start::Earliest, Some(Until::Now))
             .await?;
-        let mut letters: Vec<DeadLetter> = Vec::new();
-        let mut places = HashMap::new();
         while let Some(record) = reader.next().await? {
-            let headers = &record.message.headers;
-            let Some(id) = headers.get_str(LETTER).map(EventId::parse).transpose()? else {
-                continue;
-            };
-            match headers.get_str(STATUS) {
-                Some(status) => {
-                    if let Some(place) = places.get(&id) {
-                        let letter: &mut DeadLetter = &mut letters[*place];
-                        letter.status = decided(status, headers)?;
-                    }
-                }
-                // A letter stored twice after an unknown outcome is one letter.
-                None if places.contains_key(&id) => {}
-                None => {
-                    places.insert(id.clone(), letters.len());
-                    letters.push(parse(id, &self.group, &record.message)?);
-                }
+            match entry(&self.group, &record.message) {
+                Ok(Some((id, entry))) => visit(id, entry),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(
+                    topic = record.message.topic.as_str(),
+                    partition = record.partition,
+                    position = record.position.map(tracing::field::display),
+                    %error,
+                    "a record among dead letters can't be read"
+                ),
             }
         }
-        Ok(letters)
+        Ok(())
     }
+}
+
+/// What stands on a dead-letter topic.
+enum Entry {
+    Letter(Box<DeadLetter>),
+    Decided(DeadLetterStatus),
+}
+
+/// Reads a record, or `None` when it is nothing of this group's.
+fn entry(group: &Group, record: &Message) -> Result<Option<(EventId, Entry)>> {
+    let headers = &record.headers;
+    // Two topics and groups, such as `a.b` of `c` and `a` of `b.c`, can share a topic of letters.
+    let other_group = headers
+        .get_str(GROUP)
+        .is_some_and(|other| other != group.as_str());
+    let Some(id) = headers.get_str(LETTER).filter(|_| !other_group) else {
+        return Ok(None);
+    };
+    let id = EventId::parse(id)?;
+    let entry = match headers.get_str(STATUS) {
+        Some(status) => Entry::Decided(decided(status, headers)?),
+        None => Entry::Letter(Box::new(parse(id.clone(), group, record)?)),
+    };
+    Ok(Some((id, entry)))
 }
 
 fn decided(status: &str, headers: &Headers) -> Result<DeadLetterStatus> {
@@ -479,27 +543,4 @@ fn parse(id: EventId, group: &Group, letter: &Message) -> Result<DeadLetter> {
         failed_at: time(headers, FAILED_AT)?,
         status: DeadLetterStatus::Open,
     })
-}
-
-/// The event of a letter, directed to the letter's group alone.
-fn redriven(letter: &DeadLetter) -> Result<Message> {
-    let count = redrives(&letter.message.headers) + 1;
-    let mut headers = Headers::builder().with_room_for_dead_letter();
-    for (name, value) in letter.message.headers.iter() {
-        if name != header::TO_GROUP && name != header::REDRIVES {
-            headers = headers.push(name, value)?;
-        }
-    }
-    // A message without an id had one from its place; in its new place it keeps that one.
-    if letter.message.headers.get(header::ID).is_none()
-        && let Some(position) = letter.position
-    {
-        let id = EventId::of_place(&letter.message.topic, letter.partition, position.0);
-        headers = headers.push(header::ID, id.to_string())?;
-    }
-    let headers = headers
-        .push(header::TO_GROUP, letter.group.as_str())?
-        .push(header::REDRIVES, count.to_string())?
-        .build();
-    Ok(letter.message.clone().with_headers(headers))
 }

@@ -2,6 +2,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Any error a handler or a layer may return.
 pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
@@ -182,16 +183,22 @@ impl StdError for Error {
     }
 }
 
-/// Joins an error and its causes into one line, as dead letters and logs keep it.
+/// Joins an error and its causes into one line, as dead letters and logs keep it. An error that
+/// panics while it is written is named instead: it is not to keep its own dead letter from being
+/// stored.
 pub fn error_chain(error: &(dyn StdError + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
+    let join = || {
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    };
+    catch_unwind(AssertUnwindSafe(join))
+        .unwrap_or_else(|_| "an error whose text panics while it is written".to_owned())
 }
 
 #[cfg(test)]

@@ -139,6 +139,25 @@ impl Formats {
         ))
     }
 
+    /// The id of a message: its header, else its body, else `place`, which is made from where it
+    /// stands.
+    pub(crate) fn id_of(
+        &self,
+        message: &Message,
+        place: impl FnOnce() -> EventId,
+        now: Timestamp,
+    ) -> EventId {
+        let known = KnownHeaders::of(&message.headers);
+        if let Some(Ok(id)) = known.id().map(EventId::parse) {
+            return id;
+        }
+        let place = place();
+        match self.envelope(message, (place.clone(), now)) {
+            Ok(envelope) => envelope.id,
+            Err(_) => place,
+        }
+    }
+
     /// Reads the envelope of a message.
     ///
     /// # Errors

@@ -29,6 +29,7 @@ use crate::broker::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Member, Outcome, PublishError,
     Publisher, Settlement, Subscriber, Unpublished,
 };
+use crate::clock::FOREVER;
 use crate::delivery::{Lane, Receipt, Signal, Subscription, Verdict};
 use crate::error::{Error, ErrorKind, Result};
 use crate::message::{Group, Key, Message, Topic};
@@ -218,7 +219,7 @@ impl MemoryBroker {
     /// Waits for room until everything is taken, the handle is closed or the time is up.
     async fn take_slowly(&self, rest: &mut Rest) {
         let server = &self.client.server;
-        let deadline = Instant::now() + server.config.publish_timeout;
+        let deadline = Instant::now() + server.config.publish_timeout.min(FOREVER);
         loop {
             let mut room = std::pin::pin!(server.space.notified());
             // Room that is made between the look and the wait is not missed.

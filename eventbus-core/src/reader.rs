@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::broker::Member;
-use crate::delivery::{Delivery, Lane, Position, Signal, Verdict};
+use crate::delivery::{Delivery, Lane, Position, Receipt, Signal, Verdict};
 use crate::error::Result;
 use crate::message::{Message, Topic};
 
@@ -15,6 +15,8 @@ pub struct Reader {
     lanes: HashMap<Lane, (Topic, u32)>,
     ended: bool,
     delivered: std::vec::IntoIter<Delivery>,
+    /// What `delivered` held, to be settled before more is asked for.
+    unsettled: Vec<(Receipt, Verdict)>,
     bounded: bool,
 }
 
@@ -37,11 +39,16 @@ impl Reader {
             lanes: HashMap::new(),
             ended: false,
             delivered: Vec::new().into_iter(),
+            unsettled: Vec::new(),
             bounded,
         }
     }
 
     /// The next message: in order within a partition; `None` at the end of a bounded read.
+    ///
+    /// # Cancellation
+    ///
+    /// Safe: a dropped future has passed no message by.
     ///
     /// # Errors
     ///
@@ -62,6 +69,10 @@ impl Reader {
             if self.ended {
                 return Ok(None);
             }
+            if !self.unsettled.is_empty() {
+                self.member.settlement.settle(&self.unsettled).await?;
+                self.unsettled.clear();
+            }
             match self.member.deliveries.next().await? {
                 Signal::Assigned(assignments) => {
                     for assignment in assignments {
@@ -70,11 +81,9 @@ impl Reader {
                     }
                 }
                 Signal::Delivered(deliveries) => {
-                    let receipts: Vec<_> = deliveries
-                        .iter()
-                        .map(|delivery| (delivery.receipt, Verdict::Done))
-                        .collect();
-                    self.member.settlement.settle(&receipts).await?;
+                    let receipts = deliveries.iter().map(|delivery| delivery.receipt);
+                    self.unsettled
+                        .extend(receipts.map(|receipt| (receipt, Verdict::Done)));
                     self.delivered = deliveries.into_iter();
                 }
                 Signal::Ended(ended) => self.end(&ended),

@@ -2,8 +2,11 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
+
+use crate::clock::FOREVER;
 
 /// Decides after each failed attempt whether and when there is another one.
 ///
@@ -114,10 +117,14 @@ impl RetryPolicy {
 
     /// What the rules say of `error`, apart from how many attempts are left.
     pub(crate) fn classify(&self, error: &(dyn StdError + 'static)) -> OnError {
-        self.rules
-            .iter()
-            .find_map(|rule| rule(error))
-            .unwrap_or(OnError::Next)
+        let decide = || self.rules.iter().find_map(|rule| rule(error));
+        match catch_unwind(AssertUnwindSafe(decide)) {
+            Ok(decision) => decision.unwrap_or(OnError::Next),
+            Err(_) => {
+                tracing::error!("a rule of the retry policy panicked: the schedule decides");
+                OnError::Next
+            }
+        }
     }
 
     /// How long to wait after attempt number `attempt` (from 1), or `None` when it was the last.
@@ -151,6 +158,7 @@ fn below<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e (dyn StdError + 
 
 /// Adds up to a tenth of `delay`, by a random number.
 pub(crate) fn with_jitter(delay: Duration, random: u64) -> Duration {
+    let delay = delay.min(FOREVER);
     let tenth = u64::try_from(delay.as_nanos() / 10).unwrap_or(u64::MAX);
     match tenth {
         0 => delay,

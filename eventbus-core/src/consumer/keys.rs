@@ -268,6 +268,47 @@ impl Keys {
         node.scope
     }
 
+    /// Removes every dropped delivery, wherever it stands.
+    pub(crate) fn sweep(&mut self) -> Vec<Arc<Scope>> {
+        let mut swept = Vec::new();
+        let mut kept = VecDeque::with_capacity(self.ready.len());
+        while let Some(id) = self.ready.pop_front() {
+            match self.get(id).state {
+                // What stood behind it is ready now.
+                NodeState::Dropped => swept.push(self.remove(id)),
+                _ => kept.push_back(id),
+            }
+        }
+        self.ready = kept;
+        for index in 0..self.nodes.len() {
+            // At most the credit of the member.
+            let id = index as NodeId;
+            while let Some(behind) = self.nodes[index].as_ref().and_then(|node| node.next)
+                && self.get(behind).state == NodeState::Dropped
+            {
+                swept.push(self.remove_behind(id, behind));
+            }
+        }
+        swept
+    }
+
+    /// Removes a delivery that stands right behind `older`.
+    fn remove_behind(&mut self, older: NodeId, id: NodeId) -> Arc<Scope> {
+        let (next, key) = (self.get(id).next, self.get(id).key);
+        if let (None, Some(key)) = (next, key) {
+            // It was the last of its key; now the one before it is.
+            self.unlink(key);
+            self.link(older, key);
+        }
+        self.get_mut(older).next = next;
+        let node = self.nodes[id as usize]
+            .take()
+            .expect("a node is removed once");
+        self.free.push(id);
+        self.count -= 1;
+        node.scope
+    }
+
     /// All deliveries there are.
     pub(crate) fn ids(&self) -> impl Iterator<Item = NodeId> + '_ {
         (0..self.nodes.len())

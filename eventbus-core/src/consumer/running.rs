@@ -18,6 +18,7 @@ use super::settler::{self, SettleItem};
 use super::telemetry::Counts;
 use super::worker::{Inbox, Item, Stop, Worker};
 use crate::broker::Deliveries;
+use crate::clock::FOREVER;
 use crate::coalescer::Coalescer;
 use crate::dead_letter::DeadLetters;
 use crate::delivery::Subscription;
@@ -103,6 +104,9 @@ pub struct ConsumerStatus {
     /// What it has counted.
     pub counts: Counts,
 }
+
+/// How long a broker has to answer at the end, however late it is.
+const ANSWER_MIN: Duration = Duration::from_secs(1);
 
 /// Joins and starts all tasks.
 pub(crate) async fn start<V>(
@@ -317,9 +321,8 @@ impl Consumer {
         if failed {
             return self.stop(Instant::now(), false).await;
         }
-        // Years: a replay takes the time it takes.
-        let never = Instant::now() + Duration::from_secs(365 * 24 * 60 * 60);
-        self.stop(never, true).await
+        // A replay takes the time it takes.
+        self.stop(Instant::now() + FOREVER, true).await
     }
 
     async fn stop(mut self, deadline: Instant, finish: bool) -> Result<Counts> {
@@ -341,24 +344,38 @@ impl Consumer {
         }
         // All verdicts are with the settler now; what it cannot record in time is handed out again.
         self.settler.add(SettleItem::Stop);
-        let settle_until = deadline.min(Instant::now() + self.runtime.settings.shutdown_timeout);
-        let settle_until = settle_until.max(Instant::now() + Duration::from_secs(1));
-        let settled = tokio::time::timeout_at(settle_until, &mut self.settling.0).await;
+        let group = self.runtime.group.clone();
+        let timeout = self.runtime.settings.shutdown_timeout;
+        let patience = || {
+            let now = Instant::now();
+            deadline.min(now + timeout).max(now + ANSWER_MIN)
+        };
+        let settled = tokio::time::timeout_at(patience(), &mut self.settling.0).await;
         self.stop_pump.send_replace(true);
-        if let Ok(Some(deliveries)) = (&mut self.pumping.0).await {
-            deliveries.close().await?;
-        }
+        let closing = async {
+            match (&mut self.pumping.0).await {
+                Ok(Some(deliveries)) => deliveries.close().await,
+                // The pump panicked, and the failure says so.
+                _ => Ok(()),
+            }
+        };
+        let closed = tokio::time::timeout_at(patience(), closing).await;
+        let late = |message: &str| {
+            Error::new(ErrorKind::Timeout, "shut consumer down", message).with("group", &group)
+        };
         if let Some(failure) = self.runtime.take_failure() {
             return Err(failure);
         }
         if settled.is_err() {
-            return Err(Error::new(
-                ErrorKind::Timeout,
-                "shut consumer down",
+            return Err(late(
                 "verdicts could not be recorded in time: what they are about is handled again",
-            )
-            .with("group", &self.runtime.group));
+            ));
         }
+        closed.unwrap_or_else(|_| {
+            Err(late(
+                "the broker did not answer in time: it notices by itself that the member is gone",
+            ))
+        })?;
         Ok(self.runtime.telemetry.counts())
     }
 }

@@ -269,18 +269,9 @@ impl Scope {
     /// The message's own id; where it has none, one made from its place; where the broker has no
     /// places, a new one, by which duplicates cannot be recognised.
     fn find_id(&self) -> EventId {
-        let known = KnownHeaders::of(&self.message().headers);
-        if let Some(Ok(id)) = known.id().map(EventId::parse) {
-            return id;
-        }
-        let fallback = self.place_id();
-        match self.runtime.bus.formats().envelope(
-            self.message(),
-            (fallback.clone(), self.runtime.bus.clock().now()),
-        ) {
-            Ok(envelope) => envelope.id,
-            Err(_) => fallback,
-        }
+        let now = self.runtime.bus.clock().now();
+        let formats = self.runtime.bus.formats();
+        formats.id_of(self.message(), || self.place_id(), now)
     }
 
     fn place_id(&self) -> EventId {

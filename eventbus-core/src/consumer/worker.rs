@@ -58,8 +58,13 @@ impl Inbox {
         self.0.put(|there| there.push(item));
     }
 
+    /// Lets the worker look again; what it has not heard yet is not said twice.
     pub(crate) fn wake(&self) {
-        self.push(Item::Wake);
+        self.0.put(|there| {
+            if !matches!(there.last(), Some(Item::Wake)) {
+                there.push(Item::Wake);
+            }
+        });
     }
 }
 
@@ -247,6 +252,8 @@ where
             }
             passes += 1;
             if passes == PASSES_MAX {
+                // Also a worker that never rests has deadlines.
+                self.expire_runs(now);
                 self.flush();
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
@@ -945,6 +952,17 @@ where
         }
     }
 
+    /// Forgets what was left to the next owner: while nothing may be started, or an older delivery
+    /// of a key waits, lanes that come and go would leave more and more.
+    fn sweep(&mut self) {
+        for scope in self.keys.sweep() {
+            self.recycle(scope);
+        }
+        let keys = &self.keys;
+        self.timers
+            .retain(|Reverse((_, id, sequence))| keys.is_current(*id, *sequence));
+    }
+
     /// Passes on the lanes that nothing runs on any more; says whether handlers had to be dropped.
     fn check_revocations(&mut self, now: Instant) -> bool {
         let mut dropped = false;
@@ -960,6 +978,7 @@ where
             }
             // Verdicts first, so that they stand before the release.
             self.flush();
+            self.sweep();
             self.revocations.remove(index);
             revocation.cleared();
         }

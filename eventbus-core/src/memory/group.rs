@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use super::balance::{Share, balance};
 use super::member::Slot;
 use super::state::State;
+use crate::clock::FOREVER;
 use crate::delivery::{Lane, Signal};
 use crate::message::Group;
 
@@ -218,7 +219,7 @@ impl State {
             return;
         }
         member.revoke(owner.lane);
-        let deadline = Instant::now() + member.limits.revoke_timeout;
+        let deadline = Instant::now() + member.limits.revoke_timeout.min(FOREVER);
         self.groups[group].revocations.push(Revocation {
             place,
             deadline,

@@ -5,6 +5,7 @@ use tokio::time::Instant;
 use super::admin::to_u64;
 use super::member::MemberState;
 use super::state::{State, TopicState, ended};
+use crate::clock::FOREVER;
 use crate::delivery::{Receipt, Verdict};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lane_table::{LaneTable, Settled};
@@ -136,7 +137,8 @@ fn settle_each(
                 advanced = true;
             }
             Verdict::Retry { after } => {
-                partition.cursors[cursor].retry(position, Instant::now() + *after);
+                let due = Instant::now() + FOREVER.min(*after);
+                partition.cursors[cursor].retry(position, due);
                 // `next` has to learn of the new date.
                 member.wake();
             }

@@ -11,5 +11,6 @@ mod memory;
 mod order;
 mod publishing;
 mod replay;
+mod review;
 mod shutdown;
 mod units;
