@@ -178,7 +178,9 @@ impl EventBus {
 
     /// Publishes an event and resolves with its id when the broker has taken it durably.
     ///
-    /// Two publishes awaited one after the other keep their order.
+    /// Two publishes awaited one after the other keep their order. Where the broker does not declare
+    /// `history` (RabbitMQ), what is published before a group was first subscribed is not for that
+    /// group: start the consumers first.
     ///
     /// # Cancellation
     ///
@@ -186,7 +188,7 @@ impl EventBus {
     ///
     /// # Errors
     ///
-    /// `Unsupported` inside a running handler: there [`Context::publish`](crate::Context::publish)
+    /// `Unsupported` inside a running handler, though not in a task that it spawned: there [`Context::publish`](crate::Context::publish)
     /// is meant, whose events are sent only if the handler succeeds and carry derived ids.
     /// Otherwise those of the event's format and codec, and of the broker; the context `outcome`
     /// says whether the event may be on the broker all the same.
@@ -245,7 +247,7 @@ impl EventBus {
             origin: Origin::new(),
         };
         let (id, message) = into_message(outgoing, frame)?;
-        message.check(self.payload_bytes_max())?;
+        message.check(self.event_bytes_max())?;
         Ok((id, message))
     }
 
@@ -441,8 +443,9 @@ impl EventBus {
             .as_ref()
     }
 
-    /// Most bytes an event's message may have, so that its dead letter fits the broker, too.
-    pub(crate) fn payload_bytes_max(&self) -> usize {
+    /// Most bytes of key, headers and payload that an event may have: what the broker takes, less
+    /// the room that its dead letter would need.
+    pub fn event_bytes_max(&self) -> usize {
         let broker_max = self.inner.capabilities.message_bytes_max;
         broker_max.saturating_sub(DEAD_LETTER_RESERVE.min(broker_max / 2))
     }

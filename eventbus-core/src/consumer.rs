@@ -131,8 +131,10 @@ impl Settings {
 pub(crate) struct Runtime {
     pub(crate) group: Group,
     pub(crate) bus: EventBus,
-    /// What is consumed, by its name on the broker.
+    /// What is consumed, by the names that the bus takes.
     pub(crate) topics: Vec<Topic>,
+    /// The same by the names on the broker, with the prefix of the environment.
+    pub(crate) broker_topics: Vec<Topic>,
     pub(crate) settings: Settings,
     pub(crate) unit: Option<Arc<dyn UnitOfWork>>,
     pub(crate) replay: Option<Replay>,
@@ -398,7 +400,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
         {
             self.mistake = Some(
                 misuse(
-                    "an event type has one handler per consumer: use another group for the second",
+                    "an event type has one handler per consumer: of several versions handle the newest and name the older one in #[event(from = …)], for a second handler use another group",
                 )
                 .with("type", event_type),
             );
@@ -524,10 +526,12 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
     {
         let parts = self.check(None)?;
         create_dead_letter_topics(&parts.runtime).await?;
-        let subscription =
-            Subscription::group(parts.runtime.group.clone(), parts.runtime.topics.clone())
-                .with_start(parts.runtime.settings.start)
-                .with_limits(parts.runtime.settings.limits);
+        let subscription = Subscription::group(
+            parts.runtime.group.clone(),
+            parts.runtime.broker_topics.clone(),
+        )
+        .with_start(parts.runtime.settings.start)
+        .with_limits(parts.runtime.settings.limits);
         running::start(parts.runtime, subscription, parts.service).await
     }
 
@@ -553,7 +557,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
     {
         let limits = self.settings.limits;
         let parts = self.check(Some(replay.clone()))?;
-        let subscription = replay.subscription(parts.runtime.topics.clone(), limits);
+        let subscription = replay.subscription(parts.runtime.broker_topics.clone(), limits);
         replay::run(running::start(parts.runtime, subscription, parts.service).await?).await
     }
 
@@ -618,7 +622,8 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             telemetry: Telemetry::new(self.bus.capabilities().system, &group),
             group,
             bus: self.bus,
-            topics,
+            topics: self.topics,
+            broker_topics: topics,
             unit: self.unit,
             replay,
             gate: Gate::new(settings.breaker),
@@ -648,7 +653,7 @@ async fn create_dead_letter_topics(runtime: &Runtime) -> Result<()> {
         return Ok(());
     }
     let specs = runtime
-        .topics
+        .broker_topics
         .iter()
         .map(|topic| {
             let name = dead_letter::topic_of(topic, &runtime.group)?;

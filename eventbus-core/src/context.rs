@@ -156,7 +156,7 @@ impl<S, U: Unit> Context<S, U> {
             .unwrap_or_else(PoisonError::into_inner)
             .as_mut()
             .and_then(|(work, _)| work.resource().downcast_mut())
-            .expect("a consumer with this unit of work gives its resource to every handler")
+            .expect("`cx.resource()` needs a consumer set up with `.unit(…)`, whose handlers take `Context<S, ThatUnit>`")
     }
 }
 

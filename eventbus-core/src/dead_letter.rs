@@ -73,7 +73,7 @@ impl fmt::Display for Cause {
             Self::Undecodable(error) => f.write_str(&error_chain(error)),
             Self::NoHandler(event_type) => write!(
                 f,
-                "no handler for {event_type:?}: add one with `.on(…)`, or pass over other types with `.skip_others()`"
+                "no handler for {event_type:?}: add one with `.on(…)` in every member of the group, or pass over types that are not meant for it with `.skip_others()`"
             ),
             Self::HandOuts(times) => write!(
                 f,
@@ -368,7 +368,8 @@ impl DeadLetters {
     }
 
     /// Gives letters to their group again, and to no other: each event keeps its id and key, its
-    /// attempts start anew. Returns how many.
+    /// attempts start anew. It comes behind what was published of its key meanwhile; where that is
+    /// not right, consume with [`OnPoison::BlockKey`](crate::OnPoison::BlockKey). Returns how many.
     ///
     /// A letter counts as re-driven once the event is on the broker; after a crash in between it
     /// is still open, and re-driving it again publishes the same event id again.

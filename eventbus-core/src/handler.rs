@@ -22,6 +22,18 @@ use crate::unit_of_work::{NoUnit, Unit};
 /// }
 /// ```
 ///
+/// # When it does not compile
+///
+/// - The event and the context are taken by value: `order: OrderCreated`, not `&OrderCreated`.
+/// - Both arguments have to be there, and the result is `Result<(), BoxError>`; inside, `?` takes
+///   any error.
+/// - With `.state(shop)` the context is `Context<Shop>`; with `.shared_state(arc)` too.
+/// - A closure captures nothing. What it needs is the consumer's state; or it is written
+///   `move |order, cx| { let client = client.clone(); async move { … } }`.
+/// - What is held across an `.await` has to be `Send`: no guard of a `std` mutex.
+///
+/// # Delivery
+///
 /// Runs are at least once: after a crash or a hand-over an event is handled again. An error or a
 /// panic is tried again as the consumer's [`RetryPolicy`](crate::RetryPolicy) says; a run over its
 /// deadline is dropped and counts as failed. Dropping stops what the handler awaits; it stops
@@ -60,7 +72,8 @@ where
 /// Handles several events of one type at once.
 ///
 /// Items of one key stand in their order. `Ok` settles every item that was not failed by
-/// [`BatchItem::fail`]; an error or a panic fails the call, and each item is then handled by a call
+/// [`BatchItem::fail`] and does not stand behind a failed one of its key: those come again after
+/// it, so that the key keeps its order. An error or a panic fails the call, and each item is then handled by a call
 /// of its own, so that one bad item costs nobody else an attempt.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a batch handler of `{E}`",
@@ -104,7 +117,8 @@ impl<E, S> BatchItem<E, S> {
         Self { event, cx }
     }
 
-    /// Fails this item alone; it is tried again as the retry policy says.
+    /// Fails this item; it is tried again as the retry policy says. Later items of its key come
+    /// again behind it, and no attempt is counted for them; other keys are not concerned.
     pub fn fail(&self, error: impl Into<BoxError>) {
         Arc::clone(self.cx.scope()).fail(error.into());
     }

@@ -36,7 +36,8 @@ impl Replay {
         }
     }
 
-    /// Sets where it ends.
+    /// Sets where it ends. A position counts on every partition of its own; a position or a time
+    /// that is not reached yet is waited for.
     pub fn until(mut self, until: Until) -> Self {
         self.until = until;
         self

@@ -51,7 +51,7 @@ use crate::message::{Group, Topic};
 /// # }).unwrap();
 /// ```
 #[derive(Debug)]
-#[must_use = "a dropped consumer stops at once"]
+#[must_use = "a dropped consumer stops at once: keep it, `let consumer = …`, and end it with `.shutdown().await`"]
 pub struct Consumer {
     runtime: Arc<Runtime>,
     inboxes: Vec<Arc<Inbox>>,
@@ -237,7 +237,8 @@ impl Consumer {
         &self.runtime.group
     }
 
-    /// The topics it consumes, by their names on the broker.
+    /// The topics it consumes, by the names that the bus takes: without the prefix of the
+    /// environment.
     pub fn topics(&self) -> &[Topic] {
         &self.runtime.topics
     }
@@ -247,7 +248,7 @@ impl Consumer {
         DeadLetters::new(
             self.runtime.bus.clone(),
             self.runtime.group.clone(),
-            self.runtime.topics.clone(),
+            self.runtime.broker_topics.clone(),
         )
     }
 

@@ -27,6 +27,8 @@ pub(crate) struct Scope {
     attempt: AtomicU32,
     /// Whether `state` may hold anything: most handlers leave nothing in it.
     touched: AtomicBool,
+    /// Whether its delivery was concluded while a context of it was still kept somewhere.
+    ended: AtomicBool,
     /// The run waits for the broker or the unit of work, not for the handler.
     awaits_others: AtomicBool,
     state: Mutex<State>,
@@ -91,6 +93,7 @@ impl Scope {
             route: None,
             attempt: AtomicU32::new(1),
             touched: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             awaits_others: AtomicBool::new(false),
             state: Mutex::default(),
         }
@@ -306,8 +309,21 @@ impl Scope {
         self.forget();
     }
 
+    /// Says that nothing is sent any more: somebody kept a context beyond its handler's end.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
     pub(crate) fn publish<E: Event>(&self, outgoing: Outgoing<E>) -> Result<EventId> {
         let bus = &self.runtime.bus;
+        if self.ended.load(Ordering::Acquire) {
+            return Err(Error::new(
+                ErrorKind::Closed,
+                "publish from a handler",
+                "the handler has ended, so this would never be sent: publish before it returns, and do not move `cx` into a spawned task",
+            )
+            .with("type", E::TYPE));
+        }
         if self
             .runtime
             .replay
@@ -355,7 +371,7 @@ impl Scope {
             origin,
         };
         let (id, message) = into_message(outgoing, frame)?;
-        message.check(bus.payload_bytes_max())?;
+        message.check(bus.event_bytes_max())?;
         state.outgoing.push(Collected {
             event_type: E::TYPE,
             message,

@@ -353,9 +353,12 @@ where
     #[inline]
     fn recycle(&mut self, mut scope: Arc<Scope>) {
         // A context that outlived its handler keeps its scope; a new one is made for the next.
-        if let Some(inner) = Arc::get_mut(&mut scope) {
-            inner.clear();
-            self.pool.push(scope);
+        match Arc::get_mut(&mut scope) {
+            Some(inner) => {
+                inner.clear();
+                self.pool.push(scope);
+            }
+            None => scope.end(),
         }
     }
 

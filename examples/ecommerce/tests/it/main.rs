@@ -101,7 +101,7 @@ fn an_unknown_broker_is_named() {
     assert!(!output.status.success());
     let text = String::from_utf8(output.stderr).expect("text");
     assert!(
-        text.contains("--broker") && text.contains("unknown scheme"),
+        text.contains("--broker") && text.contains("known scheme"),
         "{text}"
     );
 }
