@@ -208,7 +208,8 @@ pub struct Limits {
     pub bytes: usize,
     /// Most messages unsettled on one lane.
     pub lane_messages: usize,
-    /// How long handlers may go on after `Revoking`.
+    /// How long a lane may be kept after `Revoking`. Handlers get nine tenths of it; the rest is
+    /// for settling what they did and for the release.
     pub revoke_timeout: Duration,
 }
 
@@ -254,7 +255,7 @@ impl Limits {
         self
     }
 
-    /// Sets how long handlers may go on after `Revoking`.
+    /// Sets how long a lane may be kept after `Revoking`.
     #[must_use]
     pub fn with_revoke_timeout(mut self, timeout: Duration) -> Self {
         self.revoke_timeout = timeout;

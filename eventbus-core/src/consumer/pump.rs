@@ -98,7 +98,10 @@ impl Pump {
                 self.runtime.lanes.open(assignments);
             }
             Signal::Revoking(lanes) => {
-                let until = Instant::now() + self.runtime.settings.limits.revoke_timeout;
+                // The broker counts from when it said so, and the verdicts and the release have to
+                // get there in time, too: afterwards the next owner begins.
+                let timeout = self.runtime.settings.limits.revoke_timeout;
+                let until = Instant::now() + timeout / 10 * 9;
                 self.revoke(lanes, Some(until));
             }
             Signal::Lost(lanes) => {

@@ -17,6 +17,7 @@ use eventbus_core::{
 use eventbus_testkit::{TestBus, within};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::Instant;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Placed {
@@ -479,6 +480,57 @@ async fn a_replay_of_events_that_all_fail_ends_with_their_error() {
     assert_eq!(
         error.expect_err("nothing can be handled").kind(),
         ErrorKind::Conflict
+    );
+}
+
+/// Notes when the handler that holds it ends.
+struct Ends(Arc<Mutex<Vec<(&'static str, Instant)>>>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0
+            .lock()
+            .expect("nobody panics")
+            .push(("ended", Instant::now()));
+    }
+}
+
+type Notes = Arc<Mutex<Vec<(&'static str, Instant)>>>;
+
+async fn hang(_: Placed, cx: Context<Notes>) -> Result<(), BoxError> {
+    let _ends = Ends(Arc::clone(cx.state()));
+    std::future::pending().await
+}
+
+async fn begin(_: Placed, cx: Context<Notes>) -> Result<(), BoxError> {
+    let mut notes = cx.state().lock().expect("nobody panics");
+    notes.push(("begun", Instant::now()));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_handler_is_dropped_before_the_next_owner_begins() {
+    let test = TestBus::new();
+    let notes = Notes::default();
+    let hanging = test.consumer("billing").state(notes.clone()).on(hang);
+    let _hanging = test.spawn(hanging).await;
+    for order in 0..40 {
+        test.publish(placed(order)).await.expect("there is room");
+    }
+    tokio::time::sleep(SECOND).await;
+    let start = Instant::now();
+    let next = test.consumer("billing").state(notes.clone()).on(begin);
+    let _next = test.spawn(next).await;
+    tokio::time::sleep(20 * SECOND).await;
+    let notes = notes.lock().expect("nobody panics").clone();
+    let begun = notes.iter().position(|note| note.0 == "begun");
+    let (before, after) = notes.split_at(begun.expect("some were handled"));
+    assert!(!before.is_empty(), "handlers were dropped");
+    assert!(after.iter().all(|note| note.0 == "begun"), "{after:?}");
+    let timeout = Limits::default().revoke_timeout;
+    assert!(
+        before[0].1 < start + timeout,
+        "the lanes were released in time"
     );
 }
 
