@@ -1,5 +1,6 @@
 //! What a deployment decides: where the broker is, how topics are called.
 
+use std::ffi::OsString;
 use std::fmt;
 
 use serde::Deserialize;
@@ -69,7 +70,7 @@ impl EventBusConfig {
     ///
     /// `InvalidInput` when there is no `EVENTBUS_URL`, or another variable begins with `EVENTBUS_`.
     pub fn from_env() -> Result<Self> {
-        Self::new("").overridden_by(std::env::vars())
+        Self::new("").overridden_by(variables(std::env::vars_os()))
     }
 
     /// Replaces what the environment sets; for a configuration read from a file.
@@ -108,6 +109,16 @@ impl EventBusConfig {
     }
 }
 
+/// The variables that are text. `std::env::vars` panics when any other program's is not.
+fn variables(
+    all: impl IntoIterator<Item = (OsString, OsString)>,
+) -> impl Iterator<Item = (String, String)> {
+    all.into_iter().filter_map(|(name, value)| {
+        let value = value.to_string_lossy().into_owned();
+        Some((name.into_string().ok()?, value))
+    })
+}
+
 impl fmt::Debug for EventBusConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EventBusConfig")
@@ -142,6 +153,21 @@ mod tests {
             assert!(!shown.contains("secret"), "{shown}");
         }
         assert_eq!(redacted("memory:?like=kafka"), "memory:");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn variables_that_are_no_text_are_nobody_s_concern() {
+        use std::os::unix::ffi::OsStringExt;
+
+        let latin = OsString::from_vec(vec![b'M', 0xfc]);
+        let all = [
+            ("NAME".into(), latin.clone()),
+            (latin, "x".into()),
+            ("EVENTBUS_URL".into(), "memory:".into()),
+        ];
+        let config = EventBusConfig::new("").overridden_by(variables(all));
+        assert_eq!(config.expect("one of them counts").url, "memory:");
     }
 
     #[test]

@@ -539,7 +539,8 @@ fn unexpected_reply(operation: &'static str) -> Error {
 
 /// The name of the running program, without its path.
 fn program_name() -> String {
-    std::env::args()
+    // Not `args`, which panics when the path is no Unicode.
+    std::env::args_os()
         .next()
         .and_then(|path| {
             let path = std::path::PathBuf::from(path);
