@@ -103,7 +103,11 @@ impl Debug for Timestamp {
 impl FromStr for Timestamp {
     type Err = Error;
 
+    /// Reads RFC 3339, and what `Display` writes for times that have no such form.
     fn from_str(text: &str) -> Result<Self> {
+        if let Some(Ok(micros)) = text.strip_suffix("us").map(str::parse) {
+            return Ok(Self(micros));
+        }
         let date = OffsetDateTime::parse(text, &Rfc3339).map_err(|error| {
             Error::new(
                 ErrorKind::Codec,
@@ -129,6 +133,13 @@ mod tests {
         let micros: Timestamp = "2026-11-21T07:00:00.123456789Z".parse().expect("a time");
         assert_eq!(micros.to_string(), "2026-11-21T07:00:00.123456Z");
         assert!("yesterday".parse::<Timestamp>().is_err());
+    }
+
+    #[test]
+    fn every_time_is_read_as_it_was_written() {
+        for time in [i64::MIN, -1, 0, 1_795_244_400_500_000, i64::MAX].map(Timestamp) {
+            assert_eq!(time.to_string().parse::<Timestamp>().expect("a time"), time);
+        }
     }
 
     #[test]
