@@ -49,6 +49,20 @@ impl Format for FlatFormat {
             .with("type", &envelope.event_type)
         };
         let members = data.strip_prefix(b"{").ok_or_else(refuse)?;
+        if names_event_type(data) {
+            let own: Option<Type<'_>> = serde_json::from_slice(data).ok();
+            if own.is_none_or(|own| own.event_type != envelope.event_type) {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    "write event",
+                    "the flat format says the type in a member `event_type`: give the event's own field another name",
+                )
+                .with("type", &envelope.event_type));
+            }
+            // It says so itself; a second member of the name nobody could read.
+            let headers = envelope_headers(NAME, envelope, content_type)?.build();
+            return Ok((headers, Bytes::copy_from_slice(data)));
+        }
         let event_type = serde_json::to_string(&envelope.event_type).map_err(|_| refuse())?;
         let mut payload = Vec::with_capacity(data.len() + event_type.len() + 16);
         payload.extend_from_slice(b"{\"event_type\":");
@@ -110,4 +124,17 @@ impl Format for FlatFormat {
         };
         Ok(Envelope::new(fallback.0, event_type, 1, fallback.1))
     }
+}
+
+/// Whether the data have a member of the name that the format adds.
+fn names_event_type(data: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Named {
+        #[serde(rename = "event_type")]
+        _event_type: serde::de::IgnoredAny,
+    }
+    const NAME: &[u8] = br#""event_type""#;
+    // Parsed only when the name stands anywhere in it.
+    data.windows(NAME.len()).any(|part| part == NAME)
+        && serde_json::from_slice::<Named>(data).is_ok()
 }

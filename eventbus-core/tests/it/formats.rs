@@ -96,6 +96,28 @@ fn an_envelope_without_headers_is_read_from_its_body() {
 }
 
 #[test]
+fn a_flat_event_says_its_type_once() {
+    let write = |data: &str| FlatFormat.write(&envelope(), "application/json", data.as_bytes());
+    for data in [
+        r#"{"event_type":"OrderCreated","order_id":123}"#,
+        r#"{"order_id":123,"event_type":"OrderCreated"}"#,
+    ] {
+        let (headers, payload) = write(data).expect("it says what it is");
+        assert_eq!(payload, data);
+        let read = message(headers, payload);
+        let known = header::KnownHeaders::of(&read.headers);
+        let reading = FlatFormat.read(&read, &known).expect("it is flat");
+        assert_eq!(reading.expect("it is flat").data, data);
+    }
+    for data in [r#"{"event_type":"sale"}"#, r#"{"event_type":7}"#] {
+        let error = write(data).expect_err("two members of one name");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+    let nested = r#"{"order":{"event_type":"sale"},"note":"\"event_type\""}"#;
+    assert!(write(nested).is_ok());
+}
+
+#[test]
 fn a_flat_message_of_another_language_needs_no_headers() {
     let message = message(
         Headers::new(),
