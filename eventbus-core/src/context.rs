@@ -16,8 +16,8 @@ use crate::unit_of_work::{NoUnit, Unit, Work};
 /// handler publishes.
 ///
 /// `S` is the state given to [`ConsumerBuilder::state`](crate::ConsumerBuilder::state), `U` the unit
-/// of work. It is to be dropped when the handler ends; a transaction kept beyond that is rolled
-/// back and the delivery fails.
+/// of work. It is to be dropped when the handler ends: one that is kept beyond that publishes
+/// nothing any more, and a transaction kept with it is rolled back and the delivery fails.
 ///
 /// # Examples
 ///
@@ -82,7 +82,7 @@ impl<S, U: Unit> Context<S, U> {
     /// # Errors
     ///
     /// `InvalidInput` or `Codec` when the event cannot be written or is too large for the broker,
-    /// `Unsupported` during a replay.
+    /// `Unsupported` during a replay, `Closed` when the handler has ended.
     pub fn publish<E: Event>(&self, event: impl Into<Outgoing<E>>) -> Result<EventId> {
         self.scope.publish(event.into())
     }

@@ -75,7 +75,9 @@ pub trait Work: Debug + Send + 'static {
 pub enum Committed {
     /// The deliveries are settled next.
     SettleNext,
-    /// The commit held the group's positions too.
+    /// The commit held the group's positions too: nothing is passed to
+    /// [`Settlement::settle`](crate::Settlement::settle), so the unit has told the member by
+    /// [`InboxEntry::receipt`] that the credit is free.
     Settled,
 }
 

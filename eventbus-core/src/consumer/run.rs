@@ -153,8 +153,17 @@ where
     service.call(request).await.map_err(Into::into)
 }
 
+/// Whether a context outlives its handler: the worker and the run hold the scope, nobody else should.
+#[inline]
+fn is_kept(scope: &Arc<Scope>) -> bool {
+    Arc::strong_count(scope) > 2
+}
+
 /// What the handler's own code met, before its result is looked at.
-fn failure(scope: &Scope, result: Result<(), BoxError>) -> Result<(), Cause> {
+fn failure(scope: &Arc<Scope>, result: Result<(), BoxError>) -> Result<(), Cause> {
+    if is_kept(scope) {
+        scope.end();
+    }
     match (scope.take_failure(), result) {
         (Some(Failure::Undecodable(error)), _) => Err(Cause::Undecodable(error)),
         (Some(Failure::Item(error)), _) | (None, Err(error)) => Err(Cause::Error(error)),
@@ -217,14 +226,14 @@ where
             Err(error) => Err(error),
         };
         match result {
-            Ok(()) if !scope.is_touched() => Ended::Done,
+            Ok(()) if !scope.is_touched() && !is_kept(&scope) => Ended::Done,
             result => Ending::One(Box::pin(conclude(&scope, result)).await).into(),
         }
     }
 }
 
 /// Sends what a handler that succeeded has published.
-async fn conclude(scope: &Scope, result: Result<(), BoxError>) -> Outcome {
+async fn conclude(scope: &Arc<Scope>, result: Result<(), BoxError>) -> Outcome {
     if let Err(cause) = failure(scope, result) {
         return Outcome::Failed(cause);
     }

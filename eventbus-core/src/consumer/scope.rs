@@ -27,8 +27,6 @@ pub(crate) struct Scope {
     attempt: AtomicU32,
     /// Whether `state` may hold anything: most handlers leave nothing in it.
     touched: AtomicBool,
-    /// Whether its delivery was concluded while a context of it was still kept somewhere.
-    ended: AtomicBool,
     /// The run waits for the broker or the unit of work, not for the handler.
     awaits_others: AtomicBool,
     state: Mutex<State>,
@@ -49,6 +47,8 @@ struct State {
     /// Counts how often the transaction was lent or called back: one lent before is not taken back.
     loan: u64,
     failure: Option<Failure>,
+    /// The handler has ended and a context outlives it: nobody sends what that one publishes.
+    ended: bool,
 }
 
 struct Collected {
@@ -93,7 +93,6 @@ impl Scope {
             route: None,
             attempt: AtomicU32::new(1),
             touched: AtomicBool::new(false),
-            ended: AtomicBool::new(false),
             awaits_others: AtomicBool::new(false),
             state: Mutex::default(),
         }
@@ -211,6 +210,7 @@ impl Scope {
         state.outgoing.clear();
         state.work = None;
         state.failure = None;
+        state.ended = false;
         self.touched.store(false, Ordering::Release);
     }
 
@@ -309,21 +309,8 @@ impl Scope {
         self.forget();
     }
 
-    /// Says that nothing is sent any more: somebody kept a context beyond its handler's end.
-    pub(crate) fn end(&self) {
-        self.ended.store(true, Ordering::Release);
-    }
-
     pub(crate) fn publish<E: Event>(&self, outgoing: Outgoing<E>) -> Result<EventId> {
         let bus = &self.runtime.bus;
-        if self.ended.load(Ordering::Acquire) {
-            return Err(Error::new(
-                ErrorKind::Closed,
-                "publish from a handler",
-                "the handler has ended, so this would never be sent: publish before it returns, and do not move `cx` into a spawned task",
-            )
-            .with("type", E::TYPE));
-        }
         if self
             .runtime
             .replay
@@ -348,6 +335,14 @@ impl Scope {
         };
         let key = outgoing.key();
         let mut state = self.touch();
+        if state.ended {
+            return Err(Error::new(
+                ErrorKind::Closed,
+                "publish from a handler",
+                "the handler has ended, and nobody would send it: await what the handler spawns before it returns, or publish with the bus",
+            )
+            .with("type", E::TYPE));
+        }
         let ordinal = state
             .outgoing
             .iter()
@@ -377,6 +372,23 @@ impl Scope {
             message,
         });
         Ok(id)
+    }
+
+    /// Takes nothing more from contexts that outlive the handler.
+    #[cold]
+    pub(crate) fn end(&self) {
+        self.touch().ended = true;
+    }
+
+    /// The same delivery for another attempt, apart from contexts that outlive the one before.
+    #[cold]
+    pub(crate) fn renewed(&self) -> Self {
+        self.end();
+        let mut scope = Self::new(Arc::clone(&self.runtime));
+        scope.fill(self.delivery.clone(), self.partition);
+        scope.id = self.id.clone();
+        scope.route = self.route.clone();
+        scope
     }
 
     /// Takes what the handler collected.

@@ -353,12 +353,9 @@ where
     #[inline]
     fn recycle(&mut self, mut scope: Arc<Scope>) {
         // A context that outlived its handler keeps its scope; a new one is made for the next.
-        match Arc::get_mut(&mut scope) {
-            Some(inner) => {
-                inner.clear();
-                self.pool.push(scope);
-            }
-            None => scope.end(),
+        if let Some(inner) = Arc::get_mut(&mut scope) {
+            inner.clear();
+            self.pool.push(scope);
         }
     }
 
@@ -503,8 +500,8 @@ where
             false => self.runtime.batch_max(&node.scope),
         };
         if batch_max <= 1 && !self.runtime.is_batch(&node.scope) {
-            let scope = Arc::clone(&node.scope);
             self.begin_attempt(id);
+            let scope = Arc::clone(&self.keys.get(id).scope);
             return self.start_run(Nodes::One(id), Run::Handle(scope), true);
         }
         let ids = self.gather(id, batch_max);
@@ -518,8 +515,11 @@ where
         self.start_run(Nodes::Group(ids), Run::Group(scopes), true);
     }
 
-    fn begin_attempt(&self, id: NodeId) {
-        let node = self.keys.get(id);
+    fn begin_attempt(&mut self, id: NodeId) {
+        let node = self.keys.get_mut(id);
+        if Arc::strong_count(&node.scope) > 1 {
+            node.scope = Arc::new(node.scope.renewed());
+        }
         node.scope.begin_attempt(node.failures + 1);
     }
 
@@ -714,6 +714,8 @@ where
             Outcome::Done => self.done(id),
             Outcome::Settled => {
                 self.handled(id);
+                let receipt = self.keys.get(id).scope.delivery().receipt;
+                self.runtime.lanes.settled(&[(receipt, Verdict::Done)]);
                 self.drop_settled(id);
             }
             Outcome::Duplicate => {

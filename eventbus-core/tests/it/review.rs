@@ -1,5 +1,6 @@
 //! What a broker that errs, a future that is dropped or a value at its limit must not do.
 
+use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
@@ -8,11 +9,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use eventbus_core::{
-    AdminReply, AdminRequest, Assignment, BoxError, Breaker, Broker, Capabilities, Context,
-    Deliveries, Delivery, Error, ErrorKind, Event, EventBus, Group, Json, Key, Lane, Limits,
-    Member, MemoryBroker, Message, OnError, PublishError, Publisher, Receipt, Redrive, Replay,
-    Result, RetryPolicy, Settlement, Signal, Start, Subscriber, Subscription, Topic, Until,
-    Verdict, unknown_version,
+    AdminReply, AdminRequest, Assignment, BoxError, Breaker, Broker, Capabilities, Committed,
+    Context, Deliveries, Delivery, Error, ErrorKind, Event, EventBus, Group, InboxEntry, Json, Key,
+    Lane, Limits, Member, MemoryBroker, Message, OnError, PublishError, Publisher, Receipt,
+    Redrive, Replay, Result, RetryPolicy, Settlement, Signal, Start, Subscriber, Subscription,
+    Topic, Unit, UnitOfWork, Until, Verdict, Work, unknown_version,
 };
 use eventbus_testkit::{TestBus, within};
 use serde::{Deserialize, Serialize};
@@ -512,14 +513,14 @@ async fn begin(_: Placed, cx: Context<Notes>) -> Result<(), BoxError> {
 async fn a_handler_is_dropped_before_the_next_owner_begins() {
     let test = TestBus::new();
     let notes = Notes::default();
-    let hanging = test.consumer("billing").state(notes.clone()).on(hang);
+    let hanging = test.consumer("billing").state(Arc::clone(&notes)).on(hang);
     let _hanging = test.spawn(hanging).await;
     for order in 0..40 {
         test.publish(placed(order)).await.expect("there is room");
     }
     tokio::time::sleep(SECOND).await;
     let start = Instant::now();
-    let next = test.consumer("billing").state(notes.clone()).on(begin);
+    let next = test.consumer("billing").state(Arc::clone(&notes)).on(begin);
     let _next = test.spawn(next).await;
     tokio::time::sleep(20 * SECOND).await;
     let notes = notes.lock().expect("nobody panics").clone();
@@ -656,5 +657,138 @@ async fn a_paused_consumer_keeps_nothing_of_lanes_that_come_and_go() {
     }
     assert_eq!(Arc::strong_count(&alive) - 1, 1, "only one is in flight");
     assert_eq!(consumer.status().lanes.len(), 1);
+    consumer.shutdown().await.expect("it ends");
+}
+
+// ---- contexts that are kept
+
+/// What contexts that outlive their handler were answered.
+type Answers = Arc<Mutex<Vec<std::result::Result<(), ErrorKind>>>>;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Paid {
+    attempt: u32,
+}
+
+impl Event for Paid {
+    const TYPE: &'static str = "Paid";
+    const TOPIC: Topic = Topic::from_static("payments");
+    const VERSION: u32 = 1;
+    type Codec = Json;
+
+    fn key(&self) -> Option<Key> {
+        None
+    }
+
+    fn upcast(version: u32, _: &[u8]) -> Result<Self> {
+        Err(unknown_version::<Self>(version))
+    }
+}
+
+/// Publishes from a task of its own, a second late.
+fn publish_late(cx: Context<Answers>) {
+    tokio::spawn(async move {
+        tokio::time::sleep(SECOND).await;
+        let attempt = cx.attempt();
+        let answer = cx.publish(Paid { attempt }).map(|_| ());
+        let answer = answer.map_err(|error| error.kind());
+        cx.state().lock().expect("nobody panics").push(answer);
+    });
+}
+
+#[tokio::test]
+async fn a_context_kept_beyond_its_handler_does_not_pretend_to_publish() {
+    let test = TestBus::new();
+    let answers = Answers::default();
+    let consumer = test.consumer("billing").state(Arc::clone(&answers));
+    let consumer = consumer.on(async |_: Placed, cx: Context<Answers>| {
+        publish_late(cx);
+        Ok(())
+    });
+    let _consumer = test.spawn(consumer).await;
+    test.publish(placed(1)).await.expect("there is room");
+    tokio::time::sleep(10 * SECOND).await;
+    let answers = answers.lock().expect("nobody panics").clone();
+    assert_eq!(answers, [Err(ErrorKind::Closed)]);
+}
+
+#[tokio::test]
+async fn a_context_of_an_earlier_attempt_publishes_nothing_in_a_later_one() {
+    let test = TestBus::new();
+    let answers = Answers::default();
+    let consumer = test.consumer("billing").state(Arc::clone(&answers));
+    let consumer = consumer.retry(RetryPolicy::immediate(2));
+    let consumer = consumer.on(async |_: Placed, cx: Context<Answers>| {
+        if cx.attempt() == 1 {
+            publish_late(cx);
+            return Err("once more".into());
+        }
+        tokio::time::sleep(5 * SECOND).await;
+        cx.publish(Paid { attempt: 2 })?;
+        Ok(())
+    });
+    let _consumer = test.spawn(consumer).await;
+    test.publish(placed(1)).await.expect("there is room");
+    tokio::time::sleep(10 * SECOND).await;
+    let paid = test.published::<Paid>().await;
+    assert_eq!(
+        paid.iter().map(|paid| paid.attempt).collect::<Vec<_>>(),
+        [2]
+    );
+    let answers = answers.lock().expect("nobody panics").clone();
+    assert_eq!(answers, [Err(ErrorKind::Closed)]);
+}
+
+// ---- a unit of work that settles
+
+#[derive(Debug)]
+struct Settling;
+
+impl Unit for Settling {
+    type Resource = ();
+}
+
+#[async_trait]
+impl UnitOfWork for Settling {
+    fn group_max(&self) -> usize {
+        1
+    }
+
+    async fn begin(&self, _: &Group, _: &[InboxEntry]) -> Result<Box<dyn Work>> {
+        Ok(Box::new(Open(())))
+    }
+}
+
+#[derive(Debug)]
+struct Open(());
+
+#[async_trait]
+impl Work for Open {
+    fn is_duplicate(&self, _: usize) -> bool {
+        false
+    }
+
+    fn resource(&mut self) -> &mut (dyn Any + Send) {
+        &mut self.0
+    }
+
+    async fn commit(self: Box<Self>, _: Vec<Message>) -> Result<Committed> {
+        Ok(Committed::Settled)
+    }
+}
+
+#[tokio::test]
+async fn what_a_commit_settled_is_not_in_flight_any_more() {
+    let test = TestBus::new();
+    let consumer = test.consumer("billing").unit(Settling);
+    let consumer = consumer.on(async |_: Placed, _: Context<(), Settling>| Ok(()));
+    let consumer = test.spawn(consumer).await;
+    for number in 0..10 {
+        test.publish(placed(number)).await.expect("there is room");
+    }
+    test.settled().await;
+    let status = consumer.status();
+    assert_eq!(status.counts.handled, 10);
+    assert!(status.lanes.iter().all(|lane| lane.in_flight == 0));
     consumer.shutdown().await.expect("it ends");
 }
