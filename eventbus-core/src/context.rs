@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::event::Event;
 use crate::message::{Headers, Key, Topic};
 use crate::outgoing::Outgoing;
-use crate::unit_of_work::{NoUnit, Unit, Work};
+use crate::unit_of_work::{NoUnit, Unit, UnitOfWork, Work};
 
 /// Belongs to one run of a handler: the event's surroundings, the consumer's state, and what the
 /// handler publishes.
@@ -144,19 +144,21 @@ impl<S, U: Unit> Context<S, U> {
     pub fn is_replay(&self) -> bool {
         self.scope.is_replay()
     }
+}
 
+impl<S, U: Unit + UnitOfWork> Context<S, U> {
     /// What the unit of work gives to write through, such as a connection.
     ///
     /// # Panics
     ///
-    /// In a consumer without a unit of work, where `U` has nothing to give.
+    /// When the unit's [`Work`] gives something else than its [`Unit::Resource`]: a bug of the unit.
     pub fn resource(&mut self) -> &mut U::Resource {
         self.work
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner)
             .as_mut()
             .and_then(|(work, _)| work.resource().downcast_mut())
-            .expect("`cx.resource()` needs a consumer set up with `.unit(…)`, whose handlers take `Context<S, ThatUnit>`")
+            .expect("the work of a unit gives the resource that the unit names")
     }
 }
 
