@@ -595,6 +595,20 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             // It ends with the first event that can't be handled: holding would only hide which.
             settings.breaker = settings.breaker.with_failure_rate(f64::INFINITY);
         }
+        let Limits {
+            batch,
+            messages,
+            lane_messages,
+            ..
+        } = settings.limits;
+        if [batch, messages, lane_messages].contains(&0) {
+            return Err(misuse(
+                "a limit of zero messages would never deliver one: allow at least one",
+            )
+            .with("group", group));
+        }
+        // More never run at once: each has its message in flight.
+        settings.concurrency = settings.concurrency.min(messages);
         if self.unit.as_ref().is_some_and(|unit| unit.group_max() > 1) {
             // One transaction at a time per worker; it holds several events.
             settings.concurrency = settings.workers;

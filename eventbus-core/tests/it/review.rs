@@ -792,3 +792,21 @@ async fn what_a_commit_settled_is_not_in_flight_any_more() {
     assert!(status.lanes.iter().all(|lane| lane.in_flight == 0));
     consumer.shutdown().await.expect("it ends");
 }
+
+#[tokio::test]
+async fn any_concurrency_is_taken_and_limits_of_zero_are_refused() {
+    let test = TestBus::new();
+    let consumer = || {
+        test.consumer("billing")
+            .on(async |_: Placed, _: Context| Ok(()))
+    };
+    let consumer_of_all = test.spawn(consumer().concurrency(usize::MAX)).await;
+    test.publish(placed(1)).await.expect("there is room");
+    test.settled().await;
+    assert_eq!(consumer_of_all.status().counts.handled, 1);
+    let mut limits = Limits::default();
+    limits.lane_messages = 0;
+    let refused = consumer().limits(limits).spawn().await;
+    let error = refused.expect_err("nothing would ever be delivered");
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+}
