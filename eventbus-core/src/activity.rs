@@ -68,7 +68,8 @@ impl Activity {
         (due != NEVER).then(|| self.base + Duration::from_nanos(due))
     }
 
-    /// Resolves at the next change; register before looking at [`is_quiet`](Self::is_quiet).
+    /// Resolves at the next change after this call; call it before looking at
+    /// [`is_quiet`](Self::is_quiet).
     pub fn changed(&self) -> impl Future<Output = ()> + '_ {
         self.changed.notified()
     }
@@ -87,7 +88,9 @@ impl Part {
         }
     }
 
-    /// Says that this part has none; only its owner calls this, and looks for work once more after.
+    /// Says that this part has none; its owner calls this, which is woken by whatever comes
+    /// meanwhile. With several threads there is a moment in which that is not seen: tests that wait
+    /// for quiet run on one.
     pub(crate) fn lower(&self) {
         if self.busy.swap(false, Ordering::SeqCst) {
             self.activity.busy.fetch_sub(1, Ordering::SeqCst);

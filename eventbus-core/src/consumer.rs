@@ -494,8 +494,10 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
     /// Wraps every run in a [`tower::Layer`]; the first one added is the outermost. Within a retry:
     /// each attempt passes through all layers.
     ///
-    /// Of tower's own, `TimeoutLayer` and `ConcurrencyLimitLayer` work. Load shedding does not
-    /// belong here: it would turn pressure into dead letters.
+    /// Of tower's own, `TimeoutLayer` and `ConcurrencyLimitLayer` work; waiting for a permit counts
+    /// towards the [`deadline`](Self::deadline), so bound handlers by
+    /// [`concurrency`](Self::concurrency) where that is enough. Load shedding does not belong here:
+    /// it would turn pressure into dead letters.
     pub fn layer<M>(self, layer: M) -> ConsumerBuilder<S, U, Stack<M, L>> {
         ConsumerBuilder {
             bus: self.bus,

@@ -154,6 +154,8 @@ impl TestBus {
 
     /// Resolves when nothing can go on without time passing: no message is on its way, no handler
     /// runs, no verdict is unsettled. What waits for a retry, a probe or a paused consumer is left.
+    /// A [`Reader`](eventbus_core::Reader) of the test's own has to be read to its end or dropped
+    /// before: what is there for it is on its way.
     pub async fn settled(&self) {
         loop {
             let mut changed = pin!(self.bus.activity().changed());

@@ -26,7 +26,7 @@ pub const DEAD_LETTERS: &str = "eventbus.dead_letters";
 pub const SKIPPED: &str = "eventbus.skipped";
 /// Messages recognised as handled before.
 pub const DUPLICATES: &str = "eventbus.duplicates";
-/// Messages that vanished unread, as far as their number is known.
+/// Gaps that a broker reported: each is one or more messages that vanished unread.
 pub const GAPS: &str = "eventbus.gaps";
 /// Keys that are blocked now.
 pub const BLOCKED_KEYS: &str = "eventbus.blocked_keys";
