@@ -353,9 +353,13 @@ where
     #[inline]
     fn recycle(&mut self, mut scope: Arc<Scope>) {
         // A context that outlived its handler keeps its scope; a new one is made for the next.
-        if let Some(inner) = Arc::get_mut(&mut scope) {
-            inner.clear();
-            self.pool.push(scope);
+        match Arc::get_mut(&mut scope) {
+            Some(inner) => {
+                inner.clear();
+                self.pool.push(scope);
+            }
+            // Also where the handler panicked or was dropped, and its run saw no end of it.
+            None => scope.end(),
         }
     }
 

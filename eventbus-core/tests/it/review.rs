@@ -739,6 +739,23 @@ async fn a_context_of_an_earlier_attempt_publishes_nothing_in_a_later_one() {
     assert_eq!(answers, [Err(ErrorKind::Closed)]);
 }
 
+#[tokio::test]
+async fn a_context_of_a_handler_that_panicked_does_not_pretend_to_publish() {
+    let test = TestBus::new();
+    let answers = Answers::default();
+    let consumer = test.consumer("billing").state(Arc::clone(&answers));
+    let consumer = consumer.retry(RetryPolicy::none());
+    let consumer = consumer.on(async |_: Placed, cx: Context<Answers>| {
+        publish_late(cx);
+        panic!("a bug")
+    });
+    let _consumer = test.spawn(consumer).await;
+    test.publish(placed(1)).await.expect("there is room");
+    tokio::time::sleep(10 * SECOND).await;
+    let answers = answers.lock().expect("nobody panics").clone();
+    assert_eq!(answers, [Err(ErrorKind::Closed)]);
+}
+
 // ---- a unit of work that settles
 
 #[derive(Debug)]
