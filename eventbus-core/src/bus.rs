@@ -262,10 +262,7 @@ impl EventBus {
     ///
     /// `InvalidInput` when the group's name is not allowed.
     pub fn dead_letters(&self, group: &str, topics: &[Topic]) -> Result<DeadLetters> {
-        let topics = topics
-            .iter()
-            .map(|topic| self.topic(topic))
-            .collect::<Result<_>>()?;
+        let topics = self.topics(topics)?;
         Ok(DeadLetters::new(self.clone(), Group::new(group)?, topics))
     }
 
@@ -280,10 +277,7 @@ impl EventBus {
         start: Start,
         until: Option<Until>,
     ) -> Result<Reader> {
-        let topics = topics
-            .iter()
-            .map(|topic| self.topic(topic))
-            .collect::<Result<_>>()?;
+        let topics = self.topics(topics)?;
         self.read_physical(topics, start, until).await
     }
 
@@ -326,10 +320,7 @@ impl EventBus {
     ///
     /// Those of the broker; `Unsupported` where it can't tell.
     pub async fn lag(&self, group: &str, topics: &[Topic]) -> Result<Vec<LaneLag>> {
-        let topics = topics
-            .iter()
-            .map(|topic| self.topic(topic))
-            .collect::<Result<_>>()?;
+        let topics = self.topics(topics)?;
         let group = Group::new(group)?;
         match self
             .inner
@@ -404,6 +395,11 @@ impl EventBus {
             prefix => Topic::new(&format!("{prefix}{topic}"))
                 .map_err(|error| error.with("topic prefix", prefix)),
         }
+    }
+
+    /// The names of several topics on the broker.
+    pub(crate) fn topics(&self, topics: &[Topic]) -> Result<Vec<Topic>> {
+        topics.iter().map(|topic| self.topic(topic)).collect()
     }
 
     /// Who has work on this bus: what a test waits for.

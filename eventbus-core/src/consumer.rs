@@ -615,11 +615,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             // One transaction at a time per worker; it holds several events.
             settings.concurrency = settings.workers;
         }
-        let topics = self
-            .topics
-            .iter()
-            .map(|topic| self.bus.topic(topic))
-            .collect::<Result<Vec<_>>>()?;
+        let topics = self.bus.topics(&self.topics)?;
         for topic in &topics {
             dead_letter::topic_of(topic, &group).map_err(|error| {
                 misuse("the names of topic and group are too long for the name of the dead-letter topic: shorten one")

@@ -260,6 +260,12 @@ impl Keys {
                 }
             }
         }
+        self.vacate(id)
+    }
+
+    /// Frees the place of a delivery that is in no queue any more.
+    #[inline]
+    fn vacate(&mut self, id: NodeId) -> Arc<Scope> {
         let node = self.nodes[id as usize]
             .take()
             .expect("a node is removed once");
@@ -301,12 +307,7 @@ impl Keys {
             self.link(older, key);
         }
         self.get_mut(older).next = next;
-        let node = self.nodes[id as usize]
-            .take()
-            .expect("a node is removed once");
-        self.free.push(id);
-        self.count -= 1;
-        node.scope
+        self.vacate(id)
     }
 
     /// All deliveries there are.

@@ -171,24 +171,14 @@ fn failure(scope: &Arc<Scope>, result: Result<(), BoxError>) -> Result<(), Cause
     }
 }
 
-async fn handle_one<V>(service: V, scope: Arc<Scope>) -> Outcome
-where
-    V: Service<Request, Response = ()>,
-    V::Error: Into<BoxError>,
-{
-    match scope.runtime().unit.is_none() {
-        true => handle_plain(service, scope).await,
-        false => handle_in_unit(service, scope).await,
-    }
-}
-
-async fn handle_in_unit<V>(mut service: V, scope: Arc<Scope>) -> Outcome
+async fn handle_one<V>(mut service: V, scope: Arc<Scope>) -> Outcome
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
 {
     let Some(unit) = scope.runtime().unit.clone() else {
-        return handle_plain(service, scope).await;
+        let result = call(&mut service, Request::one(Arc::clone(&scope))).await;
+        return conclude(&scope, result).await;
     };
     match in_transaction(&mut service, &unit, std::slice::from_ref(&scope)).await {
         Transaction::Committed(mut outcomes) => outcomes.pop().unwrap_or(Outcome::Done),
@@ -197,16 +187,7 @@ where
     }
 }
 
-async fn handle_plain<V>(mut service: V, scope: Arc<Scope>) -> Outcome
-where
-    V: Service<Request, Response = ()>,
-    V::Error: Into<BoxError>,
-{
-    let result = call(&mut service, Request::one(Arc::clone(&scope))).await;
-    conclude(&scope, result).await
-}
-
-/// The run that most deliveries need. A block of its own and no call of [`handle_plain`], because
+/// The run that most deliveries need. A block of its own and no call of [`handle_one`], because
 /// an `async fn` keeps each of its arguments twice.
 #[allow(clippy::manual_async_fn, reason = "an async fn takes twice the room")]
 fn handle_untraced<V>(mut service: V, scope: Arc<Scope>) -> impl Future<Output = Ended>
@@ -254,7 +235,7 @@ where
         Transaction::Committed(outcomes) => Ending::Each(outcomes),
         Transaction::Failed(_) => Ending::Split,
         Transaction::Unavailable(error) => {
-            let error = Arc::new(crate::error::error_chain(error.as_ref()));
+            let error = crate::error::error_chain(error.as_ref());
             let each = |_| Outcome::Unavailable(error.as_str().into());
             Ending::Each(scopes.iter().map(each).collect())
         }
