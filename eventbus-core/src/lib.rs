@@ -19,6 +19,7 @@ mod format;
 mod handler;
 pub mod header;
 mod lane_table;
+mod lease;
 mod memory;
 mod message;
 mod outgoing;
@@ -45,12 +46,15 @@ pub use event::assert_upcast;
 pub use event::{Event, read_event, unknown_version, upcast_from};
 pub use format::{EnvelopeFormat, FlatFormat, Format, Formats, Reading};
 pub use lane_table::{LaneTable, Settled};
+pub use lease::{
+    Lease, LeaseMember, LeaseReply, LeaseRequest, LeaseStore, LeaseTopic, MemberId, ProcessId,
+};
 pub use memory::{CommitFault, MemoryBroker, MemoryConfig, MemoryProfile, MemoryUnit};
 pub use message::{
     Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,
     Message, NAME_LENGTH_MAX, Topic,
 };
-pub use topic::{TopicSpec, partition_of};
+pub use topic::{TopicPartition, TopicSpec, partition_of};
 
 pub use bus::{EventBus, EventBusBuilder};
 pub use coalescer::{Coalescer, Flush, Flushes, Ticket};

@@ -1,5 +1,6 @@
 //! What a topic is declared to be, and which partition a key belongs to.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::message::{Key, Topic};
@@ -51,6 +52,33 @@ impl TopicSpec {
     pub fn with_retention(mut self, retention: Duration) -> Self {
         self.retention = Some(retention);
         self
+    }
+}
+
+/// One partition of a topic: the place that messages of a key go to, and what a lease is for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(
+    clippy::exhaustive_structs,
+    reason = "a plain pair that adapters create"
+)]
+pub struct TopicPartition {
+    /// The topic.
+    pub topic: Topic,
+    /// The partition's number in it.
+    pub partition: u32,
+}
+
+impl TopicPartition {
+    /// Partition number `partition` of `topic`.
+    #[must_use]
+    pub fn new(topic: Topic, partition: u32) -> Self {
+        Self { topic, partition }
+    }
+}
+
+impl fmt::Display for TopicPartition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.topic, self.partition)
     }
 }
 
