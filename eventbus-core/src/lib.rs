@@ -18,6 +18,7 @@ mod event;
 mod format;
 mod handler;
 pub mod header;
+mod key_state;
 mod lane_table;
 mod lease;
 mod memory;
@@ -45,11 +46,17 @@ pub use error::{BoxError, Error, ErrorKind, Result, Retry, error_chain};
 pub use event::assert_upcast;
 pub use event::{Event, read_event, unknown_version, upcast_from};
 pub use format::{EnvelopeFormat, FlatFormat, Format, Formats, Reading};
+pub use key_state::{
+    Claim, Due, DueName, HELD_KEYS_MAX, HeldMessage, HeldName, HeldPlace, HeldReport, HoldEntry,
+    KeyAction, KeyDecision, KeyStateDesk, KeyStateStore, Wait,
+};
 pub use lane_table::{LaneTable, Settled};
 pub use lease::{
     Lease, LeaseMember, LeaseReply, LeaseRequest, LeaseStore, LeaseTopic, MemberId, ProcessId,
 };
-pub use memory::{CommitFault, MemoryBroker, MemoryConfig, MemoryProfile, MemoryUnit};
+pub use memory::{
+    CommitFault, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryProfile, MemoryUnit,
+};
 pub use message::{
     Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,
     Message, NAME_LENGTH_MAX, Topic,

@@ -9,6 +9,7 @@ mod admin;
 mod balance;
 mod config;
 mod group;
+mod key_state;
 mod log;
 mod member;
 mod named;
@@ -36,6 +37,7 @@ use crate::message::{Group, Key, Message, Topic};
 use state::{Rest, State, Turn, ended};
 
 pub use config::{MemoryConfig, MemoryProfile};
+pub use key_state::MemoryKeyState;
 pub use unit::{CommitFault, MemoryUnit};
 
 /// A client of an in-memory server: what is published lives as long as a client or member does.

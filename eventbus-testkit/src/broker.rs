@@ -334,11 +334,11 @@ fn unique_name(kind: &str) -> String {
     format!("{kind}-{nanos:x}-{:x}-{number}", std::process::id())
 }
 
-fn unique_topic() -> Topic {
+pub(crate) fn unique_topic() -> Topic {
     Topic::new(&unique_name("topic")).expect("it is a name")
 }
 
-fn unique_group() -> Group {
+pub(crate) fn unique_group() -> Group {
     Group::new(&unique_name("group")).expect("it is a name")
 }
 

@@ -3,9 +3,11 @@
 #![warn(clippy::unwrap_used, clippy::print_stdout)]
 
 pub mod broker;
+pub mod key_state;
 mod probe;
 mod test_bus;
 
 pub use broker::BrokerHarness;
+pub use key_state::KeyStateHarness;
 pub use probe::{Ledger, Probe, Record, text_of, within};
 pub use test_bus::TestBus;
