@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use metrics::{Counter, Histogram};
 use tokio::time::Instant;
@@ -13,6 +13,7 @@ use crate::broker::{
     AdminReply, AdminRequest, Broker, Capabilities, LaneLag, PublishError, TopicReport,
 };
 use crate::clock::{Clock, SystemClock};
+use crate::consumer::held::HeldLanes;
 use crate::consumer::slots::is_in_handler;
 use crate::consumer::{ConsumerBuilder, OPERATION_DURATION, SENT_MESSAGES};
 use crate::dead_letter::DeadLetters;
@@ -21,6 +22,8 @@ use crate::envelope::{Envelope, EventId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::format::{EnvelopeFormat, Format, Formats};
+use crate::held_keys::{HeldKeys, no_key_state};
+use crate::key_state::KeyStateStore;
 use crate::message::{Group, Message, Topic};
 use crate::outgoing::{Frame, Origin, Outgoing, into_message};
 use crate::reader::Reader;
@@ -65,6 +68,9 @@ struct Inner {
     format: Arc<dyn Format>,
     topic_formats: HashMap<Topic, Arc<dyn Format>>,
     topic_prefix: String,
+    key_state: Option<Arc<dyn KeyStateStore>>,
+    /// Of the consumers on this bus, to let them hear at once of what is decided here.
+    keepers: Mutex<Vec<Weak<HeldLanes>>>,
     activity: Arc<Activity>,
     sent: Counter,
     publish_duration: Histogram,
@@ -81,6 +87,7 @@ pub struct EventBusBuilder {
     format: Arc<dyn Format>,
     topic_formats: HashMap<Topic, Arc<dyn Format>>,
     topic_prefix: String,
+    key_state: Option<Arc<dyn KeyStateStore>>,
 }
 
 impl EventBusBuilder {
@@ -117,6 +124,13 @@ impl EventBusBuilder {
         self
     }
 
+    /// Sets where keys are held that wait for an operator or for a delayed attempt. With it
+    /// [`OnPoison::ParkKey`](crate::OnPoison::ParkKey) is what consumers do by default.
+    pub fn key_state(mut self, store: Arc<dyn KeyStateStore>) -> Self {
+        self.key_state = Some(store);
+        self
+    }
+
     /// The bus.
     pub fn build(self) -> EventBus {
         let capabilities = self.broker.capabilities();
@@ -133,6 +147,8 @@ impl EventBusBuilder {
                 format: self.format,
                 topic_formats: self.topic_formats,
                 topic_prefix: self.topic_prefix,
+                key_state: self.key_state,
+                keepers: Mutex::default(),
                 activity: Activity::new(),
             }),
         }
@@ -163,6 +179,7 @@ impl EventBus {
             format: Arc::new(EnvelopeFormat),
             topic_formats: HashMap::new(),
             topic_prefix: String::new(),
+            key_state: None,
         }
     }
 
@@ -264,6 +281,18 @@ impl EventBus {
     pub fn dead_letters(&self, group: &str, topics: &[Topic]) -> Result<DeadLetters> {
         let topics = self.topics(topics)?;
         Ok(DeadLetters::new(self.clone(), Group::new(group)?, topics))
+    }
+
+    /// The keys that wait for `group`: parked, or for a delayed attempt.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when the group's name is not allowed, `Unsupported` when the bus has no store
+    /// of held keys.
+    pub fn held_keys(&self, group: &str) -> Result<HeldKeys> {
+        let store = self.inner.key_state.clone();
+        let store = store.ok_or_else(|| no_key_state("look for held keys", ""))?;
+        Ok(HeldKeys::new(self.clone(), store, Group::new(group)?))
     }
 
     /// Reads topics without a group, from `start` on, to `until` or for ever.
@@ -414,6 +443,29 @@ impl EventBus {
 
     pub(crate) fn shared_activity(&self) -> &Arc<Activity> {
         &self.inner.activity
+    }
+
+    /// Where keys are held, if anywhere.
+    pub(crate) fn key_state(&self) -> Option<&Arc<dyn KeyStateStore>> {
+        self.inner.key_state.as_ref()
+    }
+
+    /// Lets a consumer hear of decisions that are made through this bus.
+    pub(crate) fn add_keeper(&self, keeper: &Arc<HeldLanes>) {
+        let mut keepers = self.lock_keepers();
+        keepers.retain(|keeper| keeper.strong_count() > 0);
+        keepers.push(Arc::downgrade(keeper));
+    }
+
+    pub(crate) fn wake_keepers(&self) {
+        for keeper in self.lock_keepers().iter().filter_map(Weak::upgrade) {
+            keeper.wake();
+        }
+    }
+
+    fn lock_keepers(&self) -> MutexGuard<'_, Vec<Weak<HeldLanes>>> {
+        let keepers = self.inner.keepers.lock();
+        keepers.unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn broker(&self) -> &dyn Broker {

@@ -22,10 +22,11 @@ use crate::broker::AdminRequest;
 use crate::bus::EventBus;
 use crate::clock::FOREVER;
 use crate::dead_letter::{self, Cause};
-use crate::delivery::{Limits, Start, Subscription};
+use crate::delivery::{Lane, Limits, Start, Subscription};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::handler::{BatchHandler, Handler};
+use crate::held_keys::no_key_state;
 use crate::message::{Group, Key, Topic};
 use crate::retry::RetryPolicy;
 use crate::topic::TopicSpec;
@@ -34,6 +35,7 @@ use crate::unit_of_work::{NoUnit, Unit, UnitOfWork};
 mod backoff;
 pub(crate) mod dispatch;
 mod gate;
+pub(crate) mod held;
 mod keys;
 mod lanes;
 mod pump;
@@ -53,22 +55,27 @@ pub use replay::{Replay, ReplayReport};
 pub use running::{Consumer, ConsumerState, ConsumerStatus};
 pub use telemetry::{
     BLOCKED_KEYS, CONSUMED_MESSAGES, Counts, DEAD_LETTERS, DUPLICATES, FAILED_ATTEMPTS, GAPS,
-    HANDLED, OPERATION_DURATION, PROCESS_DURATION, SENT_MESSAGES, SKIPPED,
+    HANDLED, HELD_MESSAGES, OPERATION_DURATION, PROCESS_DURATION, SENT_MESSAGES, SKIPPED,
 };
 
 use dispatch::{Batch, ErasedHandler, Single};
 use gate::Gate;
+use held::HeldLanes;
 use lanes::Lanes;
 use scope::Scope;
 use telemetry::Telemetry;
 
 /// What happens to a message that can't be handled: its attempts are used up, it can't be decoded,
 /// or there is no handler for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OnPoison {
-    /// It becomes a dead letter, and later messages of its key go on: the default.
-    #[default]
+    /// Its key is put aside with it: later messages of the key wait behind it, in order and through
+    /// restarts, until an operator decides by [`HeldKeys`](crate::HeldKeys). The default where the
+    /// bus has a store of held keys. A message without a key becomes a dead letter.
+    ParkKey,
+    /// It becomes a dead letter, and later messages of its key go on: the default where keys can't
+    /// be held.
     SkipKey,
     /// It is never settled: it is tried again at the longest time of the retry policy, at least a
     /// second apart, and its key waits behind it. Its partition stops when its window is full, and
@@ -80,7 +87,8 @@ pub enum OnPoison {
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) retry: RetryPolicy,
-    pub(crate) on_poison: OnPoison,
+    /// `None` is as the bus can.
+    on_poison: Option<OnPoison>,
     pub(crate) breaker: Breaker,
     pub(crate) deadline: Duration,
     pub(crate) concurrency: usize,
@@ -96,7 +104,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             retry: RetryPolicy::default(),
-            on_poison: OnPoison::default(),
+            on_poison: None,
             breaker: Breaker::default(),
             deadline: Duration::from_secs(60),
             concurrency: 64,
@@ -111,6 +119,26 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// What happens to poison, if that and the delays of the retry policy can be honoured.
+    fn on_poison(&self, keys_can_be_held: bool) -> Result<OnPoison> {
+        if keys_can_be_held {
+            return Ok(self.on_poison.unwrap_or(OnPoison::ParkKey));
+        }
+        if self.on_poison == Some(OnPoison::ParkKey) {
+            let alternative = ", or take `OnPoison::SkipKey` or `BlockKey`";
+            return Err(no_key_state("spawn consumer that parks keys", alternative));
+        }
+        if self.retry.has_delays() && !self.retry.is_out_of_order() {
+            let alternative =
+                ", or let later messages of a key go on with `RetryPolicy::out_of_order`";
+            return Err(no_key_state(
+                "spawn consumer with delayed attempts",
+                alternative,
+            ));
+        }
+        Ok(self.on_poison.unwrap_or(OnPoison::SkipKey))
+    }
+
     /// As set, with `Duration::MAX` and the like as long as can be waited.
     fn within_forever(mut self) -> Self {
         for duration in [
@@ -138,6 +166,9 @@ pub(crate) struct Runtime {
     pub(crate) settings: Settings,
     pub(crate) unit: Option<Arc<dyn UnitOfWork>>,
     pub(crate) replay: Option<Replay>,
+    pub(crate) on_poison: OnPoison,
+    /// Where the bus has a store of held keys, and this is no replay.
+    pub(crate) held: Option<Arc<HeldLanes>>,
     pub(crate) gate: Gate,
     pub(crate) lanes: Lanes,
     pub(crate) telemetry: Telemetry,
@@ -159,6 +190,12 @@ impl Runtime {
     #[inline]
     pub(crate) fn hash_key(&self, key: &Key) -> u64 {
         self.hasher.hash_one(key.as_bytes())
+    }
+
+    /// Which of so many workers handles a key.
+    pub(crate) fn worker_of_key(&self, key: &Key, workers: usize) -> usize {
+        // The low bits choose among a worker's keys; these are independent of them.
+        (self.hash_key(key) >> 32) as usize % workers
     }
 
     #[inline]
@@ -197,6 +234,14 @@ impl Runtime {
     pub(crate) fn may_share_run(&self, one: &Scope, other: &Scope) -> bool {
         self.unit.is_some()
             || one.route().map(|route| route.handler) == other.route().map(|route| route.handler)
+    }
+
+    /// Forgets lanes that are not ours any more.
+    pub(crate) fn close_lanes(&self, lanes: &[Lane]) {
+        self.lanes.close(lanes);
+        if let Some(held) = &self.held {
+            held.close(lanes);
+        }
     }
 
     /// Ends the consumer: an error came that trying again does not help against.
@@ -418,9 +463,10 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
         self
     }
 
-    /// Sets what happens to a message that can't be handled; by default it becomes a dead letter.
+    /// Sets what happens to a message that can't be handled. By default its key is parked where the
+    /// bus has a store of held keys, and it becomes a dead letter elsewhere.
     pub fn on_poison(mut self, on_poison: OnPoison) -> Self {
-        self.settings.on_poison = on_poison;
+        self.settings.on_poison = Some(on_poison);
         self
     }
 
@@ -615,6 +661,18 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             // One transaction at a time per worker; it holds several events.
             settings.concurrency = settings.workers;
         }
+        let key_state = self.bus.key_state().filter(|_| replay.is_none());
+        let on_poison = match replay {
+            // It ends instead.
+            Some(_) => OnPoison::SkipKey,
+            None => settings
+                .on_poison(key_state.is_some())
+                .map_err(|error| error.with("group", &group))?,
+        };
+        let held = key_state.map(|store| {
+            let part = self.bus.shared_activity().part();
+            Arc::new(HeldLanes::new(Arc::clone(store), part))
+        });
         let topics = self.bus.topics(&self.topics)?;
         for topic in &topics {
             dead_letter::topic_of(topic, &group).map_err(|error| {
@@ -638,6 +696,8 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             broker_topics: topics,
             unit: self.unit,
             replay,
+            on_poison,
+            held,
             gate: Gate::new(settings.breaker),
             lanes: Lanes::default(),
             settings,
@@ -661,7 +721,7 @@ struct Parts<V> {
 
 /// So that a missing permission shows now and not with the first dead letter.
 async fn create_dead_letter_topics(runtime: &Runtime) -> Result<()> {
-    if runtime.settings.on_poison != OnPoison::SkipKey {
+    if runtime.on_poison == OnPoison::BlockKey {
         return Ok(());
     }
     let specs = runtime

@@ -46,10 +46,20 @@ pub(crate) enum Cause {
     Undecodable(Error),
     NoHandler(String),
     HandOuts(u32),
+    /// It was parked for this, and an operator released its key.
+    Parked {
+        cause: String,
+        error: String,
+    },
+    /// An operator discarded its key.
+    Discarded {
+        by: String,
+        because: String,
+    },
 }
 
 impl Cause {
-    fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &str {
         match self {
             Self::Error(_) => "error",
             Self::Panic(_) => "panic",
@@ -57,6 +67,8 @@ impl Cause {
             Self::Undecodable(_) => "undecodable",
             Self::NoHandler(_) => "no_handler",
             Self::HandOuts(_) => "hand_outs",
+            Self::Parked { cause, .. } => cause,
+            Self::Discarded { .. } => "discarded",
         }
     }
 }
@@ -79,6 +91,8 @@ impl fmt::Display for Cause {
                 f,
                 "handed out {times} times without a verdict: its handling ends the process, or is always interrupted"
             ),
+            Self::Parked { error, .. } => f.write_str(error),
+            Self::Discarded { by, because } => write!(f, "discarded by {by}: {because}"),
         }
     }
 }
@@ -156,7 +170,8 @@ pub struct DeadLetter {
     pub partition: u32,
     /// Its place there, where the broker has positions.
     pub position: Option<Position>,
-    /// What kind of cause: `error`, `panic`, `deadline`, `undecodable`, `no_handler`, `hand_outs`.
+    /// What kind of cause: `error`, `panic`, `deadline`, `undecodable`, `no_handler`, `hand_outs`,
+    /// or `discarded` with its key.
     pub cause: String,
     /// The error and its causes in one line.
     pub error: String,

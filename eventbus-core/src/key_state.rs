@@ -149,6 +149,16 @@ pub enum HeldName {
     Message(EventId),
 }
 
+impl HeldName {
+    /// The key, where all of a key is held.
+    pub fn key(&self) -> Option<&Key> {
+        match self {
+            Self::Key(key) => Some(key),
+            Self::Message(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for HeldName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -173,6 +183,12 @@ impl HeldPlace {
     #[must_use]
     pub fn new(place: TopicPartition, name: HeldName) -> Self {
         Self { place, name }
+    }
+}
+
+impl fmt::Display for HeldPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.name, self.place)
     }
 }
 

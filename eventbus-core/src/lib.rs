@@ -18,6 +18,7 @@ mod event;
 mod format;
 mod handler;
 pub mod header;
+mod held_keys;
 mod key_state;
 mod lane_table;
 mod lease;
@@ -68,14 +69,15 @@ pub use coalescer::{Coalescer, Flush, Flushes, Ticket};
 pub use consumer::{
     BLOCKED_KEYS, Breaker, CONSUMED_MESSAGES, Consumer, ConsumerBuilder, ConsumerState,
     ConsumerStatus, Counts, DEAD_LETTERS, DUPLICATES, Dispatch, DispatchFuture, FAILED_ATTEMPTS,
-    GAPS, HANDLED, LaneStatus, OPERATION_DURATION, OnPoison, PROCESS_DURATION, Replay,
-    ReplayReport, Request, SENT_MESSAGES, SKIPPED,
+    GAPS, HANDLED, HELD_MESSAGES, LaneStatus, OPERATION_DURATION, OnPoison, PROCESS_DURATION,
+    Replay, ReplayReport, Request, SENT_MESSAGES, SKIPPED,
 };
 pub use context::Context;
 pub use dead_letter::{
     DEAD_LETTERS_MAX, DeadLetter, DeadLetterStatus, DeadLetters, Decision, Redrive,
 };
 pub use handler::{BatchHandler, BatchItem, Handler};
+pub use held_keys::{HELD_LIST_MAX, HeldKeys};
 pub use outgoing::{Origin, Outgoing};
 pub use reader::{Reader, Record};
 pub use retry::{OnError, RetryPolicy};

@@ -10,8 +10,10 @@ use crate::clock::FOREVER;
 
 /// Decides after each failed attempt whether and when there is another one.
 ///
-/// Attempts are made in place: a message holds its key until it is handled or dead-lettered. Times
-/// are lower bounds: up to a tenth is added at random, never taken away.
+/// Attempts are made in place: a message waits in the consumer and holds its key until it is handled
+/// or dead-lettered. [`delayed`](Self::delayed) ones wait in the store of held keys, which takes the
+/// later messages of the key along, so that order is kept through minutes and restarts. Times are
+/// lower bounds: up to a tenth is added at random, never taken away.
 ///
 /// # Examples
 ///
@@ -37,6 +39,8 @@ pub struct RetryPolicy {
     attempts_max: u32,
     first: Duration,
     longest: Duration,
+    delays: Vec<Duration>,
+    out_of_order: bool,
     rules: Vec<Rule>,
 }
 
@@ -50,8 +54,20 @@ pub enum OnError {
     Next,
     /// Try again after this time, as long as attempts are left.
     After(Duration),
+    /// Try again after this time, as long as attempts are left, and hold the key in its store
+    /// meanwhile, as [`RetryPolicy::delayed`] does.
+    Delayed(Duration),
     /// Trying again does not help: dead-letter it now.
     DeadLetter,
+}
+
+/// When the next attempt is made, and where the message waits for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NextAttempt {
+    /// In the consumer, holding its key.
+    InPlace(Duration),
+    /// In the store of held keys, with its key.
+    Delayed(Duration),
 }
 
 impl RetryPolicy {
@@ -81,8 +97,31 @@ impl RetryPolicy {
             attempts_max: attempts.max(1),
             first,
             longest: longest.max(first),
+            delays: Vec::new(),
+            out_of_order: false,
             rules: Vec::new(),
         }
+    }
+
+    /// Adds an attempt after each of these times, when those in place are used up: for what takes
+    /// minutes or hours to come back. Meanwhile the key is held in the store of held keys, and
+    /// later messages of it wait behind, in order, also through a restart.
+    ///
+    /// Needs a store: see [`EventBusBuilder::key_state`](crate::EventBusBuilder::key_state).
+    /// Without one a consumer is refused, unless the policy is [`out_of_order`](Self::out_of_order).
+    #[must_use]
+    pub fn delayed(mut self, delays: impl IntoIterator<Item = Duration>) -> Self {
+        self.delays.extend(delays);
+        self
+    }
+
+    /// Lets later messages of a key go on while one of it waits for a delayed attempt: order is
+    /// given up for it. Needs no store: the message waits in the consumer, unsettled, and counts
+    /// towards its limits.
+    #[must_use]
+    pub fn out_of_order(mut self) -> Self {
+        self.out_of_order = true;
+        self
     }
 
     /// Adds a rule for errors of one type, found anywhere in the chain of causes. The first rule
@@ -105,9 +144,20 @@ impl RetryPolicy {
         self
     }
 
-    /// Most attempts.
+    /// Most attempts, delayed ones included.
     pub fn attempts_max(&self) -> u32 {
-        self.attempts_max
+        // A policy has far fewer than 2^32 delays.
+        self.attempts_max.saturating_add(self.delays.len() as u32)
+    }
+
+    /// Whether a delayed attempt lets later messages of its key go on.
+    pub(crate) fn is_out_of_order(&self) -> bool {
+        self.out_of_order
+    }
+
+    /// Whether the schedule itself has delayed attempts; rules may ask for some all the same.
+    pub(crate) fn has_delays(&self) -> bool {
+        !self.delays.is_empty()
     }
 
     /// The longest time between two attempts of the schedule.
@@ -127,17 +177,24 @@ impl RetryPolicy {
         }
     }
 
-    /// How long to wait after attempt number `attempt` (from 1), or `None` when it was the last.
-    pub(crate) fn delay(&self, attempt: u32, decision: OnError, jitter: u64) -> Option<Duration> {
-        if attempt >= self.attempts_max {
+    /// When to try again after attempt number `attempt` (from 1), or `None` when it was the last.
+    pub(crate) fn next(&self, attempt: u32, decision: OnError, jitter: u64) -> Option<NextAttempt> {
+        if attempt >= self.attempts_max() {
             return None;
         }
-        let delay = match decision {
+        let next = match decision {
             OnError::DeadLetter => return None,
-            OnError::After(delay) => delay,
-            OnError::Next => self.scheduled(attempt),
+            OnError::After(delay) => NextAttempt::InPlace(with_jitter(delay, jitter)),
+            OnError::Delayed(delay) => NextAttempt::Delayed(with_jitter(delay, jitter)),
+            OnError::Next => match attempt.checked_sub(self.attempts_max) {
+                None => NextAttempt::InPlace(with_jitter(self.scheduled(attempt), jitter)),
+                Some(number) => {
+                    let delay = *self.delays.get(number as usize)?;
+                    NextAttempt::Delayed(with_jitter(delay, jitter))
+                }
+            },
         };
-        Some(with_jitter(delay, jitter))
+        Some(next)
     }
 
     fn scheduled(&self, attempt: u32) -> Duration {
@@ -179,6 +236,8 @@ impl fmt::Debug for RetryPolicy {
             .field("attempts_max", &self.attempts_max)
             .field("first", &self.first)
             .field("longest", &self.longest)
+            .field("delays", &self.delays)
+            .field("out_of_order", &self.out_of_order)
             .field("rules", &self.rules.len())
             .finish()
     }
@@ -193,9 +252,9 @@ mod tests {
     fn the_schedule_doubles_up_to_the_longest() {
         let policy = RetryPolicy::exponential(6, Duration::from_secs(1), Duration::from_secs(5));
         let delays: Vec<_> = (1..=6)
-            .map(|attempt| policy.delay(attempt, OnError::Next, 0))
+            .map(|attempt| policy.next(attempt, OnError::Next, 0))
             .collect();
-        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        let seconds = |seconds| Some(NextAttempt::InPlace(Duration::from_secs(seconds)));
         assert_eq!(
             delays,
             [
@@ -213,9 +272,26 @@ mod tests {
     fn jitter_only_extends() {
         let policy = RetryPolicy::fixed(2, Duration::from_secs(10));
         for random in [0, 1, 999_999_999, u64::MAX] {
-            let delay = policy.delay(1, OnError::Next, random).expect("one is left");
+            let next = policy.next(1, OnError::Next, random);
+            let Some(NextAttempt::InPlace(delay)) = next else {
+                panic!("one is left");
+            };
             assert!(delay >= Duration::from_secs(10) && delay < Duration::from_secs(11));
         }
+    }
+
+    #[test]
+    fn delayed_attempts_come_after_those_in_place() {
+        let minutes = |minutes| Duration::from_secs(minutes * 60);
+        let policy = RetryPolicy::immediate(2).delayed([minutes(1), minutes(30)]);
+        let next = |attempt| policy.next(attempt, OnError::Next, 0);
+        assert_eq!(policy.attempts_max(), 4);
+        assert_eq!(next(1), Some(NextAttempt::InPlace(Duration::ZERO)));
+        assert_eq!(next(2), Some(NextAttempt::Delayed(minutes(1))));
+        assert_eq!(next(3), Some(NextAttempt::Delayed(minutes(30))));
+        assert_eq!(next(4), None);
+        let asked = policy.next(1, OnError::Delayed(minutes(5)), 0);
+        assert_eq!(asked, Some(NextAttempt::Delayed(minutes(5))));
     }
 
     #[test]

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use eventbus_core::{
     BoxError, Broker, Clock, Consumer, ConsumerBuilder, DeadLetter, DeadLetters, Dispatch,
-    Envelope, Event, EventBus, MemoryBroker, MemoryConfig, MemoryProfile, Request, Start,
-    Timestamp, Unit, Until,
+    Envelope, Event, EventBus, EventBusBuilder, MemoryBroker, MemoryConfig, MemoryKeyState,
+    MemoryProfile, Request, Start, Timestamp, Unit, Until,
 };
 use tokio::time::Instant;
 use tower::{Layer, Service};
@@ -100,6 +100,28 @@ impl TestBus {
     ///
     /// As [`new`](Self::new).
     pub fn wrapping<B: Broker>(config: MemoryConfig, wrap: impl FnOnce(MemoryBroker) -> B) -> Self {
+        Self::build(config, wrap, |bus, _| bus)
+    }
+
+    /// As [`new`](Self::new), with a store of held keys: what can't be handled parks its key, and
+    /// retries can be delayed.
+    ///
+    /// # Panics
+    ///
+    /// As [`new`](Self::new).
+    pub fn holding_keys() -> Self {
+        Self::build(
+            MemoryConfig::default(),
+            |server| server,
+            |bus, clock| bus.key_state(Arc::new(MemoryKeyState::with_clock(clock))),
+        )
+    }
+
+    fn build<B: Broker>(
+        config: MemoryConfig,
+        wrap: impl FnOnce(MemoryBroker) -> B,
+        set_up: impl FnOnce(EventBusBuilder, Arc<dyn Clock>) -> EventBusBuilder,
+    ) -> Self {
         if !is_paused() {
             tokio::time::pause();
         }
@@ -109,10 +131,9 @@ impl TestBus {
         let server = MemoryBroker::with(config.with_clock(Arc::clone(&clock)));
         let bus = EventBus::builder(wrap(server.clone()))
             .source("test")
-            .clock(clock)
-            .build();
+            .clock(Arc::clone(&clock));
         Self {
-            bus,
+            bus: set_up(bus, clock).build(),
             server,
             consumed: Mutex::new(Vec::new()),
         }

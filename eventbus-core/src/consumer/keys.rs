@@ -4,9 +4,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::held::Held;
 use super::scope::Scope;
 use crate::clock::Timestamp;
 use crate::dead_letter::Diagnosis;
+use crate::key_state::{HeldName, HoldEntry, Wait};
 use crate::message::Message;
 
 /// A place in [`Keys`].
@@ -27,6 +29,8 @@ pub(crate) struct Node {
     pub(crate) probe: bool,
     /// It can't be handled and holds its key.
     pub(crate) blocked: bool,
+    /// What is known of it where it came from the store of held keys.
+    pub(crate) held: Option<Box<Held>>,
     /// Tells one use of this place from the next, for timers.
     pub(crate) sequence: u64,
     key: Option<u64>,
@@ -55,6 +59,22 @@ pub(crate) enum Stage {
     Handle,
     Publish(Vec<Message>),
     DeadLetter(Arc<Diagnosis>),
+    Keep(Arc<Keep>),
+}
+
+/// What is to be done in the store of held keys.
+#[derive(Debug)]
+pub(crate) enum Keep {
+    /// Put the message aside; then it is settled.
+    Hold(HoldEntry),
+    /// Leave it where it is, until later.
+    Wait {
+        name: HeldName,
+        wait: Wait,
+        carried_out: bool,
+    },
+    /// Take it out, because it is done, and go on with the next.
+    Advance { name: HeldName, number: u64 },
 }
 
 /// The deliveries of one worker.
@@ -85,7 +105,7 @@ impl Keys {
 
     /// Takes in a delivery: ready at once, or behind the last of its key.
     #[inline]
-    pub(crate) fn push(&mut self, scope: Arc<Scope>, key: Option<u64>) {
+    pub(crate) fn push(&mut self, scope: Arc<Scope>, key: Option<u64>) -> NodeId {
         self.sequence += 1;
         let node = Node {
             scope,
@@ -96,6 +116,7 @@ impl Keys {
             alone: false,
             probe: false,
             blocked: false,
+            held: None,
             sequence: self.sequence,
             key,
             next: None,
@@ -121,6 +142,7 @@ impl Keys {
             }
             None => self.ready.push_back(id),
         }
+        id
     }
 
     #[cold]
@@ -248,6 +270,20 @@ impl Keys {
     /// Removes the first delivery of a key; the next one is ready now, unless it was started with it.
     #[inline]
     pub(crate) fn remove(&mut self, id: NodeId) -> Arc<Scope> {
+        self.let_next(id);
+        self.vacate(id)
+    }
+
+    /// Lets the first delivery of a key go on without its key: the next one of the key is ready now.
+    pub(crate) fn detach(&mut self, id: NodeId) {
+        self.let_next(id);
+        let node = self.get_mut(id);
+        (node.key, node.next, node.chain) = (None, None, None);
+    }
+
+    /// Makes what stands behind the first delivery of a key the first.
+    #[inline]
+    fn let_next(&mut self, id: NodeId) {
         match self.get(id).next {
             Some(next) => match self.get(next).state {
                 NodeState::Behind => self.push_ready(next),
@@ -260,7 +296,6 @@ impl Keys {
                 }
             }
         }
-        self.vacate(id)
     }
 
     /// Frees the place of a delivery that is in no queue any more.

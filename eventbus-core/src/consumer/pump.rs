@@ -1,8 +1,12 @@
 //! Hears the broker: passes deliveries to workers by key and sees to it that lanes are given up.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -13,9 +17,11 @@ use super::settler::SettleItem;
 use super::worker::{Inbox, Item, Revocation};
 use crate::broker::Deliveries;
 use crate::coalescer::Coalescer;
-use crate::delivery::{Delivery, Lane, Signal, Verdict};
+use crate::delivery::{Assignment, Delivery, Lane, Signal, Verdict};
 use crate::error::Result;
+use crate::key_state::{Claim, HeldName};
 use crate::message::Message;
+use crate::topic::TopicPartition;
 
 /// Hears the broker; one task.
 pub(crate) struct Pump {
@@ -30,6 +36,16 @@ pub(crate) struct Pump {
     turn: usize,
     /// Lanes of a bounded read that have not ended.
     open: Vec<Lane>,
+    /// Lanes that are being claimed in the store of held keys, and what came on them meanwhile: as
+    /// long as it is not known which keys are held, nothing is handled.
+    unclaimed: HashMap<Lane, Vec<Delivery>>,
+    claims: FuturesUnordered<BoxFuture<'static, Claimed>>,
+}
+
+/// What came of claiming a lane.
+struct Claimed {
+    lane: Lane,
+    result: Result<(Claim, Vec<HeldName>)>,
 }
 
 impl Pump {
@@ -47,6 +63,8 @@ impl Pump {
             ended,
             turn: 0,
             open: Vec::new(),
+            unclaimed: HashMap::new(),
+            claims: FuturesUnordered::new(),
         }
     }
 
@@ -64,6 +82,10 @@ impl Pump {
         loop {
             let signal = tokio::select! {
                 signal = deliveries.next() => signal,
+                Some(claimed) = self.claims.next() => {
+                    self.hear_claimed(claimed);
+                    continue;
+                }
                 _ = stop.wait_for(|stop| *stop) => return (deliveries, Ok(())),
             };
             let pause = match signal {
@@ -95,6 +117,7 @@ impl Pump {
             Signal::Assigned(assignments) => {
                 self.open
                     .extend(assignments.iter().map(|assignment| assignment.lane));
+                self.claim(&assignments);
                 self.runtime.lanes.open(assignments);
             }
             Signal::Revoking(lanes) => {
@@ -102,11 +125,13 @@ impl Pump {
                 // get there in time, too: afterwards the next owner begins.
                 let timeout = self.runtime.settings.limits.revoke_timeout;
                 let until = Instant::now() + timeout / 10 * 9;
+                self.unclaim(&lanes);
                 self.revoke(lanes, Some(until));
             }
             Signal::Lost(lanes) => {
                 tracing::warn!(group = %self.runtime.group, lanes = lanes.len(), "lanes were lost");
-                self.runtime.lanes.close(&lanes);
+                self.unclaim(&lanes);
+                self.runtime.close_lanes(&lanes);
                 self.revoke(lanes, None);
             }
             Signal::Gap { lane, from, to } => {
@@ -134,11 +159,8 @@ impl Pump {
         self.runtime.telemetry.delivered(count);
         let deliveries = self.pass_over_other_keys(deliveries);
         self.runtime.lanes.delivered(&deliveries);
-        match self.inboxes.as_slice() {
-            // As they are: a delivery is large to be moved one by one.
-            [inbox] => inbox.push(Item::Deliveries(deliveries)),
-            _ => self.sort(deliveries),
-        }
+        let deliveries = self.keep_unclaimed(deliveries);
+        self.pass(deliveries);
         let rate = self
             .runtime
             .replay
@@ -146,6 +168,74 @@ impl Pump {
             .and_then(|replay| replay.rate)?;
         // A batch has far fewer than 2^32 messages.
         Some(Duration::from_secs(1) * count as u32 / rate)
+    }
+
+    fn pass(&mut self, deliveries: Vec<Delivery>) {
+        if deliveries.is_empty() {
+            return;
+        }
+        match self.inboxes.as_slice() {
+            // As they are: a delivery is large to be moved one by one.
+            [inbox] => inbox.push(Item::Deliveries(deliveries)),
+            _ => self.sort(deliveries),
+        }
+    }
+
+    /// Claims lanes in the store of held keys.
+    fn claim(&mut self, assignments: &[Assignment]) {
+        let Some(held) = &self.runtime.held else {
+            return;
+        };
+        for assignment in assignments {
+            let lane = assignment.lane;
+            let place = TopicPartition::new(assignment.topic.clone(), assignment.partition);
+            let (held, runtime) = (Arc::clone(held), Arc::clone(&self.runtime));
+            let claim = async move {
+                let result = held.claim_place(&runtime.group, &place).await;
+                Claimed { lane, result }
+            };
+            self.unclaimed.insert(lane, Vec::new());
+            self.claims.push(Box::pin(claim));
+        }
+    }
+
+    /// Forgets what came on lanes that leave before they were claimed: it is the next owner's.
+    fn unclaim(&mut self, lanes: &[Lane]) {
+        for lane in lanes {
+            self.unclaimed.remove(lane);
+        }
+    }
+
+    /// Lets a lane go on that was claimed.
+    fn hear_claimed(&mut self, claimed: Claimed) {
+        let Some(deliveries) = self.unclaimed.remove(&claimed.lane) else {
+            return;
+        };
+        match claimed.result {
+            Ok((claim, names)) => {
+                if let Some(held) = &self.runtime.held {
+                    held.open(claimed.lane, claim, names);
+                }
+                self.pass(deliveries);
+            }
+            Err(error) => self.runtime.fail(error),
+        }
+        self.runtime.bus.activity().touch();
+    }
+
+    /// Keeps back what is on lanes that are not claimed yet.
+    fn keep_unclaimed(&mut self, deliveries: Vec<Delivery>) -> Vec<Delivery> {
+        if self.unclaimed.is_empty() {
+            return deliveries;
+        }
+        let mut claimed = Vec::with_capacity(deliveries.len());
+        for delivery in deliveries {
+            match self.unclaimed.get_mut(&delivery.receipt.lane) {
+                Some(kept) => kept.push(delivery),
+                None => claimed.push(delivery),
+            }
+        }
+        claimed
     }
 
     /// In a replay of one key, settles deliveries of others.
@@ -190,8 +280,7 @@ impl Pump {
 
     fn worker_of(&mut self, message: &Message) -> usize {
         match &message.key {
-            // The low bits choose among a worker's keys; these are independent of them.
-            Some(key) => (self.runtime.hash_key(key) >> 32) as usize % self.inboxes.len(),
+            Some(key) => self.runtime.worker_of_key(key, self.inboxes.len()),
             None => {
                 self.turn = (self.turn + 1) % self.inboxes.len();
                 self.turn

@@ -10,10 +10,12 @@ use tower::Service;
 use tracing::Instrument;
 
 use super::dispatch::Request;
+use super::keys::Keep;
 use super::scope::{Failure, Scope};
 use crate::broker::PublishError;
 use crate::dead_letter::{self, Cause, Diagnosis};
-use crate::error::{BoxError, Error};
+use crate::error::{BoxError, Error, ErrorKind};
+use crate::key_state::HeldMessage;
 use crate::message::Message;
 use crate::unit_of_work::{UnitOfWork, Work};
 
@@ -28,6 +30,8 @@ pub(crate) enum Run {
     Publish(Arc<Scope>, Vec<Message>),
     /// Store a dead letter.
     DeadLetter(Arc<Scope>, Arc<Diagnosis>),
+    /// Put a message aside, or take it back.
+    Keep(Arc<Scope>, Arc<Keep>),
 }
 
 /// What became of a [`Run`]: that it went well fits a register, everything else is boxed.
@@ -68,6 +72,12 @@ pub(crate) enum Outcome {
     Duplicate,
     /// The dead letter is stored: settle it.
     DeadLettered,
+    /// The store of held keys has done what it was to do, and says what is first of the name now.
+    Kept(Option<HeldMessage>),
+    /// The store of held keys takes no more.
+    Full(Error),
+    /// The right to write into the store of held keys is gone; it is claimed anew.
+    Fenced,
     /// The attempt failed.
     Failed(Cause),
     /// Something the attempt needs is away: no attempt is counted.
@@ -111,6 +121,7 @@ where
         }
         Run::Publish(scope, messages) => Ending::One(publish(&scope, messages).await),
         Run::DeadLetter(scope, diagnosis) => Ending::One(store(&scope, &diagnosis).await),
+        Run::Keep(scope, keep) => Ending::One(self::keep(&scope, &keep).await),
     }
 }
 
@@ -385,6 +396,43 @@ async fn store(scope: &Scope, diagnosis: &Diagnosis) -> Outcome {
     match scope.runtime().bus.send(vec![letter]).await {
         Ok(()) => Outcome::DeadLettered,
         // Whatever the reason, nothing is settled before the dead letter is stored.
+        Err(error) => Outcome::Unavailable(error.into()),
+    }
+}
+
+/// Has the store of held keys do something.
+async fn keep(scope: &Scope, keep: &Keep) -> Outcome {
+    let lane = scope.lane();
+    let Some(held) = &scope.runtime().held else {
+        return Outcome::Fenced;
+    };
+    let Some(claim) = held.claim(lane) else {
+        return Outcome::Fenced;
+    };
+    let store = &held.store;
+    let kept = match keep {
+        Keep::Hold(entry) => store
+            .hold(&claim, std::slice::from_ref(entry))
+            .await
+            .map(|()| None),
+        Keep::Wait {
+            name,
+            wait,
+            carried_out,
+        } => store
+            .wait(&claim, name, wait, *carried_out)
+            .await
+            .map(|()| None),
+        Keep::Advance { name, number } => store.advance(&claim, name, Some(*number)).await,
+    };
+    match kept {
+        Ok(first) => Outcome::Kept(first),
+        Err(error) if error.kind() == ErrorKind::Conflict => {
+            held.reclaim(lane);
+            Outcome::Fenced
+        }
+        Err(error) if error.kind() == ErrorKind::RateLimited => Outcome::Full(error),
+        // Whatever the reason, nothing is settled before it is kept.
         Err(error) => Outcome::Unavailable(error.into()),
     }
 }

@@ -11,6 +11,7 @@ use tower::Service;
 
 use super::Runtime;
 use super::dispatch::Request;
+use super::held::Keeper;
 use super::lanes::LaneStatus;
 use super::pump::Pump;
 use super::run;
@@ -60,6 +61,8 @@ pub struct Consumer {
     ended: watch::Receiver<bool>,
     workers: JoinSet<()>,
     settling: AbortOnDrop<()>,
+    /// Brings held messages; where the bus has a store of them.
+    keeping: Option<AbortOnDrop<()>>,
     pumping: AbortOnDrop<Option<Box<dyn Deliveries>>>,
 }
 
@@ -101,6 +104,8 @@ pub struct ConsumerStatus {
     pub state: ConsumerState,
     /// Its lanes, by topic and partition.
     pub lanes: Vec<LaneStatus>,
+    /// Keys and single messages that are put aside in the store of held keys, on its lanes.
+    pub held: usize,
     /// What it has counted.
     pub counts: Counts,
 }
@@ -162,6 +167,12 @@ where
         inboxes.push(inbox);
     }
 
+    let keeping = runtime.held.as_ref().map(|held| {
+        runtime.bus.add_keeper(held);
+        let keeper = Keeper::new(Arc::clone(&runtime), Arc::clone(held), inboxes.clone());
+        guard(&runtime, keeper.run())
+    });
+
     let (stop_pump, stop) = watch::channel(false);
     let (ended_sender, ended) = watch::channel(false);
     let pump = Pump::new(
@@ -188,6 +199,7 @@ where
         ended,
         workers,
         settling,
+        keeping,
         pumping,
     })
 }
@@ -267,6 +279,7 @@ impl Consumer {
         ConsumerStatus {
             state,
             lanes: self.runtime.lanes.status(),
+            held: self.runtime.held.as_ref().map_or(0, |held| held.count()),
             counts: self.runtime.telemetry.counts(),
         }
     }
@@ -327,6 +340,8 @@ impl Consumer {
     }
 
     async fn stop(mut self, deadline: Instant, finish: bool) -> Result<Counts> {
+        // What it has not brought yet stays in the store.
+        self.keeping = None;
         let stop = Arc::new(Stop { deadline, finish });
         for inbox in &self.inboxes {
             inbox.push(Item::Stop(Arc::clone(&stop)));

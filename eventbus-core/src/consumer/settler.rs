@@ -73,7 +73,7 @@ async fn release(runtime: &Runtime, settlement: &mut dyn Settlement, lanes: &[La
     while let Err(error) = settlement.release(lanes).await {
         retry(runtime, error, &mut backoff).await?;
     }
-    runtime.lanes.close(lanes);
+    runtime.close_lanes(lanes);
     Ok(())
 }
 

@@ -30,6 +30,8 @@ pub const DUPLICATES: &str = "eventbus.duplicates";
 pub const GAPS: &str = "eventbus.gaps";
 /// Keys that are blocked now.
 pub const BLOCKED_KEYS: &str = "eventbus.blocked_keys";
+/// Messages put aside into the store of held keys.
+pub const HELD_MESSAGES: &str = "eventbus.held";
 
 /// What a consumer has counted since it was spawned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +45,9 @@ pub struct Counts {
     pub failed_attempts: u64,
     /// Dead letters stored.
     pub dead_lettered: u64,
+    /// Messages put aside into the store of held keys: parked, for a delayed attempt, or behind
+    /// one of their key that was.
+    pub held: u64,
     /// Messages recognised as handled before.
     pub duplicates: u64,
     /// Skipped: meant for another group.
@@ -64,6 +69,7 @@ pub struct Counts {
 pub(crate) struct Tally {
     pub(crate) duplicates: u64,
     pub(crate) dead_lettered: u64,
+    pub(crate) held: u64,
     pub(crate) failed_attempts: u64,
     /// A change, not a count.
     pub(crate) blocked: i64,
@@ -118,6 +124,7 @@ pub(crate) struct Telemetry {
     handled: Counted,
     failed_attempts: Counted,
     dead_lettered: Counted,
+    held: Counted,
     duplicates: Counted,
     skipped: [Counted; 4],
     gaps: Counted,
@@ -174,6 +181,7 @@ impl Telemetry {
             handled: counter(HANDLED),
             failed_attempts: counter(FAILED_ATTEMPTS),
             dead_lettered: counter(DEAD_LETTERS),
+            held: counter(HELD_MESSAGES),
             duplicates: counter(DUPLICATES),
             skipped: [
                 skipped("other_group"),
@@ -207,6 +215,7 @@ impl Telemetry {
             .add(std::mem::take(&mut tally.failed_attempts));
         self.dead_lettered
             .add(std::mem::take(&mut tally.dead_lettered));
+        self.held.add(std::mem::take(&mut tally.held));
         self.duplicates.add(std::mem::take(&mut tally.duplicates));
         for (total, count) in self.skipped.iter().zip(&mut tally.skipped) {
             total.add(std::mem::take(count));
@@ -230,6 +239,7 @@ impl Telemetry {
             handled: self.handled.total(),
             failed_attempts: self.failed_attempts.total(),
             dead_lettered: self.dead_lettered.total(),
+            held: self.held.total(),
             duplicates: self.duplicates.total(),
             skipped_other_group: other_group.total(),
             skipped_expired: expired.total(),

@@ -23,22 +23,27 @@ use tokio::time::{Instant, Sleep};
 
 use super::Runtime;
 use super::gate::{Admission, Probed};
-use super::keys::{Keys, NodeId, NodeState, Stage};
+use super::held::{Held, HeldDelivery};
+use super::keys::{Keep, Keys, NodeId, NodeState, Stage};
 use super::run::{Ended, Ending, Outcome, Run};
 use super::scope::{Routed, Scope, Skip};
 use super::settler::SettleItem;
 use super::slots::{Caught, SlotSet, panic_text};
 use super::{OnPoison, telemetry::Tally};
 use crate::activity::Part;
+use crate::clock::Timestamp;
 use crate::coalescer::{Coalescer, Mailbox};
 use crate::dead_letter::{Cause, Diagnosis};
 use crate::delivery::{Delivery, Lane, Receipt, Verdict};
-use crate::retry::{OnError, with_jitter};
+use crate::key_state::{HeldMessage, HeldName, HoldEntry, KeyAction, Wait};
+use crate::retry::{NextAttempt, OnError, with_jitter};
 
 /// What a worker is told.
 #[derive(Debug)]
 pub(crate) enum Item {
     Deliveries(Vec<Delivery>),
+    /// From the store of held keys.
+    Held(Box<HeldDelivery>),
     Revoke(Arc<Revocation>),
     Stop(Arc<Stop>),
     /// The gate changed: look again.
@@ -93,6 +98,10 @@ impl Revocation {
         })
     }
 
+    fn has(&self, lane: Lane) -> bool {
+        self.lanes.contains(&lane)
+    }
+
     /// One worker has nothing of these lanes any more. The last one passes them on, behind all
     /// verdicts that the workers gave before.
     fn cleared(&self) {
@@ -110,6 +119,9 @@ pub(crate) struct Stop {
     /// Whether what has not been started is handled, too: at the end of a replay.
     pub(crate) finish: bool,
 }
+
+/// How long a run waits that found its lane claimed by somebody else.
+const RECLAIM: Duration = Duration::from_millis(100);
 
 /// How many runs a worker starts before it looks anew.
 const STARTS_MAX: usize = 64;
@@ -297,6 +309,7 @@ where
         for item in received.drain(..) {
             match item {
                 Item::Deliveries(deliveries) => self.accept_all(deliveries),
+                Item::Held(held) => self.accept_held(*held),
                 Item::Revoke(revocation) => self.begin_revocation(revocation),
                 Item::Stop(stop) => self.begin_stop(stop, now),
                 Item::Wake => {}
@@ -331,6 +344,66 @@ where
             let scope = self.fill_scope(&mut deliveries, partition);
             self.keys.push(scope, key);
         }
+    }
+
+    /// Takes in the first message of a held name.
+    fn accept_held(&mut self, item: HeldDelivery) {
+        let HeldDelivery { delivery, held } = item;
+        let lane = delivery.receipt.lane;
+        let Some(partition) = self.runtime.lanes.partition(lane) else {
+            return;
+        };
+        let is_leaving = self.revocations.iter().any(|leaving| leaving.has(lane));
+        if self.stop.is_some() || is_leaving {
+            // It stays in the store, for the next owner.
+            return;
+        }
+        let key = delivery.message.key.as_ref();
+        let key = key.map(|key| self.runtime.hash_key(key));
+        let scope = self.held_scope(delivery, partition);
+        let id = self.keys.push(scope, key);
+        self.prepare_held(id, held);
+    }
+
+    fn held_scope(&mut self, delivery: Delivery, partition: u32) -> Arc<Scope> {
+        let mut scope = Scope::new(Arc::clone(&self.runtime));
+        scope.fill(Some(delivery), partition);
+        Arc::new(scope)
+    }
+
+    /// Does with a held message what time or an operator has decided.
+    fn prepare_held(&mut self, id: NodeId, held: Held) {
+        let node = self.keys.get_mut(id);
+        node.alone = true;
+        node.failures = held.attempts;
+        node.first_failed = held.first_failed;
+        let cause = match &held.decision {
+            None => None,
+            Some(decision) => match decision.action {
+                KeyAction::Retry => {
+                    node.failures = 0;
+                    node.first_failed = None;
+                    None
+                }
+                KeyAction::Release => Some(Cause::Parked {
+                    cause: held.cause.clone(),
+                    error: held.error.clone(),
+                }),
+                KeyAction::Discard => Some(Cause::Discarded {
+                    by: decision.by.clone(),
+                    because: decision.because.clone(),
+                }),
+            },
+        };
+        node.stage = match cause {
+            None => Stage::Handle,
+            Some(cause) => Stage::DeadLetter(Arc::new(Diagnosis {
+                cause,
+                attempts: node.failures,
+                first_failed: node.first_failed,
+            })),
+        };
+        node.held = Some(Box::new(held));
     }
 
     /// Moves the next delivery into a scope; from one to the other, because it is large.
@@ -437,6 +510,16 @@ where
     }
 
     fn start_one(&mut self, id: NodeId) {
+        if self.is_put_aside(id) {
+            let node = self.keys.get_mut(id);
+            let message = node.scope.message();
+            if let (Stage::Handle, Some(key)) = (&node.stage, message.key.clone()) {
+                let (message, position) = (message.clone(), node.scope.position());
+                let entry = HoldEntry::new(HeldName::Key(key), message, position, Wait::nothing());
+                node.stage = Stage::Keep(Arc::new(Keep::Hold(entry)));
+                self.end_probe(id, Probed::Nothing);
+            }
+        }
         if self.keys.get(id).scope.route().is_none()
             && matches!(self.keys.get(id).stage, Stage::Handle)
             && !self.route(id)
@@ -454,8 +537,22 @@ where
                 node.stage = Stage::DeadLetter(Arc::clone(&cause));
                 Run::DeadLetter(Arc::clone(&node.scope), cause)
             }
+            Stage::Keep(keep) => {
+                node.stage = Stage::Keep(Arc::clone(&keep));
+                Run::Keep(Arc::clone(&node.scope), keep)
+            }
         };
         self.start_run(Nodes::One(id), run, false);
+    }
+
+    /// Whether a delivery from the broker waits behind held ones of its key.
+    #[inline]
+    fn is_put_aside(&self, id: NodeId) -> bool {
+        let Some(held) = &self.runtime.held else {
+            return false;
+        };
+        let node = self.keys.get(id);
+        node.held.is_none() && held.holds(node.scope.lane(), node.scope.message().key.as_ref())
     }
 
     /// Finds the handler; `false` when the message has none and was dealt with.
@@ -557,6 +654,9 @@ where
     }
 
     fn may_join(&mut self, id: NodeId, first: NodeId) -> bool {
+        if self.is_put_aside(id) {
+            return false;
+        }
         let node = self.keys.get_mut(id);
         if node.alone || !matches!(node.stage, Stage::Handle) || node.failures > 0 {
             return false;
@@ -718,6 +818,9 @@ where
             Outcome::Done => self.done(id),
             Outcome::Settled => {
                 self.handled(id);
+                if self.keys.get(id).held.is_some() {
+                    return self.settle(id);
+                }
                 let receipt = self.keys.get(id).scope.delivery().receipt;
                 self.runtime.lanes.settled(&[(receipt, Verdict::Done)]);
                 self.drop_settled(id);
@@ -733,6 +836,11 @@ where
                 self.settle(id);
             }
             Outcome::Failed(cause) => self.failed(id, cause),
+            Outcome::Kept(first) => self.kept(id, first),
+            Outcome::Fenced => self.again_after(id, RECLAIM),
+            Outcome::Full(error) => {
+                self.block(id, &error);
+            }
             Outcome::Unavailable(error) => {
                 self.hold(id, || crate::error::error_chain(error.as_ref()));
             }
@@ -807,15 +915,106 @@ where
             cause = %cause,
             "attempt failed"
         );
-        match self
-            .runtime
-            .settings
-            .retry
-            .delay(node.failures, decision, random)
-        {
-            Some(delay) => self.again_after(id, delay),
+        let attempt = node.failures;
+        match self.runtime.settings.retry.next(attempt, decision, random) {
+            Some(NextAttempt::InPlace(delay)) => self.again_after(id, delay),
+            Some(NextAttempt::Delayed(delay)) => self.delay(id, delay, &cause),
             None => self.give_up(id, cause),
         }
+    }
+
+    /// Puts a delivery aside until its next attempt.
+    fn delay(&mut self, id: NodeId, delay: Duration, cause: &Cause) {
+        let is_held = self.keys.get(id).held.is_some();
+        if self.runtime.settings.retry.is_out_of_order() && !is_held && !self.is_leaving(id) {
+            self.keys.detach(id);
+        } else if self.runtime.held.is_some() {
+            let until = self.runtime.bus.clock().now().plus(delay);
+            return self.put_aside(id, Some(until), cause);
+        }
+        self.again_after(id, delay);
+    }
+
+    /// Puts a delivery aside, with its key, until a time or until an operator decides.
+    fn put_aside(&mut self, id: NodeId, until: Option<Timestamp>, cause: &Cause) {
+        if self.is_leaving(id) {
+            return self.drop_node(id);
+        }
+        let node = self.keys.get_mut(id);
+        let wait = Wait {
+            until,
+            attempts: node.failures,
+            first_failed: node.first_failed,
+            cause: cause.name().to_owned(),
+            error: cause.to_string(),
+        };
+        let keep = match &node.held {
+            Some(held) => Keep::Wait {
+                name: held.name.clone(),
+                wait,
+                carried_out: held.decision.is_some(),
+            },
+            None => {
+                let message = node.scope.message().clone();
+                let name = match &message.key {
+                    Some(key) => HeldName::Key(key.clone()),
+                    None => HeldName::Message(node.scope.id().clone()),
+                };
+                Keep::Hold(HoldEntry::new(name, message, node.scope.position(), wait))
+            }
+        };
+        node.stage = Stage::Keep(Arc::new(keep));
+        self.keys.push_ready_first(id);
+    }
+
+    /// The store of held keys has done what it was to do.
+    fn kept(&mut self, id: NodeId, first: Option<HeldMessage>) {
+        let node = self.keys.get_mut(id);
+        let lane = node.scope.lane();
+        let stage = std::mem::replace(&mut node.stage, Stage::Handle);
+        let (Stage::Keep(keep), Some(held)) = (stage, &self.runtime.held) else {
+            return self.again(id);
+        };
+        match (&*keep, first) {
+            (Keep::Hold(entry), _) => {
+                held.rest(lane, &entry.name);
+                self.tally.held += 1;
+                if entry.wait.is_parked() {
+                    log_parked(&self.keys.get(id).scope, &entry.wait);
+                }
+                self.settle(id);
+            }
+            (Keep::Wait { name, wait, .. }, _) => {
+                held.rest(lane, name);
+                if wait.is_parked() {
+                    log_parked(&self.keys.get(id).scope, wait);
+                }
+                self.drop_settled(id);
+            }
+            (Keep::Advance { name, .. }, None) => {
+                held.free(lane, name);
+                self.drop_settled(id);
+            }
+            (Keep::Advance { name, .. }, Some(first)) => {
+                let next = HeldDelivery::new(lane, name.clone(), first);
+                self.go_on_with(id, next);
+            }
+        }
+    }
+
+    /// Goes on with the next message of a held name, in the place of the one before.
+    fn go_on_with(&mut self, id: NodeId, next: HeldDelivery) {
+        let HeldDelivery { delivery, mut held } = next;
+        let partition = self.keys.get(id).scope.partition();
+        let scope = self.held_scope(delivery, partition);
+        let node = self.keys.get_mut(id);
+        let done = std::mem::replace(&mut node.scope, scope);
+        let decision = node.held.take().and_then(|held| held.decision);
+        // What was to be discarded is so to its end; the other decisions were about the first.
+        held.decision = decision.filter(|decision| decision.action == KeyAction::Discard);
+        self.recycle(done);
+        self.prepare_held(id, held);
+        self.again(id);
     }
 
     /// No attempt is left: dead letter, block, or the end of a replay.
@@ -830,7 +1029,13 @@ where
             self.keys.get_mut(id).state = NodeState::Waiting;
             return;
         }
-        match self.runtime.settings.on_poison {
+        let has_key = self.keys.get(id).scope.message().key.is_some();
+        let on_poison = match self.runtime.on_poison {
+            OnPoison::ParkKey if !has_key => OnPoison::SkipKey,
+            on_poison => on_poison,
+        };
+        match on_poison {
+            OnPoison::ParkKey => self.put_aside(id, None, &cause),
             OnPoison::SkipKey => {
                 let node = self.keys.get_mut(id);
                 node.stage = Stage::DeadLetter(Arc::new(Diagnosis {
@@ -840,28 +1045,26 @@ where
                 }));
                 self.keys.push_ready_first(id);
             }
-            OnPoison::BlockKey => {
-                let node = self.keys.get_mut(id);
-                if !std::mem::replace(&mut node.blocked, true) {
-                    self.tally.blocked += 1;
-                    tracing::error!(
-                        topic = node.scope.message().topic.as_str(),
-                        partition = node.scope.partition(),
-                        key = node.scope.message().key.as_ref().map(tracing::field::display),
-                        cause = %cause,
-                        "key blocked"
-                    );
-                }
-                let longest = self
-                    .runtime
-                    .settings
-                    .retry
-                    .longest()
-                    .max(Duration::from_secs(1));
-                let random = self.random();
-                self.again_after(id, with_jitter(longest, random));
-            }
+            OnPoison::BlockKey => self.block(id, &cause),
         }
+    }
+
+    /// Lets a delivery hold its key on the broker, and tries again at the longest time there is.
+    fn block(&mut self, id: NodeId, cause: &dyn std::fmt::Display) {
+        let node = self.keys.get_mut(id);
+        if !std::mem::replace(&mut node.blocked, true) {
+            self.tally.blocked += 1;
+            tracing::error!(
+                topic = node.scope.message().topic.as_str(),
+                partition = node.scope.partition(),
+                key = node.scope.message().key.as_ref().map(tracing::field::display),
+                cause = %cause,
+                "key blocked"
+            );
+        }
+        let longest = self.runtime.settings.retry.longest();
+        let random = self.random();
+        self.again_after(id, with_jitter(longest.max(Duration::from_secs(1)), random));
     }
 
     fn again(&mut self, id: NodeId) {
@@ -894,9 +1097,26 @@ where
 
     #[inline]
     fn settle(&mut self, id: NodeId) {
+        if self.keys.get(id).held.is_some() {
+            return self.advance(id);
+        }
         let receipt = self.keys.get(id).scope.delivery().receipt;
         self.settled.push((receipt, Verdict::Done));
         self.drop_settled(id);
+    }
+
+    /// Takes a held message that is done out of its store.
+    #[cold]
+    fn advance(&mut self, id: NodeId) {
+        let node = self.keys.get_mut(id);
+        let Some(held) = &node.held else { return };
+        let (name, number) = (held.name.clone(), held.number);
+        node.stage = Stage::Keep(Arc::new(Keep::Advance { name, number }));
+        // At once, also where its lane is leaving: it is done, and the next owner is not to do it again.
+        match self.slots.has_room() {
+            true => self.start_one(id),
+            false => self.keys.push_ready_first(id),
+        }
     }
 
     #[inline]
@@ -1170,4 +1390,14 @@ where
         self.random ^= self.random << 17;
         self.random
     }
+}
+
+fn log_parked(scope: &Scope, wait: &Wait) {
+    tracing::error!(
+        topic = scope.message().topic.as_str(),
+        partition = scope.partition(),
+        key = scope.message().key.as_ref().map(tracing::field::display),
+        cause = wait.error,
+        "key parked"
+    );
 }

@@ -6,6 +6,7 @@ mod conformance;
 mod failures;
 mod fixtures;
 mod formats;
+mod held;
 mod key_state;
 mod layers;
 mod memory;

@@ -1,0 +1,398 @@
+//! Keys that are put aside: parked, or for a delayed attempt; always in order.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use eventbus_core::{
+    BoxError, Consumer, Context, Error, ErrorKind, Event, Limits, Message, OnError, OnPoison,
+    Publisher, RetryPolicy,
+};
+use eventbus_testkit::TestBus;
+
+use crate::failures::lag;
+use crate::fixtures::{Calls, MINUTE, OrderCreated, SECOND, amount, noting, order};
+
+async fn billing(test: &TestBus, calls: &Arc<Calls>, retry: RetryPolicy) -> Consumer {
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(calls))
+        .on(noting)
+        .retry(retry);
+    test.spawn(consumer).await
+}
+
+async fn publish_amounts(test: &TestBus, number: u64, amounts: std::ops::RangeInclusive<u64>) {
+    for step in amounts {
+        test.publish(amount(number, step)).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_parked_key_waits_for_an_operator_and_others_go_on() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let consumer = billing(&test, &calls, RetryPolicy::immediate(2)).await;
+    publish_amounts(&test, 1, 1..=3).await;
+    publish_amounts(&test, 2, 1..=2).await;
+    test.run_out().await;
+    assert_eq!(calls.amounts(1), [1, 1], "two attempts of the first");
+    assert_eq!(calls.amounts(2), [1, 2]);
+    assert_eq!(lag(&test, "billing").await, 0, "what is held is settled");
+    assert_eq!(consumer.status().held, 1);
+    assert_eq!(consumer.status().counts.held, 3);
+    assert!(test.dead_letters().await.is_empty());
+
+    let held = test.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    assert!(parked.wait.is_parked());
+    assert_eq!((parked.messages, parked.wait.attempts), (3, 2));
+    assert_eq!(parked.wait.error, "order 1 is broken");
+
+    calls.mend_all();
+    assert!(held.retry(&parked.held, "ann", "mended").await.unwrap());
+    test.settled().await;
+    assert_eq!(calls.amounts(1), [1, 1, 1, 2, 3]);
+    assert_eq!(calls.of(1)[2].attempt, 1, "attempts begin anew");
+    assert!(held.list().await.unwrap().is_empty());
+    assert_eq!(consumer.status().held, 0);
+    publish_amounts(&test, 1, 4..=4).await;
+    test.settled().await;
+    assert_eq!(calls.amounts(1).last(), Some(&4));
+}
+
+#[tokio::test]
+async fn a_retried_key_that_fails_again_is_parked_again() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let consumer = billing(&test, &calls, RetryPolicy::immediate(2)).await;
+    publish_amounts(&test, 1, 1..=2).await;
+    test.run_out().await;
+    let held = test.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    assert!(held.retry(&parked.held, "ann", "hope").await.unwrap());
+    test.settled().await;
+    assert_eq!(calls.amounts(1), [1, 1, 1, 1]);
+    let parked = held.list().await.unwrap().remove(0);
+    assert_eq!((parked.messages, parked.decision), (2, None));
+    assert!(parked.wait.is_parked());
+    consumer.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_released_key_goes_on_behind_a_dead_letter() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let consumer = billing(&test, &calls, RetryPolicy::none()).await;
+    publish_amounts(&test, 1, 1..=3).await;
+    test.run_out().await;
+    let held = test.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    calls.mend_all();
+    assert!(
+        held.release(&parked.held, "ann", "not needed")
+            .await
+            .unwrap()
+    );
+    test.settled().await;
+    assert_eq!(calls.amounts(1), [1, 2, 3]);
+    let letters = test.dead_letters().await;
+    assert_eq!(letters.len(), 1);
+    assert_eq!(
+        (letters[0].cause.as_str(), letters[0].attempts),
+        ("error", 1)
+    );
+    assert!(letters[0].error.contains("order 1 is broken"));
+    assert!(held.list().await.unwrap().is_empty());
+    consumer.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_discarded_key_becomes_dead_letters_and_is_free() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let consumer = billing(&test, &calls, RetryPolicy::none()).await;
+    publish_amounts(&test, 1, 1..=3).await;
+    test.run_out().await;
+    let held = test.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    assert!(
+        held.discard(&parked.held, "ann", "a test order")
+            .await
+            .unwrap()
+    );
+    test.settled().await;
+    assert_eq!(calls.amounts(1), [1], "none of them was handled again");
+    let letters = test.dead_letters().await;
+    assert_eq!(letters.len(), 3);
+    assert!(
+        letters[2].error.contains("a test order"),
+        "{}",
+        letters[2].error
+    );
+    assert_eq!(consumer.status().counts.dead_lettered, 3);
+    calls.mend_all();
+    publish_amounts(&test, 1, 4..=4).await;
+    test.settled().await;
+    assert_eq!(calls.amounts(1), [1, 4]);
+}
+
+#[tokio::test]
+async fn a_delayed_attempt_takes_its_key_along() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let policy = RetryPolicy::immediate(2).delayed([30 * SECOND, 10 * MINUTE]);
+    let consumer = billing(&test, &calls, policy).await;
+    publish_amounts(&test, 1, 1..=2).await;
+    publish_amounts(&test, 2, 1..=1).await;
+    test.settled().await;
+    assert_eq!(calls.attempts(1), [1, 2]);
+    assert_eq!(calls.amounts(2), [1]);
+    assert_eq!(lag(&test, "billing").await, 0);
+
+    test.advance(29 * SECOND).await;
+    assert_eq!(calls.attempts(1), [1, 2]);
+    test.advance(5 * SECOND).await;
+    assert_eq!(calls.attempts(1), [1, 2, 3]);
+    publish_amounts(&test, 1, 3..=3).await;
+    test.settled().await;
+    assert_eq!(calls.amounts(1), [1, 1, 1], "a later one waits behind");
+    calls.mend_all();
+    test.run_out().await;
+    assert_eq!(calls.amounts(1), [1, 1, 1, 1, 2, 3]);
+    assert_eq!(calls.of(1)[3].attempt, 4);
+    assert_eq!(consumer.status().held, 0);
+}
+
+#[tokio::test]
+async fn what_is_exhausted_after_its_delays_is_parked() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let policy = RetryPolicy::none().delayed([MINUTE]);
+    let _consumer = billing(&test, &calls, policy).await;
+    publish_amounts(&test, 1, 1..=2).await;
+    test.run_out().await;
+    assert_eq!(calls.attempts(1), [1, 2]);
+    let held = test.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    assert!(parked.wait.is_parked());
+    assert_eq!((parked.wait.attempts, parked.messages), (2, 2));
+}
+
+#[tokio::test]
+async fn an_error_can_ask_for_a_delay_by_its_value() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let policy = RetryPolicy::immediate(5).when(|_: &std::fmt::Error| OnError::DeadLetter);
+    let policy = policy.when(|_: &Error| OnError::Delayed(MINUTE));
+    let refusing = async |order: OrderCreated, cx: Context<Calls>| -> Result<(), BoxError> {
+        cx.state().note(&order, cx.attempt());
+        Err(Error::new(ErrorKind::Conflict, "book", "not now").into())
+    };
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .on(refusing)
+        .retry(policy);
+    let _consumer = test.spawn(consumer).await;
+    test.publish(order(1)).await.unwrap();
+    test.settled().await;
+    assert_eq!(calls.attempts(1), [1]);
+    test.advance(2 * MINUTE).await;
+    assert_eq!(calls.attempts(1), [1, 2]);
+}
+
+#[tokio::test]
+async fn held_keys_survive_the_consumer() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let policy = || RetryPolicy::none().delayed([10 * MINUTE]);
+    let first = billing(&test, &calls, policy()).await;
+    publish_amounts(&test, 1, 1..=2).await;
+    test.settled().await;
+    first.shutdown().await.unwrap();
+    test.advance(MINUTE).await;
+
+    calls.mend_all();
+    let second = billing(&test, &calls, policy()).await;
+    publish_amounts(&test, 1, 3..=3).await;
+    test.settled().await;
+    assert_eq!(calls.amounts(1), [1], "the third waits behind the first");
+    test.run_out().await;
+    assert_eq!(calls.amounts(1), [1, 1, 2, 3]);
+    assert_eq!(
+        calls.of(1)[1].attempt,
+        2,
+        "attempts travel with the message"
+    );
+    second.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn held_keys_survive_a_crash_and_a_moving_lane() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let policy = || RetryPolicy::none().delayed([10 * MINUTE]);
+    let crashing = billing(&test, &calls, policy()).await;
+    publish_amounts(&test, 1, 1..=2).await;
+    test.settled().await;
+    let second = billing(&test, &calls, policy()).await;
+    drop(crashing);
+    publish_amounts(&test, 1, 3..=3).await;
+    calls.mend_all();
+    test.advance(20 * MINUTE).await;
+    assert_eq!(calls.amounts(1), [1, 1, 2, 3]);
+    test.broker().lose(second.group());
+    publish_amounts(&test, 1, 4..=4).await;
+    test.settled().await;
+    assert_eq!(calls.amounts(1).last(), Some(&4));
+}
+
+#[tokio::test]
+async fn a_message_without_key_is_delayed_by_itself_and_dead_lettered_in_the_end() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let consumer = billing(&test, &calls, RetryPolicy::none().delayed([MINUTE])).await;
+    let flat = r#"{"event_type":"OrderCreated","order":1,"amount":0}"#;
+    let without_key = Message::new(OrderCreated::TOPIC, flat);
+    test.broker().publish(vec![without_key]).await.unwrap();
+    test.settled().await;
+    assert_eq!((calls.attempts(1), consumer.status().held), (vec![1], 1));
+    test.run_out().await;
+    assert_eq!(calls.attempts(1), [1, 2]);
+    assert_eq!(test.dead_letters().await.len(), 1);
+    assert_eq!(consumer.status().held, 0);
+}
+
+#[tokio::test]
+async fn an_undecodable_message_parks_its_key() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    let consumer = billing(&test, &calls, RetryPolicy::none()).await;
+    let damaged = Message::new(OrderCreated::TOPIC, "no format claims this").with_key("1");
+    test.broker().publish(vec![damaged]).await.unwrap();
+    test.publish(order(1)).await.unwrap();
+    test.run_out().await;
+    assert!(calls.all().is_empty());
+    let held = test.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    assert_eq!(
+        (parked.wait.cause.as_str(), parked.messages),
+        ("undecodable", 2)
+    );
+    assert!(held.release(&parked.held, "ann", "garbage").await.unwrap());
+    test.settled().await;
+    assert_eq!(calls.attempts(1), [1]);
+    assert_eq!(test.dead_letters().await.len(), 1);
+    consumer.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn out_of_order_lets_the_key_go_on_without_a_store() {
+    let test = TestBus::new();
+    let calls = Calls::new();
+    let failing_first = async |order: OrderCreated, cx: Context<Calls>| -> Result<(), BoxError> {
+        cx.state().note(&order, cx.attempt());
+        match order.amount {
+            1 => Err("the first is broken".into()),
+            _ => Ok(()),
+        }
+    };
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .on(failing_first)
+        .retry(RetryPolicy::none().delayed([MINUTE]).out_of_order());
+    let consumer = test.spawn(consumer).await;
+    publish_amounts(&test, 1, 1..=2).await;
+    test.settled().await;
+    assert_eq!(calls.amounts(1), [1, 2]);
+    assert_eq!(lag(&test, "billing").await, 2, "the first is not settled");
+    test.run_out().await;
+    assert_eq!(calls.amounts(1), [1, 2, 1]);
+    assert_eq!(test.dead_letters().await.len(), 1);
+    consumer.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_needs_a_store_is_refused_without_one() {
+    let test = TestBus::new();
+    let consumer = || {
+        test.consumer("billing")
+            .shared_state(Calls::new())
+            .on(noting)
+    };
+    let delayed = RetryPolicy::none().delayed([MINUTE]);
+    let refused = [
+        consumer().retry(delayed).spawn().await,
+        consumer().on_poison(OnPoison::ParkKey).spawn().await,
+    ];
+    for refused in refused {
+        let error = refused.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("sqlite://"), "{error}");
+    }
+    assert!(test.held_keys("billing").is_err());
+}
+
+#[tokio::test]
+async fn shutdown_with_held_keys_in_work_loses_nothing() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    for number in 0..20 {
+        calls.break_order(number);
+    }
+    let policy = || RetryPolicy::none().delayed([SECOND]);
+    let first = billing(&test, &calls, policy()).await;
+    for number in 0..20 {
+        publish_amounts(&test, number, 1..=3).await;
+    }
+    test.settled().await;
+    calls.mend_all();
+    tokio::time::advance(Duration::from_secs(2)).await;
+    first.shutdown().await.unwrap();
+    let second = billing(&test, &calls, policy()).await;
+    test.run_out().await;
+    for number in 0..20 {
+        let mut seen = calls.amounts(number);
+        seen.dedup();
+        assert_eq!(seen, [1, 2, 3], "order {number}");
+    }
+    assert_eq!(second.status().held, 0);
+    second.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_small_window_holds_many_messages_behind_a_parked_key() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .on(noting)
+        .retry(RetryPolicy::none())
+        .limits(Limits::default().with_messages(4).with_lane_messages(2));
+    let consumer = test.spawn(consumer).await;
+    publish_amounts(&test, 1, 1..=100).await;
+    publish_amounts(&test, 2, 1..=100).await;
+    test.run_out().await;
+    assert_eq!(calls.amounts(2).len(), 100);
+    assert_eq!(consumer.status().counts.held, 100);
+    calls.mend_all();
+    let held = test.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    held.retry(&parked.held, "ann", "mended").await.unwrap();
+    test.settled().await;
+    let expected: Vec<u64> = std::iter::once(1).chain(1..=100).collect();
+    assert_eq!(calls.amounts(1), expected);
+}
