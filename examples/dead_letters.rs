@@ -43,6 +43,7 @@ async fn main() -> eventbus::Result<()> {
         .shared_state(Arc::clone(&printer))
         .on(print_label)
         .retry(RetryPolicy::immediate(2))
+        .on_poison(OnPoison::SkipKey)
         .spawn()
         .await?;
 

@@ -1,5 +1,7 @@
 //! From a URL to a bus.
 
+use std::sync::Arc;
+
 use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result, Topic};
 
 use crate::config::{EventBusConfig, redacted};
@@ -80,7 +82,12 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
         #[cfg(feature = "memory")]
         "memory" => {
             let broker = eventbus_core::MemoryBroker::from_url(url)?;
-            Ok(EventBus::builder(broker))
+            let key_state = broker.key_state();
+            let builder = EventBus::builder(broker);
+            Ok(match key_state {
+                Some(store) => builder.key_state(Arc::new(store)),
+                None => builder,
+            })
         }
         scheme => Err(unknown(scheme, url)),
     }

@@ -80,9 +80,15 @@ pub trait KeyStateStore: KeyStateDesk {
         carried_out: bool,
     ) -> Result<()>;
 
-    /// The names held under `claims` whose time has come at `now`, or about which an operator has
+    /// The names held under these claims of `group` whose time has come at `now`, or about which an operator has
     /// decided: at most `names_max`, longest due first; and when the next one's time comes.
-    async fn due(&self, claims: &[Claim], now: Timestamp, names_max: usize) -> Result<Due>;
+    async fn due(
+        &self,
+        group: &Group,
+        claims: &[Claim],
+        now: Timestamp,
+        names_max: usize,
+    ) -> Result<Due>;
 
     /// Resolves when an operator may have decided since [`Due::version`] was `seen`; may resolve for
     /// nothing.

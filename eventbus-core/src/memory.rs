@@ -100,6 +100,7 @@ struct Server {
     config: MemoryConfig,
     capabilities: Capabilities,
     state: Mutex<State>,
+    key_state: MemoryKeyState,
     space: Arc<Notify>,
     clients: AtomicU64,
 }
@@ -139,10 +140,11 @@ impl MemoryBroker {
     pub fn with(config: MemoryConfig) -> Self {
         let state = State::new(config.clone());
         let server = Arc::new(Server {
-            config,
             capabilities: state.capabilities.clone(),
+            key_state: MemoryKeyState::with_clock(Arc::clone(&config.clock)),
             space: Arc::clone(&state.space),
             state: Mutex::new(state),
+            config,
             clients: AtomicU64::new(0),
         });
         server.client()
@@ -172,6 +174,14 @@ impl MemoryBroker {
     #[must_use]
     pub fn connect(&self) -> Self {
         self.client.server.client()
+    }
+
+    /// Where buses on this server hold keys: one store for all its clients. None where it is like
+    /// another broker, which brings no such store either.
+    pub fn key_state(&self) -> Option<MemoryKeyState> {
+        let server = &self.client.server;
+        let is_itself = server.config.profile == MemoryProfile::Memory;
+        is_itself.then(|| server.key_state.clone())
     }
 
     /// How many settlements the server ignored because their lane had been given away or they had

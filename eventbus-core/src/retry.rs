@@ -282,7 +282,7 @@ mod tests {
 
     #[test]
     fn delayed_attempts_come_after_those_in_place() {
-        let minutes = |minutes| Duration::from_secs(minutes * 60);
+        let minutes = |minutes: u64| Duration::from_secs(minutes * 60);
         let policy = RetryPolicy::immediate(2).delayed([minutes(1), minutes(30)]);
         let next = |attempt| policy.next(attempt, OnError::Next, 0);
         assert_eq!(policy.attempts_max(), 4);

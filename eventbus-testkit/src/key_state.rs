@@ -135,7 +135,7 @@ impl Stage {
 
     async fn due_names(&self, claim: &Claim, now: Timestamp) -> Vec<HeldName> {
         let claims = [claim.clone()];
-        let due = self.store.due(&claims, now, 100).await;
+        let due = self.store.due(&self.group, &claims, now, 100).await;
         let due = due.expect("the store answers");
         due.names.into_iter().map(|due| due.held.name).collect()
     }
@@ -319,14 +319,14 @@ pub async fn wait_is_due_at_its_time(harness: &dyn KeyStateHarness) {
     stage.hold(&claim, &key("late"), &[1], until(30)).await;
     stage.hold(&claim, &key("soon"), &[2], until(10)).await;
     let claims = [claim.clone()];
-    let early = stage.store.due(&claims, at(9), 100).await;
+    let early = stage.store.due(&stage.group, &claims, at(9), 100).await;
     let early = early.expect("the store answers");
     assert!(early.names.is_empty());
     assert_eq!(early.next, Some(at(10)));
     assert_eq!(stage.due_names(&claim, at(10)).await, [key("soon")]);
     let both = [key("soon"), key("late")];
     assert_eq!(stage.due_names(&claim, at(30)).await, both);
-    let one = stage.store.due(&claims, at(30), 1).await;
+    let one = stage.store.due(&stage.group, &claims, at(30), 1).await;
     assert_eq!(one.expect("the store answers").names.len(), 1);
 
     let moved = stage
@@ -362,7 +362,7 @@ pub async fn parked_name_waits_for_a_decision(harness: &dyn KeyStateHarness) {
     let claims = [claim.clone()];
     let due = stage
         .store
-        .due(&claims, at(i64::MAX / 1_000_000), 100)
+        .due(&stage.group, &claims, at(i64::MAX / 1_000_000), 100)
         .await;
     let due = due.expect("the store answers");
     assert!(due.names.is_empty());
@@ -388,7 +388,7 @@ pub async fn decision_is_due_until_it_is_carried_out(harness: &dyn KeyStateHarne
     assert!(stage.decide(&name, KeyAction::Retry).await);
     assert!(!stage.decide(&name, KeyAction::Discard).await);
     let claims = [claim.clone()];
-    let due = stage.store.due(&claims, at(60), 10).await;
+    let due = stage.store.due(&stage.group, &claims, at(60), 10).await;
     let due = due.expect("the store answers").names;
     assert_eq!(due[0].decision, Some(decision(KeyAction::Retry)));
 
@@ -423,7 +423,7 @@ pub async fn discard_is_due_until_nothing_is_left(harness: &dyn KeyStateHarness)
         .advance(&claim, &name, first.map(|first| first.number))
         .await;
     let claims = [claim.clone()];
-    let due = stage.store.due(&claims, at(60), 10).await;
+    let due = stage.store.due(&stage.group, &claims, at(60), 10).await;
     let due = due.expect("the store answers").names;
     assert_eq!(due[0].decision, Some(decision(KeyAction::Discard)));
     assert_eq!(stage.take_all(&claim, &name).await, ["2"]);
@@ -439,7 +439,7 @@ pub async fn decision_is_heard_by_another_handle(harness: &dyn KeyStateHarness) 
     let operator = open(harness).await;
     loop {
         let claims = [claim.clone()];
-        let due = stage.store.due(&claims, at(60), 10).await;
+        let due = stage.store.due(&stage.group, &claims, at(60), 10).await;
         let due = due.expect("the store answers");
         if !due.names.is_empty() {
             break;

@@ -335,7 +335,9 @@ impl Keeper {
         let in_work = self.held.in_work();
         let now = self.runtime.bus.clock().now();
         let store = &self.held.store;
-        let mut due = store.due(&claims, now, IN_WORK_MAX).await?;
+        let mut due = store
+            .due(&self.runtime.group, &claims, now, IN_WORK_MAX)
+            .await?;
         for name in due
             .names
             .drain(..)

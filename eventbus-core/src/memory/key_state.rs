@@ -253,7 +253,13 @@ impl KeyStateStore for MemoryKeyState {
         Ok(())
     }
 
-    async fn due(&self, claims: &[Claim], now: Timestamp, names_max: usize) -> Result<Due> {
+    async fn due(
+        &self,
+        _group: &Group,
+        claims: &[Claim],
+        now: Timestamp,
+        names_max: usize,
+    ) -> Result<Due> {
         // Read first: a decision made meanwhile resolves `decided` for nothing, and is not missed.
         let version = *self.shared.decided.borrow();
         let mut state = self.lock();
