@@ -3,6 +3,7 @@
 #![warn(clippy::unwrap_used, clippy::print_stdout)]
 
 mod activity;
+mod balance;
 mod broker;
 mod bus;
 mod clock;

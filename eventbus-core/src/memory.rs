@@ -6,7 +6,6 @@
 //! ```
 
 mod admin;
-mod balance;
 mod config;
 mod group;
 mod key_state;

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tokio::time::Instant;
 
-use super::balance::{Share, balance};
 use super::member::Slot;
 use super::state::State;
+use crate::balance::{Share, balance};
 use crate::clock::FOREVER;
 use crate::delivery::{Lane, Signal};
 use crate::message::Group;

@@ -1,18 +1,19 @@
-//! Which member of a group is to have which partition: even, and with as few moves as can be.
+//! Which member of a group is to have which partition: even, and with as few moves as can be. The
+//! in-memory broker and leases share out by it.
 
 /// One partition to be given to a member.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Share {
-    pub(super) topic: usize,
+pub(crate) struct Share {
+    pub(crate) topic: usize,
     /// The member that has it, or that it is promised to.
-    pub(super) holder: Option<usize>,
+    pub(crate) holder: Option<usize>,
 }
 
 /// Answers for each of `shares` the index of the member that is to have it.
 ///
 /// `may_read(member, topic)` says who may have what. Members that may read the same topics differ
 /// by at most one partition, counted over all topics; a partition moves only for that.
-pub(super) fn balance(
+pub(crate) fn balance(
     shares: &[Share],
     members: usize,
     may_read: impl Fn(usize, usize) -> bool,
