@@ -11,7 +11,10 @@
 //! The store is simple: it keeps members and leases and gives what is asked for and free. What to
 //! ask for, what to give up and who is dead is for the members to say.
 
+mod book;
+mod leaseholder;
 mod process;
+mod share;
 
 use std::fmt::{self, Debug};
 use std::str::FromStr;
@@ -24,6 +27,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::message::{Group, Topic};
 use crate::topic::TopicPartition;
 
+pub use leaseholder::{HeldLeases, LeaseConfig, LeaseSignal, Leaseholder};
 pub use process::ProcessId;
 
 /// Keeps the leases of groups.
@@ -68,8 +72,8 @@ pub trait LeaseStore: Debug + Send + Sync + 'static {
     async fn leave(&self, group: &Group, member: MemberId) -> Result<()>;
 
     /// Resolves when members or leases of the group may have changed since this future was first
-    /// polled: a hint that makes hand-overs quick. It may come without a reason, and it may never
-    /// come; then members find out when they renew.
+    /// polled: a hint that makes hand-overs quick. Each one costs every member an exchange. It may
+    /// come without a reason, and it may never come; then members find out when they renew.
     async fn changed(&self, group: &Group);
 }
 

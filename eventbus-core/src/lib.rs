@@ -54,10 +54,12 @@ pub use key_state::{
 };
 pub use lane_table::{LaneTable, Settled};
 pub use lease::{
-    Lease, LeaseMember, LeaseReply, LeaseRequest, LeaseStore, LeaseTopic, MemberId, ProcessId,
+    HeldLeases, Lease, LeaseConfig, LeaseMember, LeaseReply, LeaseRequest, LeaseSignal, LeaseStore,
+    LeaseTopic, Leaseholder, MemberId, ProcessId,
 };
 pub use memory::{
-    CommitFault, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryProfile, MemoryUnit,
+    CommitFault, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryLeases, MemoryProfile,
+    MemoryUnit,
 };
 pub use message::{
     Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,

@@ -9,6 +9,7 @@ mod admin;
 mod config;
 mod group;
 mod key_state;
+mod leases;
 mod log;
 mod member;
 mod named;
@@ -37,6 +38,7 @@ use state::{Rest, State, Turn, ended};
 
 pub use config::{MemoryConfig, MemoryProfile};
 pub use key_state::MemoryKeyState;
+pub use leases::MemoryLeases;
 pub use unit::{CommitFault, MemoryUnit};
 
 /// A client of an in-memory server: what is published lives as long as a client or member does.
