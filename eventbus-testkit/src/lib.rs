@@ -1,13 +1,15 @@
-//! For tests of services and of brokers: a bus with virtual time, and the conformance suite.
+//! For tests of services and of brokers: a bus with virtual time, and the conformance suites.
 
 #![warn(clippy::unwrap_used, clippy::print_stdout)]
 
 pub mod broker;
 pub mod key_state;
+pub mod lease;
 mod probe;
 mod test_bus;
 
 pub use broker::BrokerHarness;
 pub use key_state::KeyStateHarness;
+pub use lease::LeaseHarness;
 pub use probe::{Ledger, Probe, Record, text_of, within};
 pub use test_bus::TestBus;

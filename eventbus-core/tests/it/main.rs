@@ -9,6 +9,7 @@ mod formats;
 mod held;
 mod key_state;
 mod layers;
+mod leases;
 mod memory;
 mod order;
 mod publishing;
