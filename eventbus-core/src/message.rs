@@ -255,6 +255,18 @@ impl Headers {
         }
     }
 
+    /// Takes headers as [`packed`](Self::packed) gave them, so that a store keeps one value; what is
+    /// cut off ends the iteration.
+    #[must_use]
+    pub fn from_packed(packed: Bytes) -> Self {
+        Self(packed)
+    }
+
+    /// The headers as one value, for [`from_packed`](Self::from_packed).
+    pub fn packed(&self) -> &Bytes {
+        &self.0
+    }
+
     /// The value of the first header called `name`.
     pub fn get(&self, name: &str) -> Option<&[u8]> {
         self.iter_bytes()
@@ -503,6 +515,7 @@ mod tests {
         );
         assert_eq!(headers.get("a"), Some(&[0u8, 255, 10][..]));
         assert_eq!(headers.to_builder().build(), headers);
+        assert_eq!(Headers::from_packed(headers.packed().clone()), headers);
     }
 
     #[test]

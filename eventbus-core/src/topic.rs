@@ -27,6 +27,8 @@ pub struct TopicSpec {
     pub partitions: Option<u32>,
     /// How long messages are kept; `None` leaves it to the broker.
     pub retention: Option<Duration>,
+    /// How many bytes of keys, headers and payloads are kept; `None` leaves it to the broker.
+    pub retention_bytes: Option<u64>,
 }
 
 impl TopicSpec {
@@ -37,6 +39,7 @@ impl TopicSpec {
             name,
             partitions: None,
             retention: None,
+            retention_bytes: None,
         }
     }
 
@@ -51,6 +54,13 @@ impl TopicSpec {
     #[must_use]
     pub fn with_retention(mut self, retention: Duration) -> Self {
         self.retention = Some(retention);
+        self
+    }
+
+    /// Sets how many bytes are kept, over all partitions.
+    #[must_use]
+    pub fn with_retention_bytes(mut self, bytes: u64) -> Self {
+        self.retention_bytes = Some(bytes);
         self
     }
 }

@@ -62,6 +62,11 @@ impl State {
                 "a retention time is declared, the in-memory broker keeps by size only",
             );
         }
+        if declared.retention_bytes.is_some() {
+            report = report.with_drift(
+                "a retention size is declared, the in-memory broker keeps by its own size only",
+            );
+        }
         report
     }
 
