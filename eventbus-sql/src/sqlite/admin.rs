@@ -1,0 +1,250 @@
+//! What is answered beside the flow of messages.
+
+use eventbus_core::{
+    AdminReply, AdminRequest, Error, ErrorKind, Group, LaneLag, Position, Result, Start, Topic,
+    TopicReport, TopicSpec,
+};
+use futures_util::FutureExt;
+use sqlx::SqliteConnection;
+
+use super::config::PARTITIONS_MAX;
+use super::database::Database;
+use super::error::into_error;
+use super::janitor;
+use super::leases;
+use super::page::to_u64;
+use super::settle::cursor_seal;
+use super::tables::Tables;
+use super::topics::{Applied, TopicLanes, saturated};
+
+impl Database {
+    /// Answers an administrative request.
+    pub(super) async fn answer(&self, request: AdminRequest) -> Result<AdminReply> {
+        match request {
+            AdminRequest::ApplyTopics(topics) => self.apply(topics).await,
+            AdminRequest::DescribeTopics(topics) => self.describe(&topics).await,
+            AdminRequest::Lag { group, topics } => self.lag(&group, &topics).await,
+            AdminRequest::ResetGroup { group, topic, to } => {
+                self.reset_group(&group, &topic, to).await
+            }
+            AdminRequest::Trim {
+                topic,
+                partition,
+                before,
+            } => self.trim(&topic, partition, before).await,
+            AdminRequest::Health => self.health().await,
+            _ => Err(Error::new(
+                ErrorKind::Unsupported,
+                "admin",
+                "the SQLite broker does not know this request",
+            )),
+        }
+    }
+
+    async fn apply(&self, specs: Vec<TopicSpec>) -> Result<AdminReply> {
+        for spec in &specs {
+            if spec.partitions.is_some_and(|count| count > PARTITIONS_MAX) {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    "apply topics",
+                    "a topic has at most 4096 partitions: declare fewer",
+                )
+                .with("topic", &spec.name));
+            }
+        }
+        let applied = self.apply_topics(specs.clone()).await?;
+        let reports = specs.iter().zip(&applied);
+        let reports = reports.map(|(spec, applied)| report(spec, applied));
+        Ok(AdminReply::Topics(reports.collect()))
+    }
+
+    async fn describe(&self, topics: &[Topic]) -> Result<AdminReply> {
+        let mut reports = Vec::with_capacity(topics.len());
+        for name in topics {
+            let topic = self.find_topic("describe topics", name).await?;
+            reports.push(TopicReport::new(name.clone(), topic.partitions));
+        }
+        Ok(AdminReply::Topics(reports))
+    }
+
+    async fn lag(&self, group: &Group, topics: &[Topic]) -> Result<AdminReply> {
+        let mut lags = Vec::new();
+        for name in topics {
+            let topic = self.find_topic(LAG, name).await?;
+            let id = self.find_group(LAG, group).await?;
+            let id = id.ok_or_else(|| never_subscribed(LAG, group, name))?;
+            let lanes: Vec<u32> = topic.lanes().map(|(_, lane)| lane).collect();
+            // The places first: between the two reads the log only grows.
+            let cursors = self.cursors(LAG, id, &lanes).await?;
+            let rows = self.lanes(LAG, &lanes).await?;
+            for (partition, lane) in topic.lanes() {
+                let (Some(cursor), Some(row)) = (cursors.get(&lane), rows.get(&lane)) else {
+                    return Err(never_subscribed(LAG, group, name));
+                };
+                let messages = row.next.saturating_sub(cursor.position.max(row.base));
+                lags.push(LaneLag::new(name.clone(), partition, messages));
+            }
+        }
+        Ok(AdminReply::Lag(lags))
+    }
+
+    async fn reset_group(&self, group: &Group, name: &Topic, to: Start) -> Result<AdminReply> {
+        let topic = self.find_topic(RESET, name).await?;
+        let id = self.find_group(RESET, group).await?;
+        let id = id.ok_or_else(|| never_subscribed(RESET, group, name))?;
+        let mut moves = Vec::new();
+        for (_, lane) in topic.lanes() {
+            // Positions before the first one kept are no gap: they were asked for knowingly.
+            let base = self.lane(lane).await?.base;
+            moves.push((lane, self.start_position(lane, to).await?.max(base)));
+        }
+        let reset = Reset {
+            tables: self.tables.clone(),
+            group: id,
+            topic: name.clone(),
+            moves,
+        };
+        let moved = self.writer.run(RESET, move |connection| {
+            let reset = reset.clone();
+            async move { reset.run(connection).await }.boxed()
+        });
+        match moved.await? {
+            Moved::All => Ok(AdminReply::Done),
+            Moved::Missing => Err(never_subscribed(RESET, group, name)),
+            Moved::Busy => Err(Error::new(
+                ErrorKind::Conflict,
+                RESET,
+                "the group has members: stop its consumers first",
+            )
+            .with("group", group)
+            .with("topic", name)),
+        }
+    }
+
+    async fn trim(&self, name: &Topic, partition: u32, before: Position) -> Result<AdminReply> {
+        let topic = self.find_topic("trim", name).await?;
+        if partition >= topic.partitions {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                "trim",
+                "the topic has fewer partitions: they count from 0",
+            )
+            .with("topic", name)
+            .with("partition", partition));
+        }
+        let lane = topic.first_lane + partition;
+        janitor::trim(&self.writer, &self.tables, lane, to_u64(before)).await?;
+        Ok(AdminReply::Done)
+    }
+
+    /// Reads through another connection than it writes, and writes nothing.
+    async fn health(&self) -> Result<AdminReply> {
+        let query = sqlx::query(self.sql("SELECT version FROM {p}schema"));
+        self.read("check health", query).await?;
+        let asked = self.writer.run("check health", |_| async { Ok(()) }.boxed());
+        asked.await?;
+        Ok(AdminReply::Done)
+    }
+}
+
+const LAG: &str = "read lag";
+const RESET: &str = "reset group";
+
+fn never_subscribed(operation: &'static str, group: &Group, topic: &Topic) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        operation,
+        "the group never subscribed to the topic: look at its name, or spawn its consumer first",
+    )
+    .with("group", group)
+    .with("topic", topic)
+}
+
+fn report(declared: &TopicSpec, applied: &Applied) -> TopicReport {
+    let TopicLanes { partitions, .. } = *applied.topic;
+    let mut report = TopicReport::new(declared.name.clone(), partitions);
+    if applied.created {
+        return report.with_created();
+    }
+    if let Some(count) = declared.partitions.filter(|count| *count != partitions) {
+        report = report.with_drift(format!(
+            "{count} partitions are declared, the topic has {partitions}; keys would move to other partitions, so it stays"
+        ));
+    }
+    let shown = |number: Option<i64>| number.map_or("none".to_owned(), |number| number.to_string());
+    let retention = declared.retention.map(|time| saturated(time.as_micros()));
+    if retention.is_some() && retention != applied.retention {
+        report = report.with_drift(format!(
+            "a retention of {} microseconds is declared, the topic has {}",
+            shown(retention),
+            shown(applied.retention)
+        ));
+    }
+    let bytes = declared.retention_bytes.map(|bytes| saturated(bytes.into()));
+    if bytes.is_some() && bytes != applied.retention_bytes {
+        report = report.with_drift(format!(
+            "a retention of {} bytes is declared, the topic has {}",
+            shown(bytes),
+            shown(applied.retention_bytes)
+        ));
+    }
+    report
+}
+
+/// Moves a group on one topic.
+#[derive(Clone)]
+struct Reset {
+    tables: Tables,
+    group: i64,
+    topic: Topic,
+    moves: Vec<(u32, u64)>,
+}
+
+enum Moved {
+    All,
+    /// It has no place on the topic.
+    Missing,
+    /// It has members there.
+    Busy,
+}
+
+/// A raised epoch keeps away what a former holder may still settle.
+const MOVE: &str = "
+    UPDATE {p}cursors AS mine
+    SET position = new.position, seal = new.seal, epoch = mine.epoch + 1, holder = NULL
+    FROM (SELECT value->>0 AS lane, value->>1 AS position, value->>2 AS seal FROM json_each(?2)) AS new
+    WHERE mine.consumer_group = ?1 AND mine.lane = new.lane
+    RETURNING lane";
+
+impl Reset {
+    async fn run(&self, connection: &mut SqliteConnection) -> Result<Moved> {
+        let Self { tables, group, .. } = self;
+        leases::end_overdue(tables, *group, "[]", connection).await?;
+        let members = leases::members(tables, *group, connection).await?;
+        let busy = members.iter().any(|member| {
+            let mut topics = member.topics.iter();
+            topics.any(|topic| topic.name == self.topic) && !member.process.is_dead()
+        });
+        if busy {
+            return Ok(Moved::Busy);
+        }
+        let rows: Vec<String> = self
+            .moves
+            .iter()
+            .map(|(lane, position)| {
+                let seal = cursor_seal(*group, *lane, *position);
+                format!("[{lane},{position},{seal}]")
+            })
+            .collect();
+        let moved = sqlx::query(tables.sql(MOVE))
+            .bind(group)
+            .bind(format!("[{}]", rows.join(",")))
+            .fetch_all(connection)
+            .await
+            .map_err(|error| into_error(RESET, error))?;
+        match moved.is_empty() {
+            true => Ok(Moved::Missing),
+            false => Ok(Moved::All),
+        }
+    }
+}

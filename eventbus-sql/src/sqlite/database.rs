@@ -1,0 +1,241 @@
+//! One file as this process has it open: its writer, its connections for reading, what is known of
+//! its topics. All handles of a runtime on one file share it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use eventbus_core::{Error, ErrorKind, Result, Timestamp, Topic};
+use futures_util::FutureExt;
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
+};
+use sqlx::{ConnectOptions, SqliteConnection, SqlitePool, SqlStr};
+use tokio::runtime::{Handle, Id};
+use tokio::sync::OnceCell;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep};
+
+use super::config::SqliteConfig;
+use super::error::into_error;
+use super::janitor;
+use super::tables::Tables;
+use super::topics::Topics;
+use super::wake::{self, Wakes};
+use super::writer::{Writer, WriterTask};
+
+/// Connections that read pages at the same time.
+const READERS_MAX: u32 = 4;
+/// Rows that a connection reads ahead of who takes them, so that reading goes on meanwhile.
+const ROWS_AHEAD: usize = 1024;
+/// Pages of the write-ahead log after which it is written back.
+const CHECKPOINT_PAGES: &str = "4000";
+/// What is left of the write-ahead log when it was written back.
+const LOG_BYTES_KEPT: &str = "67108864";
+const RETRY_PAUSE: Duration = Duration::from_millis(5);
+
+/// Which database two handles share.
+type Key = (PathBuf, String, Id);
+type Cell = OnceCell<Database>;
+
+static OPEN: Mutex<Option<HashMap<Key, Weak<Cell>>>> = Mutex::new(None);
+
+/// A share of an open database.
+#[derive(Clone, Debug)]
+pub(super) struct Shared(Arc<Cell>);
+
+impl std::ops::Deref for Shared {
+    type Target = Database;
+
+    fn deref(&self) -> &Database {
+        self.0.get().expect("a share is made of an open database")
+    }
+}
+
+impl Shared {
+    /// The database at the configured path, opened if this runtime has not done so yet.
+    pub(super) async fn open(config: &SqliteConfig) -> Result<Self> {
+        let path = config.canonical_path()?;
+        let tables = Tables::new(&config.prefix)?;
+        // Tasks of a runtime end with it, so another runtime opens the file for itself, as another
+        // process would.
+        let key = (path, config.prefix.clone(), Handle::current().id());
+        let cell = cell(&key);
+        let open = Database::open(&key.0, config, tables, Arc::downgrade(&cell)).boxed();
+        let database = cell.get_or_try_init(|| open).await?;
+        if !database.config.is_like(config) {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                "open database",
+                "this process has the file open with other options: use the same ones",
+            )
+            .with("path", config.path.display()));
+        }
+        Ok(Self(Arc::clone(&cell)))
+    }
+
+    /// The database, while somebody else holds it.
+    pub(super) fn upgrade(cell: &Weak<Cell>) -> Option<Self> {
+        cell.upgrade().filter(|cell| cell.initialized()).map(Self)
+    }
+}
+
+fn cell(key: &Key) -> Arc<Cell> {
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let open = open.get_or_insert_default();
+    open.retain(|_, cell| cell.strong_count() > 0);
+    if let Some(cell) = open.get(key).and_then(Weak::upgrade) {
+        return cell;
+    }
+    let cell = Arc::new(Cell::new());
+    open.insert(key.clone(), Arc::downgrade(&cell));
+    cell
+}
+
+/// An open database.
+#[derive(Debug)]
+pub(super) struct Database {
+    pub(super) config: SqliteConfig,
+    pub(super) tables: Tables,
+    pub(super) writer: Writer,
+    pub(super) wakes: Arc<Wakes>,
+    readers: SqlitePool,
+    topics: Mutex<Topics>,
+    /// Settlements that were ignored because their epoch was over.
+    stale: Arc<AtomicU64>,
+    tasks: Vec<AbortHandle>,
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl Database {
+    async fn open(
+        path: &Path,
+        config: &SqliteConfig,
+        tables: Tables,
+        cell: Weak<Cell>,
+    ) -> Result<Self> {
+        let options = options(path, config);
+        let connection = open_patiently(&options, &tables, config.busy_timeout)
+            .await
+            .map_err(|error| error.with("path", path.display()))?;
+        let readers = SqlitePoolOptions::new()
+            .max_connections(READERS_MAX)
+            .test_before_acquire(false)
+            .connect_lazy_with(options.clone().pragma("query_only", "ON"));
+        let wakes = Arc::new(Wakes::new());
+        let stale = Arc::new(AtomicU64::new(0));
+        let (writer, task) = WriterTask::new(
+            connection,
+            options.clone(),
+            tables.clone(),
+            Arc::clone(&config.clock),
+            Arc::clone(&wakes),
+            Arc::clone(&stale),
+        );
+        let tasks = vec![
+            tokio::spawn(task.run()).abort_handle(),
+            tokio::spawn(wake::watch(Arc::clone(&wakes), options, tables.clone())).abort_handle(),
+            tokio::spawn(janitor::run(cell, config.retention_interval)).abort_handle(),
+        ];
+        Ok(Self {
+            config: config.clone(),
+            tables,
+            writer,
+            wakes,
+            readers,
+            topics: Mutex::new(Topics::default()),
+            stale,
+            tasks,
+        })
+    }
+
+    /// Runs one statement that only reads.
+    pub(super) async fn read<'q>(
+        &self,
+        operation: &'static str,
+        query: sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>,
+    ) -> Result<Vec<SqliteRow>> {
+        let rows = query.fetch_all(&self.readers).await;
+        rows.map_err(|error| self.error(operation, error))
+    }
+
+    pub(super) fn sql(&self, text: &str) -> SqlStr {
+        self.tables.sql(text)
+    }
+
+    pub(super) fn error(&self, operation: &'static str, native: sqlx::Error) -> Error {
+        into_error(operation, native).with("path", self.config.path.display())
+    }
+
+    pub(super) fn topics(&self) -> MutexGuard<'_, Topics> {
+        self.topics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn now(&self) -> Timestamp {
+        self.config.clock.now()
+    }
+
+    pub(super) fn stale(&self) -> u64 {
+        self.stale.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_stale(&self, settlements: u64) {
+        self.stale.fetch_add(settlements, Ordering::Relaxed);
+    }
+
+    /// Where a name stands that was looked up before.
+    pub(super) fn known_topic(&self, name: &Topic) -> Option<Arc<super::topics::TopicLanes>> {
+        self.topics().get(name)
+    }
+}
+
+fn options(path: &Path, config: &SqliteConfig) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .busy_timeout(config.busy_timeout)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
+        .pragma("journal_size_limit", LOG_BYTES_KEPT)
+        .statement_cache_capacity(256)
+        .row_buffer_size(ROWS_AHEAD)
+        .disable_statement_logging()
+}
+
+pub(super) async fn connect(options: &SqliteConnectOptions) -> Result<SqliteConnection> {
+    let connected = options.connect().await;
+    connected.map_err(|error| into_error("open database", error))
+}
+
+/// Opens again while another process holds the file: changing the journal mode does not wait.
+async fn open_patiently(
+    options: &SqliteConnectOptions,
+    tables: &Tables,
+    limit: Duration,
+) -> Result<SqliteConnection> {
+    let deadline = Instant::now() + limit;
+    loop {
+        match open_once(options, tables).await {
+            Err(error) if error.is_retryable() && Instant::now() < deadline => {
+                sleep(RETRY_PAUSE).await;
+            }
+            opened => return opened,
+        }
+    }
+}
+
+async fn open_once(options: &SqliteConnectOptions, tables: &Tables) -> Result<SqliteConnection> {
+    let mut connection = connect(options).await?;
+    tables.migrate(&mut connection).await?;
+    Ok(connection)
+}

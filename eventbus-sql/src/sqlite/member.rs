@@ -1,0 +1,402 @@
+//! What a member or reader holds: its lanes, what was read ahead, what it may be handed. The two
+//! halves share it; nothing here waits.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use eventbus_core::{
+    Assignment, Delivery, Lane, LaneTable, Limits, Position, Receipt, Settled, Signal, Timestamp,
+    TopicPartition,
+};
+
+use super::headers::Unpacked;
+use super::page::{PAGE_ROWS, Page, to_u64};
+use super::settle::Advance;
+use super::topics::TopicLanes;
+use super::wake::LaneEnd;
+
+/// Bytes read ahead over all lanes, beyond which nothing more is.
+const AHEAD_BYTES: usize = 8 * 1024 * 1024;
+
+/// A lane before it is opened.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) topic: Arc<TopicLanes>,
+    pub(super) partition: u32,
+    /// Where reading starts.
+    pub(super) position: u64,
+    /// Where it ends, not included.
+    pub(super) until: u64,
+    /// The end of the log there.
+    pub(super) end: Arc<LaneEnd>,
+    /// The lease it is held by; a reader has none.
+    pub(super) epoch: Option<u64>,
+}
+
+impl Place {
+    pub(super) fn row(&self) -> u32 {
+        self.topic.first_lane + self.partition
+    }
+}
+
+/// A lane that is open, or was.
+#[derive(Debug)]
+struct Slot {
+    lane: Lane,
+    place: Place,
+    /// The next position to read.
+    read_to: u64,
+    ahead: VecDeque<Ahead>,
+    /// `Ended` was said.
+    ended: bool,
+    /// The owner was told to release it.
+    revoking: bool,
+    /// Settled up to here, and recorded up to there.
+    settled: u64,
+    recorded: u64,
+}
+
+/// What was read and not handed out.
+#[derive(Debug)]
+enum Ahead {
+    Message(Unpacked),
+    Gap { from: u64, to: u64 },
+}
+
+/// A page to read.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) lane: Lane,
+    pub(super) topic: Arc<TopicLanes>,
+    pub(super) row: u32,
+    pub(super) from: u64,
+    pub(super) to: u64,
+}
+
+/// The state of one member or reader.
+#[derive(Debug)]
+pub(super) struct MemberState {
+    limits: Limits,
+    lanes: LaneTable,
+    /// By the lane's number.
+    slots: Vec<Slot>,
+    control: VecDeque<Signal>,
+    ahead_bytes: usize,
+    /// Whose turn it is to be handed out, and to be read.
+    turn: usize,
+    read_turn: usize,
+    /// Where a reader ends when it ends at a time that was still to come.
+    pub(super) until_time: Option<Timestamp>,
+}
+
+impl MemberState {
+    pub(super) fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            lanes: LaneTable::new(limits),
+            slots: Vec::new(),
+            control: VecDeque::new(),
+            ahead_bytes: 0,
+            turn: 0,
+            read_turn: 0,
+            until_time: None,
+        }
+    }
+
+    /// Opens lanes and announces them, all in one signal.
+    pub(super) fn open(&mut self, places: Vec<Place>) {
+        if places.is_empty() {
+            return;
+        }
+        let mut assignments = Vec::with_capacity(places.len());
+        let mut opened = Vec::with_capacity(places.len());
+        for place in places {
+            let lane = self.lanes.open();
+            let assignment = Assignment::new(lane, place.topic.name.clone(), place.partition);
+            assignments.push(assignment.with_position(Position(place.position.into())));
+            opened.push(lane.id as usize);
+            let slot = Slot {
+                lane,
+                read_to: place.position,
+                settled: place.position,
+                recorded: place.position,
+                place,
+                ahead: VecDeque::new(),
+                ended: false,
+                revoking: false,
+            };
+            match self.slots.get_mut(lane.id as usize) {
+                Some(free) => *free = slot,
+                None => self.slots.push(slot),
+            }
+        }
+        self.control.push_back(Signal::Assigned(assignments));
+        for index in opened {
+            self.check_end(index);
+        }
+    }
+
+    /// The open lanes at these places.
+    fn lanes_at(&self, places: &[TopicPartition]) -> Vec<Lane> {
+        let is_at = |slot: &&Slot| {
+            places.iter().any(|place| {
+                place.topic == slot.place.topic.name && place.partition == slot.place.partition
+            })
+        };
+        let open = |slot: &&Slot| self.lanes.is_open(slot.lane);
+        let slots = self.slots.iter().filter(open).filter(is_at);
+        slots.map(|slot| slot.lane).collect()
+    }
+
+    /// Announces that lanes are to be released; nothing of them is handed out any more.
+    pub(super) fn revoke(&mut self, places: &[TopicPartition]) {
+        let lanes = self.lanes_at(places);
+        for lane in &lanes {
+            self.slots[lane.id as usize].revoking = true;
+            self.drop_ahead(*lane);
+        }
+        if !lanes.is_empty() {
+            self.control.push_back(Signal::Revoking(lanes));
+        }
+    }
+
+    /// Closes lanes that are gone already, and says so.
+    pub(super) fn lose(&mut self, places: &[TopicPartition]) {
+        let lanes = self.lanes_at(places);
+        for lane in &lanes {
+            self.close(*lane);
+        }
+        if !lanes.is_empty() {
+            self.control.push_back(Signal::Lost(lanes));
+        }
+    }
+
+    /// Closes lanes that their owner gives away, and returns where they are.
+    pub(super) fn release(&mut self, lanes: &[Lane]) -> Vec<TopicPartition> {
+        let mut places = Vec::new();
+        for lane in lanes {
+            let Some(slot) = self.slot(*lane) else {
+                continue;
+            };
+            let place = TopicPartition::new(slot.place.topic.name.clone(), slot.place.partition);
+            places.push(place);
+            self.close(*lane);
+        }
+        places
+    }
+
+    fn close(&mut self, lane: Lane) {
+        self.drop_ahead(lane);
+        self.lanes.close(lane);
+    }
+
+    fn drop_ahead(&mut self, lane: Lane) {
+        let ahead = std::mem::take(&mut self.slots[lane.id as usize].ahead);
+        self.ahead_bytes -= ahead.iter().map(Ahead::size).sum::<usize>();
+    }
+
+    fn slot(&self, lane: Lane) -> Option<&Slot> {
+        let open = self.lanes.is_open(lane);
+        self.slots.get(lane.id as usize).filter(|_| open)
+    }
+
+    /// The next signal there is: control first, then messages.
+    pub(super) fn next_signal(&mut self) -> Option<Signal> {
+        if let Some(signal) = self.control.pop_front() {
+            return Some(signal);
+        }
+        let batch = self.hand_out();
+        if !batch.is_empty() {
+            return Some(Signal::Delivered(batch));
+        }
+        // A gap or an end may have been reached without a message.
+        self.control.pop_front()
+    }
+
+    /// Collects one batch, lane after lane, each in its turn.
+    fn hand_out(&mut self) -> Vec<Delivery> {
+        let mut batch = Vec::new();
+        for _ in 0..self.slots.len() {
+            if batch.len() >= self.limits.batch || self.lanes.is_full() {
+                break;
+            }
+            let index = self.turn % self.slots.len();
+            let served = self.hand_out_lane(index, &mut batch);
+            self.check_end(index);
+            if !served {
+                // It has more than there was room for: its turn goes on.
+                break;
+            }
+            self.turn = index + 1;
+        }
+        batch
+    }
+
+    /// Hands out what credit allows on one lane; false when it did not fit the bytes left.
+    fn hand_out_lane(&mut self, index: usize, batch: &mut Vec<Delivery>) -> bool {
+        let slot = &mut self.slots[index];
+        if slot.revoking {
+            return true;
+        }
+        let room = self.limits.batch - batch.len();
+        let mut credit = self.lanes.credit(slot.lane).min(room);
+        loop {
+            match slot.ahead.front() {
+                Some(Ahead::Gap { from, to }) => {
+                    let (lane, from, to) = (slot.lane, *from, *to);
+                    slot.ahead.pop_front();
+                    let (from, to) = (Position(from.into()), Position(to.into()));
+                    self.control.push_back(Signal::Gap { lane, from, to });
+                    // What stands before it in this batch goes first.
+                    return true;
+                }
+                Some(Ahead::Message(message)) if credit > 0 => {
+                    if self.until_time.is_some_and(|time| message.time >= time) {
+                        slot.place.until = message.position;
+                        self.ahead_bytes -= slot.ahead.drain(..).map(|it| it.size()).sum::<usize>();
+                        return true;
+                    }
+                    if !self.lanes.fits(message.size) {
+                        return false;
+                    }
+                }
+                _ => return true,
+            }
+            let Some(Ahead::Message(unpacked)) = slot.ahead.pop_front() else {
+                return true;
+            };
+            credit -= 1;
+            self.ahead_bytes -= unpacked.size;
+            let position = Position(unpacked.position.into());
+            let receipt = self.lanes.hand_out(slot.lane, position, unpacked.size);
+            batch.push(Delivery::new(unpacked.message, receipt).with_position(position));
+        }
+    }
+
+    /// Says `Ended` once when a lane is at its end.
+    fn check_end(&mut self, index: usize) {
+        let slot = &mut self.slots[index];
+        let at_end = slot.read_to >= slot.place.until && slot.ahead.is_empty();
+        if at_end && !slot.ended && self.lanes.is_open(slot.lane) {
+            slot.ended = true;
+            self.control.push_back(Signal::Ended(vec![slot.lane]));
+        }
+    }
+
+    /// The next page worth reading, if there is one.
+    pub(super) fn wanted(&mut self) -> Option<Wanted> {
+        if self.ahead_bytes >= AHEAD_BYTES {
+            return None;
+        }
+        let count = self.slots.len();
+        let indices = (0..count).map(|offset| (self.read_turn + offset) % count);
+        for index in indices {
+            let slot = &self.slots[index];
+            let to = slot.place.end.next().min(slot.place.until);
+            let enough = slot.ahead.len() as u64 >= PAGE_ROWS / 2;
+            // Nothing is read for a lane that can take nothing.
+            if slot.revoking || enough || slot.read_to >= to || self.lanes.credit(slot.lane) == 0 {
+                continue;
+            }
+            let wanted = Wanted {
+                lane: slot.lane,
+                topic: Arc::clone(&slot.place.topic),
+                row: slot.place.row(),
+                from: slot.read_to,
+                to,
+            };
+            self.read_turn = index + 1;
+            return Some(wanted);
+        }
+        None
+    }
+
+    /// Takes in a page, unless its lane is another one by now.
+    pub(super) fn take_page(&mut self, wanted: &Wanted, page: Page) {
+        if !self.lanes.is_open(wanted.lane) {
+            return;
+        }
+        let index = wanted.lane.id as usize;
+        let slot = &mut self.slots[index];
+        if slot.revoking || slot.read_to != wanted.from {
+            return;
+        }
+        match page {
+            Page::Messages(messages) => {
+                slot.read_to += messages.len() as u64;
+                self.ahead_bytes += messages.iter().map(|message| message.size).sum::<usize>();
+                slot.ahead.extend(messages.into_iter().map(Ahead::Message));
+            }
+            Page::Gone { base } => {
+                let to = base.min(slot.place.until);
+                let from = slot.read_to;
+                slot.ahead.push_back(Ahead::Gap { from, to });
+                slot.read_to = to;
+            }
+        }
+    }
+
+    /// Ends every lane before the position it is given here.
+    pub(super) fn end_at(&mut self, ends: &[u64]) {
+        self.until_time = None;
+        for (index, end) in ends.iter().enumerate() {
+            if let Some(slot) = self.slots.get_mut(index) {
+                slot.place.until = slot.place.until.min(*end);
+                self.check_end(index);
+            }
+        }
+    }
+
+    /// The rows of all lanes, in the order of their numbers.
+    pub(super) fn rows(&self) -> Vec<u32> {
+        self.slots.iter().map(|slot| slot.place.row()).collect()
+    }
+
+    /// Marks messages done; true when that gave credit back.
+    pub(super) fn settle(&mut self, receipts: impl Iterator<Item = Receipt>) -> u64 {
+        let stale = self.lanes.stale();
+        for receipt in receipts {
+            if let Settled::LowWater(position) = self.lanes.settle(receipt) {
+                self.slots[receipt.lane.id as usize].settled = to_u64(position) + 1;
+            }
+        }
+        self.lanes.stale() - stale
+    }
+
+    /// What is settled and not recorded yet.
+    pub(super) fn advances(&self, group: i64) -> Vec<Advance> {
+        let open = self.slots.iter().filter(|slot| self.lanes.is_open(slot.lane));
+        let unrecorded = open.filter(|slot| slot.settled > slot.recorded);
+        unrecorded
+            .filter_map(|slot| {
+                Some(Advance {
+                    group,
+                    lane: slot.place.row(),
+                    epoch: slot.place.epoch?,
+                    position: slot.settled,
+                })
+            })
+            .collect()
+    }
+
+    /// Takes note that advances are on disk.
+    pub(super) fn recorded(&mut self, advances: &[Advance]) {
+        for advance in advances {
+            let mine = self.slots.iter_mut().find(|slot| {
+                slot.place.row() == advance.lane && slot.place.epoch == Some(advance.epoch)
+            });
+            if let Some(slot) = mine {
+                slot.recorded = slot.recorded.max(advance.position);
+            }
+        }
+    }
+}
+
+impl Ahead {
+    fn size(&self) -> usize {
+        match self {
+            Self::Message(message) => message.size,
+            Self::Gap { .. } => 0,
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Joining a group, or opening a reader.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use eventbus_core::{
+    Error, ErrorKind, Group, LeaseConfig, LeaseTopic, Leaseholder, Limits, Member, Result, Start,
+    Subscriber, Subscription, Until,
+};
+use tokio::sync::Notify;
+
+use super::broker::SqliteBroker;
+use super::database::Shared;
+use super::deliveries::{MemberHandle, Seat, SqliteDeliveries, SqliteSettlement};
+use super::leases::SqliteLeases;
+use super::member::{MemberState, Place};
+use super::page::to_u64;
+use super::topics::TopicLanes;
+
+#[async_trait]
+impl Subscriber for SqliteBroker {
+    async fn subscribe(&self, subscription: Subscription) -> Result<Member> {
+        self.client().check_open("subscribe")?;
+        check(&subscription)?;
+        let database = &self.client().database;
+        let topics = distinct(database.topics_of(&subscription.topics).await?);
+        let (handle, leaseholder) = match &subscription.group {
+            Some(group) => join(database, group, &topics, &subscription).await?,
+            None => (read(database, &topics, &subscription).await?, None),
+        };
+        self.client().adopt(&handle)?;
+        Ok(Member::new(
+            Box::new(SqliteDeliveries::new(Arc::clone(&handle), leaseholder)),
+            Box::new(SqliteSettlement(handle)),
+        ))
+    }
+}
+
+fn check(subscription: &Subscription) -> Result<()> {
+    if subscription.topics.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "subscribe",
+            "no topic is named: give at least one",
+        ));
+    }
+    if subscription.group.is_some() && subscription.until.is_some() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "subscribe",
+            "a group has no end: read with `Subscription::reader`, or leave `until` out",
+        ));
+    }
+    Ok(())
+}
+
+fn distinct(topics: Vec<Arc<TopicLanes>>) -> Vec<Arc<TopicLanes>> {
+    let mut distinct: Vec<Arc<TopicLanes>> = Vec::with_capacity(topics.len());
+    for topic in topics {
+        if distinct.iter().all(|known| known.name != topic.name) {
+            distinct.push(topic);
+        }
+    }
+    distinct
+}
+
+async fn join(
+    database: &Shared,
+    group: &Group,
+    topics: &[Arc<TopicLanes>],
+    subscription: &Subscription,
+) -> Result<(Arc<MemberHandle>, Option<Leaseholder>)> {
+    let group = database.join_group(group, topics, subscription.start).await?;
+    let ended = Arc::new(AtomicBool::new(false));
+    let leases = SqliteLeases::new(database.clone(), group.clone(), Arc::clone(&ended));
+    let shared = topics.iter().map(|topic| LeaseTopic {
+        name: topic.name.clone(),
+        partitions: topic.partitions,
+    });
+    let config = LeaseConfig::new(group.name.clone(), shared.collect())
+        .with_ttl(database.config.lease)
+        .with_revoke_timeout(subscription.limits.revoke_timeout);
+    let leaseholder = Leaseholder::join(Arc::new(leases), config);
+    let seat = Seat {
+        group,
+        member: leaseholder.member(),
+        held: leaseholder.held(),
+    };
+    let handle = member(database, subscription.limits, ended, Some(seat));
+    Ok((Arc::new(handle), Some(leaseholder)))
+}
+
+async fn read(
+    database: &Shared,
+    topics: &[Arc<TopicLanes>],
+    subscription: &Subscription,
+) -> Result<Arc<MemberHandle>> {
+    let ended = Arc::new(AtomicBool::new(false));
+    let handle = Arc::new(member(database, subscription.limits, ended, None));
+    let now = database.now();
+    let mut places = Vec::new();
+    for topic in topics {
+        for (partition, lane) in topic.lanes() {
+            let row = database.lane(lane).await?;
+            let until = match subscription.until {
+                None => u64::MAX,
+                Some(Until::Position(position)) => to_u64(position),
+                Some(Until::Time(time)) if now >= time.into() => {
+                    database.first_at_or_after(lane, time.into()).await?
+                }
+                Some(Until::Time(time)) => {
+                    handle.lock().until_time = Some(time.into());
+                    u64::MAX
+                }
+                Some(_) => row.next,
+            };
+            let position = match subscription.start {
+                Start::Earliest => row.base,
+                Start::Latest => row.next,
+                start => database.start_position(lane, start).await?,
+            };
+            let end = database.wakes.lane(lane, row.next);
+            end.listen(&handle.notify);
+            places.push(Place {
+                topic: Arc::clone(topic),
+                partition,
+                position,
+                until,
+                end,
+                epoch: None,
+            });
+        }
+    }
+    handle.lock().open(places);
+    Ok(handle)
+}
+
+fn member(
+    database: &Shared,
+    limits: Limits,
+    ended: Arc<AtomicBool>,
+    seat: Option<Seat>,
+) -> MemberHandle {
+    MemberHandle {
+        database: database.clone(),
+        state: Mutex::new(MemberState::new(limits)),
+        notify: Arc::new(Notify::new()),
+        ended,
+        seat,
+    }
+}

@@ -1,0 +1,4 @@
+//! The SQLite broker as its users meet it.
+
+mod conformance;
+mod place;
