@@ -7,12 +7,12 @@ use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result, Topic};
 use crate::config::{EventBusConfig, redacted};
 
 /// Every scheme there is, and the feature that brings it.
-const SCHEMES: &[(&str, &str)] = &[("memory", "memory")];
+const SCHEMES: &[(&str, &str)] = &[("memory", "memory"), ("sqlite", "sqlite")];
 
 /// Connects an [`EventBus`]; in scope with the prelude, so that `EventBus::connect` is there.
 pub trait Connect: Sized {
-    /// Connects to the broker that `url` names, such as `memory:`, `memory:shop` for one that
-    /// several parts of a process share, or `memory:?like=kafka`.
+    /// Connects to the broker that `url` names, such as `sqlite://shop.db`, `memory:`, `memory:shop`
+    /// for one that several parts of a process share, or `memory:?like=kafka`.
     ///
     /// # Errors
     ///
@@ -88,6 +88,11 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
                 Some(store) => builder.key_state(Arc::new(store)),
                 None => builder,
             })
+        }
+        #[cfg(feature = "sqlite")]
+        "sqlite" => {
+            let broker = eventbus_sql::SqliteBroker::from_url(url).await?;
+            Ok(EventBus::builder(broker))
         }
         scheme => Err(unknown(scheme, url)),
     }

@@ -12,4 +12,6 @@ pub use connect::{Connect, connect};
 pub use eventbus_core::*;
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;
+#[cfg(feature = "sqlite")]
+pub use eventbus_sql::{SqliteBroker, SqliteConfig};
 pub use signal::shutdown_signal;

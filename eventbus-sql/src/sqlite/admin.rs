@@ -141,7 +141,9 @@ impl Database {
     async fn health(&self) -> Result<AdminReply> {
         let query = sqlx::query(self.sql("SELECT version FROM {p}schema"));
         self.read("check health", query).await?;
-        let asked = self.writer.run("check health", |_| async { Ok(()) }.boxed());
+        let asked = self
+            .writer
+            .run("check health", |_| async { Ok(()) }.boxed());
         asked.await?;
         Ok(AdminReply::Done)
     }
@@ -180,7 +182,9 @@ fn report(declared: &TopicSpec, applied: &Applied) -> TopicReport {
             shown(applied.retention)
         ));
     }
-    let bytes = declared.retention_bytes.map(|bytes| saturated(bytes.into()));
+    let bytes = declared
+        .retention_bytes
+        .map(|bytes| saturated(bytes.into()));
     if bytes.is_some() && bytes != applied.retention_bytes {
         report = report.with_drift(format!(
             "a retention of {} bytes is declared, the topic has {}",

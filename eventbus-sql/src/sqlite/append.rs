@@ -128,7 +128,9 @@ impl Appender {
             sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await?;
         }
         // Unknown lanes, or another process wrote: inside the transaction it cannot.
-        sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
+        sqlx::query("BEGIN IMMEDIATE")
+            .execute(&mut *connection)
+            .await?;
         self.look_up(connection, packed).await?;
         let known = self.plan(packed)?;
         let sql = self.tables.sql(ADVANCE);
@@ -152,7 +154,8 @@ impl Appender {
                     };
                     let newest = old.newest.max(now);
                     let new = LaneRow { newest, ..old };
-                    self.plan.push((message.lane, Change { old, new, bytes: 0 }));
+                    self.plan
+                        .push((message.lane, Change { old, new, bytes: 0 }));
                     let (_, change) = self.plan.last_mut().expect("it was just put in");
                     change
                 }

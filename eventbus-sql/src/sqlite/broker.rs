@@ -182,12 +182,7 @@ impl SqliteBroker {
 }
 
 fn lost_topic(name: &Topic) -> Error {
-    Error::new(
-        ErrorKind::Internal,
-        "publish",
-        "the topic was not created",
-    )
-    .with("topic", name)
+    Error::new(ErrorKind::Internal, "publish", "the topic was not created").with("topic", name)
 }
 
 impl Client {
@@ -235,9 +230,11 @@ impl Publisher for SqliteBroker {
         if let Err(Refused { error, outcome }) = self.take(&sound).await {
             // One transaction failed, so each of its messages did, for the same reason.
             let error = Arc::new(error);
-            unpublished.extend(sound.into_iter().map(|(index, message)| {
-                Unpublished::new(index, message, outcome, again(&error))
-            }));
+            unpublished.extend(
+                sound.into_iter().map(|(index, message)| {
+                    Unpublished::new(index, message, outcome, again(&error))
+                }),
+            );
         }
         if unpublished.is_empty() {
             return Ok(());

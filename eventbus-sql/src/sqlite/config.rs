@@ -148,15 +148,18 @@ impl SqliteConfig {
         let mut config = Self::new(path);
         for option in options.split('&').filter(|option| !option.is_empty()) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
-            config.set(name, value).map_err(|reason| {
-                refuse(reason).with("option", name).with("value", value)
-            })?;
+            config
+                .set(name, value)
+                .map_err(|reason| refuse(reason).with("option", name).with("value", value))?;
         }
         Ok(config)
     }
 
     fn set(&mut self, name: &str, value: &str) -> Result<(), &'static str> {
-        let time = || duration(value).ok_or("a time is a number with a unit, such as 500ms, 5s, 10m, 1h or 7d");
+        let time = || {
+            duration(value)
+                .ok_or("a time is a number with a unit, such as 500ms, 5s, 10m, 1h or 7d")
+        };
         match name {
             "prefix" => {
                 Tables::check_prefix(value)?;
@@ -180,7 +183,9 @@ impl SqliteConfig {
                     interval.ok_or("`retention_interval` is at least 10ms")?;
             }
             _ => {
-                return Err("the options are prefix, partitions, busy_timeout, lease, group_expiry and retention_interval");
+                return Err(
+                    "the options are prefix, partitions, busy_timeout, lease, group_expiry and retention_interval",
+                );
             }
         }
         Ok(())
@@ -268,7 +273,10 @@ mod tests {
         assert_eq!(config.path, Path::new("/var/lib/my shop.db"));
         assert_eq!((config.prefix.as_str(), config.partitions), ("bus_", 8));
         assert_eq!(config.busy_timeout, Duration::from_millis(250));
-        assert_eq!((config.lease, config.group_expiry), (Duration::from_secs(3), HOUR));
+        assert_eq!(
+            (config.lease, config.group_expiry),
+            (Duration::from_secs(3), HOUR)
+        );
         assert_eq!(config.retention_interval, Duration::from_secs(60));
         let config = SqliteConfig::from_url("sqlite://shop.db").expect("a good url");
         assert_eq!(config.path, Path::new("shop.db"));
@@ -280,8 +288,14 @@ mod tests {
             ("sqlite://", "names no file"),
             ("sqlite://a%2", "names no file"),
             ("sqlite://a.db?mode=rwc", "prefix, partitions, busy_timeout"),
-            ("sqlite://a.db?prefix=a-b", "letters, digits and underscores"),
-            ("sqlite://a.db?prefix=sqlite_x", "letters, digits and underscores"),
+            (
+                "sqlite://a.db?prefix=a-b",
+                "letters, digits and underscores",
+            ),
+            (
+                "sqlite://a.db?prefix=sqlite_x",
+                "letters, digits and underscores",
+            ),
             ("sqlite://a.db?partitions=0", "1 to 4096"),
             ("sqlite://a.db?lease=5", "with a unit"),
             ("sqlite://a.db?lease=5ms", "at least 100ms"),

@@ -12,7 +12,7 @@ use futures_util::FutureExt;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
 };
-use sqlx::{ConnectOptions, SqliteConnection, SqlitePool, SqlStr};
+use sqlx::{ConnectOptions, SqlStr, SqliteConnection, SqlitePool};
 use tokio::runtime::{Handle, Id};
 use tokio::sync::OnceCell;
 use tokio::task::AbortHandle;

@@ -41,7 +41,10 @@ fn driver_error(operation: &'static str, native: Arc<sqlx::Error>) -> Error {
             ErrorKind::Codec,
             "a row is not what the broker wrote: the file is damaged, or somebody else wrote to its tables; restore it from a copy",
         ),
-        _ => (ErrorKind::Internal, "the driver answered what it should not"),
+        _ => (
+            ErrorKind::Internal,
+            "the driver answered what it should not",
+        ),
     };
     Error::new(kind, operation, message).with_source(native)
 }
@@ -145,7 +148,10 @@ mod tests {
             (sqlx::Error::PoolClosed, ErrorKind::Closed),
             (sqlx::Error::PoolTimedOut, ErrorKind::Unavailable),
             (sqlx::Error::WorkerCrashed, ErrorKind::Unavailable),
-            (sqlx::Error::Io(std::io::Error::other("gone")), ErrorKind::Unavailable),
+            (
+                sqlx::Error::Io(std::io::Error::other("gone")),
+                ErrorKind::Unavailable,
+            ),
             (sqlx::Error::Decode("odd".into()), ErrorKind::Codec),
             (sqlx::Error::RowNotFound, ErrorKind::Internal),
         ];

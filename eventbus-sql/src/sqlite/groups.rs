@@ -39,7 +39,8 @@ impl CursorRow {
         // Whatever does not fit is refused by its checksum.
         let (lane, position) = (lane as u32, position as u64);
         if seal != cursor_seal(group, lane, position) {
-            let reason = format!("the checksum of the place of group {group} on lane {lane} is wrong");
+            let reason =
+                format!("the checksum of the place of group {group} on lane {lane} is wrong");
             return Err(sqlx::Error::Decode(reason.into()));
         }
         let epoch = column(3)? as u64;
@@ -99,11 +100,7 @@ impl Database {
         })
     }
 
-    async fn beginnings(
-        &self,
-        topics: &[Arc<TopicLanes>],
-        start: Start,
-    ) -> Result<Vec<Beginning>> {
+    async fn beginnings(&self, topics: &[Arc<TopicLanes>], start: Start) -> Result<Vec<Beginning>> {
         let mut beginnings = Vec::new();
         for (_, lane) in topics.iter().flat_map(|topic| topic.lanes()) {
             let at = match start {
@@ -170,10 +167,13 @@ impl Database {
     ) -> Result<Vec<Place>> {
         let mut granted = Vec::with_capacity(leases.len());
         for lease in leases {
-            let topic = self.find_topic("open partitions", &lease.place.topic).await?;
+            let topic = self
+                .find_topic("open partitions", &lease.place.topic)
+                .await?;
             granted.push((topic, lease));
         }
-        let row = |(topic, lease): &(Arc<TopicLanes>, &Lease)| topic.first_lane + lease.place.partition;
+        let row =
+            |(topic, lease): &(Arc<TopicLanes>, &Lease)| topic.first_lane + lease.place.partition;
         let rows: Vec<u32> = granted.iter().map(row).collect();
         let cursors = self.cursors("open partitions", group.id, &rows).await?;
         let lanes = self.lanes("open partitions", &rows).await?;

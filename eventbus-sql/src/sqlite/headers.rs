@@ -28,7 +28,10 @@ const TIME: usize = 8;
 pub(super) const HEAD_FIXED: usize = CHECKSUM + TIME + 2 + 4 + 4;
 const NO_KEY: u16 = u16::MAX;
 
-const _: () = assert!(KEY_BYTES_MAX < NO_KEY as usize, "a key's length fits two bytes");
+const _: () = assert!(
+    KEY_BYTES_MAX < NO_KEY as usize,
+    "a key's length fits two bytes"
+);
 
 /// The id of a place.
 pub(super) fn id_of(lane: u32, position: u64) -> i64 {
@@ -157,7 +160,9 @@ impl Lengths {
 /// The time in a head, unchecked: where it only steers a search.
 pub(super) fn time_of(head: &[u8]) -> Option<Timestamp> {
     let time = head.get(CHECKSUM..CHECKSUM + TIME)?;
-    Some(Timestamp::from_micros(i64::from_le_bytes(time.try_into().ok()?)))
+    Some(Timestamp::from_micros(i64::from_le_bytes(
+        time.try_into().ok()?,
+    )))
 }
 
 /// Says that the message at this place is not what was published.
@@ -224,16 +229,23 @@ mod tests {
 
     #[test]
     fn a_flipped_bit_or_another_place_is_found() {
-        let (head, payload) = Packed::new(3, &message()).row(id_of(3, 9), Timestamp::from_micros(1));
+        let (head, payload) =
+            Packed::new(3, &message()).row(id_of(3, 9), Timestamp::from_micros(1));
         for bit in 0..head.len() * 8 {
             let mut flipped = head.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            assert!(read((3, 9), &flipped, &payload).is_err(), "bit {bit} of the head");
+            assert!(
+                read((3, 9), &flipped, &payload).is_err(),
+                "bit {bit} of the head"
+            );
         }
         for bit in 0..payload.len() * 8 {
             let mut flipped = payload.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            assert!(read((3, 9), &head, &flipped).is_err(), "bit {bit} of the payload");
+            assert!(
+                read((3, 9), &head, &flipped).is_err(),
+                "bit {bit} of the payload"
+            );
         }
         assert!(read((3, 10), &head, &payload).is_err());
         assert!(read((4, 9), &head, &payload).is_err());
@@ -243,7 +255,10 @@ mod tests {
         }
         let error = read((3, 9), &head, b"other").expect_err("it is another payload");
         assert_eq!(error.kind(), ErrorKind::Codec);
-        assert!(error.to_string().contains("topic: orders, position: 9"), "{error}");
+        assert!(
+            error.to_string().contains("topic: orders, position: 9"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -270,7 +270,10 @@ impl Removal {
         let row = self.row(connection).await?;
         let to = self.limit(&row, connection).await?;
         let piece = to.min(row.base + PIECE);
-        let (from, end) = (id_of(self.lane, row.base), id_of(self.lane, piece.max(row.base)));
+        let (from, end) = (
+            id_of(self.lane, row.base),
+            id_of(self.lane, piece.max(row.base)),
+        );
         let sizes = sqlx::query(self.tables.sql(SELECT_SIZES))
             .bind(from)
             .bind(end)
@@ -282,7 +285,9 @@ impl Removal {
                 break;
             }
             let size: i64 = size.try_get(0)?;
-            bytes += u64::try_from(size).unwrap_or(0).saturating_sub(HEAD_FIXED as u64);
+            bytes += u64::try_from(size)
+                .unwrap_or(0)
+                .saturating_sub(HEAD_FIXED as u64);
             base += 1;
         }
         // Rows that are missing are passed over as well: they are gone already.

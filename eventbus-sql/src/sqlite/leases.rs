@@ -60,7 +60,11 @@ const EXCHANGE: &str = "renew leases";
 impl LeaseStore for SqliteLeases {
     async fn exchange(&self, request: &LeaseRequest) -> Result<LeaseReply> {
         if self.ended.load(Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Closed, EXCHANGE, "the member has left"));
+            return Err(Error::new(
+                ErrorKind::Closed,
+                EXCHANGE,
+                "the member has left",
+            ));
         }
         let released = self.rows(request.released.iter().map(|lease| &lease.place));
         let released = released.await?;
@@ -81,9 +85,7 @@ impl LeaseStore for SqliteLeases {
             async move { exchange.serve(connection).await }.boxed()
         });
         let (reply, generation) = answer.await?;
-        self.database
-            .wakes
-            .group_changed(self.group.id, generation);
+        self.database.wakes.group_changed(self.group.id, generation);
         Ok(reply)
     }
 
@@ -287,7 +289,11 @@ const SELECT_HELD: &str = "
     )
     WHERE cursor.consumer_group = ? AND cursor.holder IS NOT NULL";
 
-async fn free_orphans(tables: &Tables, group: i64, connection: &mut SqliteConnection) -> Result<()> {
+async fn free_orphans(
+    tables: &Tables,
+    group: i64,
+    connection: &mut SqliteConnection,
+) -> Result<()> {
     let freed = sqlx::query(tables.sql(FREE_ORPHANS)).bind(group);
     freed.execute(connection).await.map_err(native)?;
     Ok(())
@@ -322,7 +328,11 @@ fn read_member(row: &SqliteRow) -> Result<LeaseMember> {
     });
     let topics = topics.collect::<Option<Vec<_>>>();
     let topics = topics.ok_or_else(|| native(sqlx::Error::Decode("a member's topics".into())))?;
-    Ok(LeaseMember::new(text(0)?.parse()?, text(1)?.parse()?, topics))
+    Ok(LeaseMember::new(
+        text(0)?.parse()?,
+        text(1)?.parse()?,
+        topics,
+    ))
 }
 
 fn read_lease(row: &SqliteRow) -> Result<(MemberId, Lease)> {
@@ -354,7 +364,9 @@ fn machine_clock() -> (String, i64) {
     };
     since_start().unwrap_or_else(|| {
         let date = SystemTime::now().duration_since(UNIX_EPOCH);
-        let millis = date.map_or(0, |date| i64::try_from(date.as_millis()).unwrap_or(i64::MAX));
+        let millis = date.map_or(0, |date| {
+            i64::try_from(date.as_millis()).unwrap_or(i64::MAX)
+        });
         (String::new(), millis)
     })
 }

@@ -365,7 +365,10 @@ impl MemberState {
 
     /// What is settled and not recorded yet.
     pub(super) fn advances(&self, group: i64) -> Vec<Advance> {
-        let open = self.slots.iter().filter(|slot| self.lanes.is_open(slot.lane));
+        let open = self
+            .slots
+            .iter()
+            .filter(|slot| self.lanes.is_open(slot.lane));
         let unrecorded = open.filter(|slot| slot.settled > slot.recorded);
         unrecorded
             .filter_map(|slot| {

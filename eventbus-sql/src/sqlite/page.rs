@@ -60,7 +60,9 @@ impl Database {
         let first: Option<i64> = row.try_get(1).map_err(native)?;
         let last: Option<i64> = row.try_get(2).map_err(native)?;
         let starts_here = first == Some(id_of(lane, from));
-        let dense = first.zip(last).is_some_and(|(first, last)| last - first + 1 == count);
+        let dense = first
+            .zip(last)
+            .is_some_and(|(first, last)| last - first + 1 == count);
         if !starts_here || !dense {
             // A large message stands between, or rows are missing.
             return self.read_one(topic, lane, from).await;
@@ -128,7 +130,11 @@ impl Database {
         while low < high {
             let middle = low + (high - low) / 2;
             // What was trimmed meanwhile was taken earlier.
-            if self.taken_at(lane, middle).await?.is_none_or(|taken| taken < time) {
+            if self
+                .taken_at(lane, middle)
+                .await?
+                .is_none_or(|taken| taken < time)
+            {
                 low = middle + 1;
             } else {
                 high = middle;

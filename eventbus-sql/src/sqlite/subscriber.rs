@@ -71,7 +71,9 @@ async fn join(
     topics: &[Arc<TopicLanes>],
     subscription: &Subscription,
 ) -> Result<(Arc<MemberHandle>, Option<Leaseholder>)> {
-    let group = database.join_group(group, topics, subscription.start).await?;
+    let group = database
+        .join_group(group, topics, subscription.start)
+        .await?;
     let ended = Arc::new(AtomicBool::new(false));
     let leases = SqliteLeases::new(database.clone(), group.clone(), Arc::clone(&ended));
     let shared = topics.iter().map(|topic| LeaseTopic {

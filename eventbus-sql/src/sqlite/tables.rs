@@ -9,8 +9,7 @@ use super::error::into_error;
 /// What brings an older version to the next, in order.
 const MIGRATIONS: [&str; 1] = [include_str!("../../migrations/sqlite/0001_log.sql")];
 
-const PREFIX_RULE: &str =
-    "a prefix has a letter, then up to 31 letters, digits and underscores, and does not begin with sqlite_";
+const PREFIX_RULE: &str = "a prefix has a letter, then up to 31 letters, digits and underscores, and does not begin with sqlite_";
 
 /// Writes SQL for tables of one prefix.
 #[derive(Clone, Debug)]
@@ -61,9 +60,18 @@ impl Tables {
     /// tables of others are not touched.
     pub(super) async fn migrate(&self, connection: &mut SqliteConnection) -> Result<()> {
         // At once for writing, so that a file that cannot be written is found here.
-        execute("open database", connection, "BEGIN IMMEDIATE".into_sql_str()).await?;
+        execute(
+            "open database",
+            connection,
+            "BEGIN IMMEDIATE".into_sql_str(),
+        )
+        .await?;
         let migrated = self.migrate_in_transaction(connection).await;
-        let end = if migrated.is_ok() { "COMMIT" } else { "ROLLBACK" };
+        let end = if migrated.is_ok() {
+            "COMMIT"
+        } else {
+            "ROLLBACK"
+        };
         let ended = execute("open database", connection, end.into_sql_str()).await;
         migrated.and(ended)
     }
@@ -112,8 +120,11 @@ impl Tables {
                 )
                 .with("table", format_args!("{}{taken}", self.prefix)));
             }
-            self.run(connection, "CREATE TABLE {p}schema (version INTEGER NOT NULL)")
-                .await?;
+            self.run(
+                connection,
+                "CREATE TABLE {p}schema (version INTEGER NOT NULL)",
+            )
+            .await?;
             return Ok(0);
         }
         let rows = sqlx::query(self.sql("SELECT version FROM {p}schema"))
@@ -157,7 +168,8 @@ pub(super) async fn execute(
     sql: SqlStr,
 ) -> Result<()> {
     let ran = sqlx::raw_sql(sql).execute(connection).await;
-    ran.map(|_| ()).map_err(|error| into_error(operation, error))
+    ran.map(|_| ())
+        .map_err(|error| into_error(operation, error))
 }
 
 #[cfg(test)]
@@ -170,7 +182,9 @@ mod tests {
             assert!(Tables::new(good).is_ok(), "{good}");
         }
         let long = "a".repeat(33);
-        for bad in ["", "1a", "_a", "a-b", "a b", "a;", "\u{e4}", "sqlite_x", "SQLITE_", &long] {
+        for bad in [
+            "", "1a", "_a", "a-b", "a b", "a;", "\u{e4}", "sqlite_x", "SQLITE_", &long,
+        ] {
             let error = Tables::new(bad).expect_err(bad);
             assert_eq!(error.kind(), ErrorKind::InvalidInput);
         }

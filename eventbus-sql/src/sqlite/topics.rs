@@ -50,7 +50,8 @@ impl TopicLanes {
             u32::try_from(number).map_err(|_| odd_topic(&name))
         };
         let (partitions, first_lane) = (column(0)?, column(1)?);
-        let sound = (1..=PARTITIONS_MAX).contains(&partitions) && first_lane < LANE_END - partitions;
+        let sound =
+            (1..=PARTITIONS_MAX).contains(&partitions) && first_lane < LANE_END - partitions;
         if !sound {
             return Err(odd_topic(&name));
         }
@@ -149,7 +150,8 @@ impl Database {
     }
 }
 
-const FIND: &str = "SELECT partitions, first_lane, retention, retention_bytes FROM {p}topics WHERE name = ?";
+const FIND: &str =
+    "SELECT partitions, first_lane, retention, retention_bytes FROM {p}topics WHERE name = ?";
 
 fn apply(
     tables: Tables,
@@ -160,10 +162,12 @@ fn apply(
     async move {
         let mut all = Vec::with_capacity(specs.len());
         for spec in &specs {
-            let partitions = spec.partitions.unwrap_or(match is_dead_letters(&spec.name) {
-                true => 1,
-                false => default,
-            });
+            let partitions = spec
+                .partitions
+                .unwrap_or(match is_dead_letters(&spec.name) {
+                    true => 1,
+                    false => default,
+                });
             all.push(apply_one(&tables, spec, partitions, connection).await?);
         }
         Ok(all)

@@ -147,10 +147,7 @@ impl Writer {
     pub(super) async fn run<T, F>(&self, operation: &'static str, work: F) -> Result<T>
     where
         T: Send + Sync + 'static,
-        F: for<'c> Fn(&'c mut SqliteConnection) -> BoxFuture<'c, Result<T>>
-            + Send
-            + Sync
-            + 'static,
+        F: for<'c> Fn(&'c mut SqliteConnection) -> BoxFuture<'c, Result<T>> + Send + Sync + 'static,
     {
         let (reply, answer) = oneshot::channel();
         self.commands.add(Command::Job(Box::new(Work {
@@ -331,7 +328,9 @@ impl Command {
 
 /// Runs a job so that its failure leaves no trace.
 async fn run_job(job: &mut dyn Job, connection: &mut SqliteConnection) -> Result<(), Failure> {
-    sqlx::query("SAVEPOINT job").execute(&mut *connection).await?;
+    sqlx::query("SAVEPOINT job")
+        .execute(&mut *connection)
+        .await?;
     let end = match job.run(connection).await {
         Ran::Done => "RELEASE job",
         Ran::Undone => "ROLLBACK TO job; RELEASE job",
@@ -363,4 +362,3 @@ fn answer(batch: Vec<Command>, failure: Option<&Failure>) {
         }
     }
 }
-
