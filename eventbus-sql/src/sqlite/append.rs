@@ -106,12 +106,15 @@ impl Appender {
         }
     }
 
-    /// Opens the transaction and gives each message its place.
+    /// Opens the transaction and gives each message its place, in the order given per lane.
     pub(super) async fn begin(
         &mut self,
         connection: &mut SqliteConnection,
-        packed: &[&Packed],
+        mut packed: Vec<&Packed>,
     ) -> Result<(), Failure> {
+        // Lane after lane the rows are in the order of the table, so that each lies next to the one
+        // before.
+        packed.sort_by_key(|message| message.lane);
         self.plan.clear();
         self.rows.clear();
         self.committed.clear();
@@ -119,7 +122,7 @@ impl Appender {
             sqlx::query("BEGIN IMMEDIATE").execute(connection).await?;
             return Ok(());
         }
-        if self.plan(packed)? {
+        if self.plan(&packed)? {
             // In one go with the beginning: each statement costs a passage to SQLite's thread.
             let sql = self.tables.sql(&format!("BEGIN IMMEDIATE;{ADVANCE}"));
             if self.advance(connection, sql).await? {
@@ -131,8 +134,8 @@ impl Appender {
         sqlx::query("BEGIN IMMEDIATE")
             .execute(&mut *connection)
             .await?;
-        self.look_up(connection, packed).await?;
-        let known = self.plan(packed)?;
+        self.look_up(connection, &packed).await?;
+        let known = self.plan(&packed)?;
         let sql = self.tables.sql(ADVANCE);
         if known && self.advance(connection, sql).await? {
             return Ok(());
@@ -145,29 +148,27 @@ impl Appender {
         self.plan.clear();
         self.rows.clear();
         let now = self.clock.now();
-        for message in packed {
-            let change = match self.plan.iter_mut().find(|(lane, _)| *lane == message.lane) {
-                Some((_, change)) => change,
-                None => {
-                    let Some(old) = self.lanes.get(&message.lane).copied() else {
-                        return Ok(false);
-                    };
-                    let newest = old.newest.max(now);
-                    let new = LaneRow { newest, ..old };
-                    self.plan
-                        .push((message.lane, Change { old, new, bytes: 0 }));
-                    let (_, change) = self.plan.last_mut().expect("it was just put in");
-                    change
-                }
+        for messages in packed.chunk_by(|one, next| one.lane == next.lane) {
+            let lane = messages[0].lane;
+            let Some(old) = self.lanes.get(&lane).copied() else {
+                return Ok(false);
             };
-            if change.new.next >= POSITION_END {
+            let mut new = LaneRow {
+                newest: old.newest.max(now),
+                ..old
+            };
+            if new.next + messages.len() as u64 > POSITION_END {
                 return Err(sqlx::Error::Protocol("a lane is full".into()).into());
             }
-            let id = id_of(message.lane, change.new.next);
-            let (head, payload) = message.row(id, change.new.newest);
-            self.rows.push((id, head, payload));
-            change.new.next += 1;
-            change.bytes += message.size;
+            let mut bytes = 0;
+            for message in messages {
+                let id = id_of(lane, new.next);
+                let (head, payload) = message.row(id, new.newest);
+                self.rows.push((id, head, payload));
+                new.next += 1;
+                bytes += message.size;
+            }
+            self.plan.push((lane, Change { old, new, bytes }));
         }
         Ok(true)
     }
@@ -205,7 +206,6 @@ impl Appender {
         packed: &[&Packed],
     ) -> Result<(), Failure> {
         let mut lanes: Vec<u32> = packed.iter().map(|message| message.lane).collect();
-        lanes.sort_unstable();
         lanes.dedup();
         let rows = sqlx::query(self.tables.sql(SELECT_LANES))
             .bind(format!("{lanes:?}"))

@@ -30,8 +30,10 @@ use super::writer::{Writer, WriterTask};
 const READERS_MAX: u32 = 4;
 /// Rows that a connection reads ahead of who takes them, so that reading goes on meanwhile.
 const ROWS_AHEAD: usize = 1024;
+/// Of a file that is created: fewer writes for batches than 4096, and still little for a single row.
+const PAGE_BYTES: u32 = 8192;
 /// Pages of the write-ahead log after which it is written back.
-const CHECKPOINT_PAGES: &str = "4000";
+const CHECKPOINT_PAGES: &str = "2000";
 /// What is left of the write-ahead log when it was written back.
 const LOG_BYTES_KEPT: &str = "67108864";
 const RETRY_PAUSE: Duration = Duration::from_millis(5);
@@ -202,6 +204,7 @@ fn options(path: &Path, config: &SqliteConfig) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)
         .create_if_missing(true)
+        .page_size(PAGE_BYTES)
         .busy_timeout(config.busy_timeout)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)

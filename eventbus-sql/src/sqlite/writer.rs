@@ -286,9 +286,8 @@ impl WriterTask {
         connection: &mut SqliteConnection,
         batch: &mut [Command],
     ) -> Result<(), Failure> {
-        let rows: Vec<&Packed> = batch.iter().flat_map(Command::rows).collect();
-        self.appender.begin(connection, &rows).await?;
-        drop(rows);
+        let rows = batch.iter().flat_map(Command::rows).collect();
+        self.appender.begin(connection, rows).await?;
         for command in &mut *batch {
             if let Command::Job(job) = command {
                 run_job(job.as_mut(), connection).await?;

@@ -1,0 +1,205 @@
+//! Another process on the same file: this test binary, started with one ignored test.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use eventbus_core::{Deliveries, Group, Key, Message, Publisher, Signal, Subscriber, Subscription, Topic, Verdict};
+use eventbus_sql::{SqliteBroker, SqliteConfig};
+
+const ROLE: &str = "EVENTBUS_SQL_CHILD";
+/// What a child's lines begin with, so that those of the test harness are told apart.
+const MARK: &str = "child: ";
+
+pub(crate) const TOPIC: Topic = Topic::from_static("numbers");
+pub(crate) const GROUP: Group = Group::from_static("workers");
+
+/// The leases in these tests: short, so that a member that stands still is replaced soon.
+pub(crate) fn config(file: &Path) -> SqliteConfig {
+    SqliteConfig::new(file).with_lease(Duration::from_secs(1))
+}
+
+/// A child that is killed with it.
+pub(crate) struct Process {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Process {
+    pub(crate) fn start(role: &str, file: &Path) -> Self {
+        let program = std::env::current_exe().expect("this test has a path");
+        let mut child = Command::new(program)
+            .args(["--exact", "child::plays_its_role", "--ignored", "--nocapture"])
+            .env(ROLE, format!("{role} {}", file.display()))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("this test can be started again");
+        let output = child.stdout.take().expect("it is piped");
+        Self {
+            input: child.stdin.take().expect("it is piped"),
+            output: BufReader::new(output),
+            child,
+        }
+    }
+
+    /// The next thing it says; nothing when it has ended.
+    pub(crate) fn hear(&mut self) -> Option<String> {
+        loop {
+            let mut line = String::new();
+            if self.output.read_line(&mut line).expect("its output can be read") == 0 {
+                return None;
+            }
+            if let Some((_, said)) = line.split_once(MARK) {
+                return Some(said.trim_end().to_owned());
+            }
+        }
+    }
+
+    /// Lets it go on with its next step.
+    pub(crate) fn nod(&mut self) {
+        self.input.write_all(b"\n").expect("it listens");
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .args([format!("-{name}"), self.child.id().to_string()])
+            .status();
+        assert!(sent.expect("there is a kill command").success());
+    }
+
+    /// Kills it and returns all it said until then.
+    pub(crate) fn kill(mut self) -> Vec<String> {
+        self.child.kill().expect("it can be killed");
+        std::iter::from_fn(|| self.hear()).collect()
+    }
+
+    /// Waits for its end.
+    pub(crate) fn succeeds(mut self) -> Vec<String> {
+        let said = std::iter::from_fn(|| self.hear()).collect();
+        let status = self.child.wait().expect("it ends");
+        assert!(status.success(), "{said:?}");
+        said
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn say(text: impl std::fmt::Display) {
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "{MARK}{text}").expect("the parent listens");
+    output.flush().expect("the parent listens");
+}
+
+fn wait_for_nod() {
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).expect("the parent speaks");
+}
+
+pub(crate) fn micros() -> u128 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.expect("it is later than 1970").as_micros()
+}
+
+pub(crate) fn number(number: usize) -> Message {
+    Message::new(TOPIC, number.to_string()).with_key(Key::display(number % 7))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "is started by other tests as another process"]
+async fn plays_its_role() {
+    let Ok(role) = std::env::var(ROLE) else {
+        return;
+    };
+    let (role, file) = role.split_once(' ').expect("a role and a file");
+    let broker = SqliteBroker::connect(config(Path::new(file)))
+        .await
+        .expect("the file opens");
+    match role.split_once(':').unwrap_or((role, "")) {
+        ("open", _) => say("open"),
+        ("publish", from) => publish(&broker, from.parse().expect("a number")).await,
+        ("consume", _) => consume(&broker).await,
+        ("tail", _) => tail(&broker).await,
+        ("linger", _) => linger(&broker).await,
+        _ => panic!("no such role: {role}"),
+    }
+}
+
+/// Publishes numbers for ever and says each that was acknowledged.
+async fn publish(broker: &SqliteBroker, from: usize) {
+    for first in (from..).step_by(3) {
+        let batch = (first..first + 3).map(number).collect();
+        broker.publish(batch).await.expect("it is taken");
+        for number in first..first + 3 {
+            say(number);
+        }
+    }
+}
+
+/// Handles numbers for ever and says each before it is settled.
+async fn consume(broker: &SqliteBroker) {
+    let mut member = broker
+        .subscribe(Subscription::group(GROUP, vec![TOPIC]))
+        .await
+        .expect("it can join");
+    loop {
+        let Signal::Delivered(batch) = member.deliveries.next().await.expect("it goes on") else {
+            continue;
+        };
+        for delivery in &batch {
+            say(String::from_utf8_lossy(&delivery.message.payload));
+            let settled = [(delivery.receipt, Verdict::Done)];
+            member.settlement.settle(&settled).await.expect("it is recorded");
+        }
+    }
+}
+
+/// Says for each message how many microseconds after its time it came.
+async fn tail(broker: &SqliteBroker) {
+    let reader = Subscription::reader(vec![TOPIC]).with_start(eventbus_core::Start::Latest);
+    let member = broker.subscribe(reader).await.expect("it can read");
+    let mut deliveries: Box<dyn Deliveries> = member.deliveries;
+    loop {
+        match deliveries.next().await.expect("it goes on") {
+            Signal::Assigned(_) => say("ready"),
+            Signal::Delivered(batch) => {
+                let now = micros();
+                for delivery in batch {
+                    let sent = String::from_utf8_lossy(&delivery.message.payload);
+                    let sent: u128 = sent.parse().expect("a time");
+                    say(now.saturating_sub(sent));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Takes a message and settles it much later.
+async fn linger(broker: &SqliteBroker) {
+    let mut member = broker
+        .subscribe(Subscription::group(GROUP, vec![TOPIC]))
+        .await
+        .expect("it can join");
+    loop {
+        if let Signal::Delivered(batch) = member.deliveries.next().await.expect("it goes on") {
+            say("holding");
+            wait_for_nod();
+            let settled: Vec<_> = batch
+                .iter()
+                .map(|delivery| (delivery.receipt, Verdict::Done))
+                .collect();
+            // The member may have been told by now, or be told by the database.
+            let _ = member.settlement.settle(&settled).await;
+            say("settled");
+        }
+    }
+}
