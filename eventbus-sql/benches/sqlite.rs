@@ -90,7 +90,11 @@ async fn compare(directory: &Path, pairs: usize) {
         for raw in [pair % 2 == 0, pair % 2 == 1] {
             for (index, comparison) in comparisons.iter_mut().enumerate() {
                 let rate = run(raw, index, &files.next(), &messages).await;
-                let arm = if raw { &mut comparison.raw } else { &mut comparison.broker };
+                let arm = if raw {
+                    &mut comparison.raw
+                } else {
+                    &mut comparison.broker
+                };
                 arm.push(rate);
             }
         }
@@ -102,7 +106,11 @@ async fn compare(directory: &Path, pairs: usize) {
         broker,
     } in comparisons
     {
-        let ratios: Vec<f64> = raw.iter().zip(&broker).map(|(raw, broker)| broker / raw).collect();
+        let ratios: Vec<f64> = raw
+            .iter()
+            .zip(&broker)
+            .map(|(raw, broker)| broker / raw)
+            .collect();
         println!(
             "{name}: raw {:.0}/s, broker {:.0}/s, ratio {:.2} (goal {goal})",
             median(raw),

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use eventbus_core::{Deliveries, Group, Key, Message, Publisher, Signal, Subscriber, Subscription, Topic, Verdict};
+use eventbus_core::{
+    Deliveries, Group, Key, Message, Publisher, Signal, Subscriber, Subscription, Topic, Verdict,
+};
 use eventbus_sql::{SqliteBroker, SqliteConfig};
 
 const ROLE: &str = "EVENTBUS_SQL_CHILD";
@@ -30,8 +32,35 @@ pub(crate) struct Process {
 impl Process {
     pub(crate) fn start(role: &str, file: &Path) -> Self {
         let program = std::env::current_exe().expect("this test has a path");
-        let mut child = Command::new(program)
-            .args(["--exact", "child::plays_its_role", "--ignored", "--nocapture"])
+        Self::run(Command::new(program), role, file)
+    }
+
+    /// A child whose files cannot grow beyond so many kilobytes, until [`lift`](Self::lift).
+    pub(crate) fn start_limited(role: &str, file: &Path, kilobytes: u32) -> Self {
+        let program = std::env::current_exe().expect("this test has a path");
+        let mut shell = Command::new("bash");
+        // What is ignored here stays ignored: a write beyond the limit fails instead of killing.
+        let script = format!("trap '' XFSZ; ulimit -S -f {kilobytes}; exec \"$0\" \"$@\"");
+        shell.args(["-c", &script]).arg(program);
+        Self::run(shell, role, file)
+    }
+
+    /// Takes the limit away.
+    pub(crate) fn lift(&self) {
+        let lifted = Command::new("prlimit")
+            .args(["--fsize=unlimited", "--pid", &self.child.id().to_string()])
+            .status();
+        assert!(lifted.expect("there is a prlimit command").success());
+    }
+
+    fn run(mut command: Command, role: &str, file: &Path) -> Self {
+        let mut child = command
+            .args([
+                "--exact",
+                "child::plays_its_role",
+                "--ignored",
+                "--nocapture",
+            ])
             .env(ROLE, format!("{role} {}", file.display()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -49,7 +78,12 @@ impl Process {
     pub(crate) fn hear(&mut self) -> Option<String> {
         loop {
             let mut line = String::new();
-            if self.output.read_line(&mut line).expect("its output can be read") == 0 {
+            if self
+                .output
+                .read_line(&mut line)
+                .expect("its output can be read")
+                == 0
+            {
                 return None;
             }
             if let Some((_, said)) = line.split_once(MARK) {
@@ -101,7 +135,9 @@ fn say(text: impl std::fmt::Display) {
 
 fn wait_for_nod() {
     let mut line = String::new();
-    std::io::stdin().read_line(&mut line).expect("the parent speaks");
+    std::io::stdin()
+        .read_line(&mut line)
+        .expect("the parent speaks");
 }
 
 pub(crate) fn micros() -> u128 {
@@ -129,6 +165,7 @@ async fn plays_its_role() {
         ("consume", _) => consume(&broker).await,
         ("tail", _) => tail(&broker).await,
         ("linger", _) => linger(&broker).await,
+        ("fill", _) => fill(&broker).await,
         _ => panic!("no such role: {role}"),
     }
 }
@@ -157,7 +194,11 @@ async fn consume(broker: &SqliteBroker) {
         for delivery in &batch {
             say(String::from_utf8_lossy(&delivery.message.payload));
             let settled = [(delivery.receipt, Verdict::Done)];
-            member.settlement.settle(&settled).await.expect("it is recorded");
+            member
+                .settlement
+                .settle(&settled)
+                .await
+                .expect("it is recorded");
         }
     }
 }
@@ -202,4 +243,26 @@ async fn linger(broker: &SqliteBroker) {
             say("settled");
         }
     }
+}
+
+/// Publishes until the file may not grow any more, and once again when it may.
+async fn fill(broker: &SqliteBroker) {
+    let message = || Message::new(TOPIC, vec![b'x'; 100_000]).with_key("k");
+    let mut taken = 0;
+    let error = loop {
+        match broker.publish(vec![message()]).await {
+            Ok(()) => taken += 1,
+            Err(error) => break error,
+        }
+    };
+    say(format_args!(
+        "{:?} {}",
+        error.unpublished[0].error.kind(),
+        error.is_retryable()
+    ));
+    say(taken);
+    wait_for_nod();
+    let again = broker.publish(error.into_messages()).await;
+    again.expect("there is room again");
+    say("recovered");
 }

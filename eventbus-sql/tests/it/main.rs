@@ -2,8 +2,8 @@
 
 mod child;
 mod conformance;
-
+mod damage;
 mod files;
 mod place;
 mod processes;
-
+mod retention;

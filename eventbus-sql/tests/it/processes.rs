@@ -40,7 +40,9 @@ async fn all(broker: &SqliteBroker, partitions: usize) -> Vec<Delivery> {
 }
 
 fn numbers(said: &[String]) -> BTreeSet<usize> {
-    said.iter().map(|said| said.parse().expect("a number")).collect()
+    said.iter()
+        .map(|said| said.parse().expect("a number"))
+        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -64,23 +66,34 @@ async fn what_a_killed_publisher_was_told_is_there_is_there() {
     for round in 0..8usize {
         let mut child = Process::start(&format!("publish:{}", round * 1_000_000), &file);
         // Both write at the same time, so positions are given by two processes.
-        let from_here: Vec<_> = (0..10).map(|each| round * 1_000_000 + 500_000 + each).collect();
+        let from_here: Vec<_> = (0..10)
+            .map(|each| round * 1_000_000 + 500_000 + each)
+            .collect();
         let first = child.hear().expect("something is acknowledged");
         for each in &from_here {
-            broker.publish(vec![number(*each)]).await.expect("it is taken");
+            broker
+                .publish(vec![number(*each)])
+                .await
+                .expect("it is taken");
         }
         acknowledged.insert(first.parse().expect("a number"));
         acknowledged.extend(from_here);
         acknowledged.extend(numbers(&child.kill()));
     }
     let all = all(&broker, 4).await;
-    let found: BTreeSet<usize> = all.iter().map(|it| text_of(it).parse().expect("a number")).collect();
+    let found: BTreeSet<usize> = all
+        .iter()
+        .map(|it| text_of(it).parse().expect("a number"))
+        .collect();
     assert_eq!(found.len(), all.len(), "something was taken twice");
     let lost: Vec<_> = acknowledged.difference(&found).collect();
     assert!(lost.is_empty(), "acknowledged and lost: {lost:?}");
     // A batch is taken whole or not at all.
     let unacknowledged = found.difference(&acknowledged).count();
-    assert!(unacknowledged % 3 == 0 || unacknowledged <= 8 * 3, "{unacknowledged}");
+    assert!(
+        unacknowledged % 3 == 0 || unacknowledged <= 8 * 3,
+        "{unacknowledged}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -103,7 +116,10 @@ async fn killed_consumers_lose_nothing_and_are_replaced_at_once() {
         assert!(started.elapsed() < Duration::from_secs(20));
         handled.extend(numbers(&child.kill()));
     }
-    assert!(handled.len() < MESSAGES, "the children were killed in the middle");
+    assert!(
+        handled.len() < MESSAGES,
+        "the children were killed in the middle"
+    );
     let rest = within(LIMIT, async {
         let member = Subscription::group(GROUP, vec![TOPIC]);
         let mut probe = Probe::join(&broker, member).await.expect("it can join");
@@ -112,7 +128,11 @@ async fn killed_consumers_lose_nothing_and_are_replaced_at_once() {
             let first = probe.collect(1).await;
             let more = probe.collect(probe.waiting()).await;
             let batch: Vec<_> = first.into_iter().chain(more).collect();
-            rest.extend(batch.iter().map(|it| text_of(it).parse::<usize>().expect("a number")));
+            rest.extend(
+                batch
+                    .iter()
+                    .map(|it| text_of(it).parse::<usize>().expect("a number")),
+            );
             probe.settle(&batch).await;
         }
         probe.close().await;
@@ -120,7 +140,10 @@ async fn killed_consumers_lose_nothing_and_are_replaced_at_once() {
     });
     let rest = rest.await;
     // Each child may have had one settlement on its way when it was killed.
-    assert!(rest.intersection(&handled).count() <= 6 * 4, "settled messages came again");
+    assert!(
+        rest.intersection(&handled).count() <= 6 * 4,
+        "settled messages came again"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
