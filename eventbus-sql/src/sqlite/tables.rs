@@ -77,6 +77,7 @@ impl Tables {
     }
 
     async fn migrate_in_transaction(&self, connection: &mut SqliteConnection) -> Result<()> {
+        check_encoding(connection).await?;
         let version = self.version(connection).await?;
         let newest = MIGRATIONS.len();
         if version > newest {
@@ -145,6 +146,23 @@ impl Tables {
     async fn run(&self, connection: &mut SqliteConnection, text: &str) -> Result<()> {
         execute("open database", connection, self.sql(text)).await
     }
+}
+
+/// Pages are read as one text of bytes, which only UTF-8 leaves as they are.
+async fn check_encoding(connection: &mut SqliteConnection) -> Result<()> {
+    let row = sqlx::query("PRAGMA encoding").fetch_one(connection).await;
+    let encoding: String = row
+        .and_then(|row| row.try_get(0))
+        .map_err(|error| into_error("open database", error))?;
+    if encoding == "UTF-8" {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        "open database",
+        "the file was created with another text encoding than UTF-8: use another file",
+    )
+    .with("encoding", encoding))
 }
 
 fn version_in(row: &SqliteRow) -> Option<usize> {

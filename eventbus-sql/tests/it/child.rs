@@ -19,7 +19,9 @@ pub(crate) const GROUP: Group = Group::from_static("workers");
 
 /// The leases in these tests: short, so that a member that stands still is replaced soon.
 pub(crate) fn config(file: &Path) -> SqliteConfig {
-    SqliteConfig::new(file).with_lease(Duration::from_secs(1))
+    SqliteConfig::new(file)
+        .with_lease(Duration::from_secs(1))
+        .with_busy_timeout(Duration::from_secs(2))
 }
 
 /// A child that is killed with it.

@@ -112,6 +112,20 @@ async fn tables_of_a_team_stay_untouched_and_a_taken_name_is_said() {
 }
 
 #[tokio::test]
+async fn a_file_of_another_encoding_is_refused() {
+    let place = Place::new();
+    let file = place.file("wide.db");
+    let mut connection = sqlite(&file).await;
+    run(
+        &mut connection,
+        "PRAGMA encoding = 'UTF-16'; CREATE TABLE mine (it)",
+    )
+    .await;
+    let error = refused(config(&file)).await;
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+}
+
+#[tokio::test]
 async fn two_prefixes_are_two_brokers_in_one_file() {
     let place = Place::new();
     let file = place.file("two.db");
