@@ -1,0 +1,147 @@
+//! What stands on a dead-letter topic, header by header: letters, and what was decided about them.
+
+use super::cause::Diagnosis;
+use super::letter::{DeadLetter, DeadLetterStatus, Decision};
+use super::topic_of;
+use crate::clock::Timestamp;
+use crate::consumer::scope::Scope;
+use crate::delivery::Position;
+use crate::envelope::EventId;
+use crate::error::Result;
+use crate::header::{DEAD_LETTER_PREFIX, KnownHeaders};
+use crate::message::{Group, HEADER_BYTES_MAX, Headers, Message, Topic};
+
+pub(super) const LETTER: &str = "eb-dlq-id";
+const CAUSE: &str = "eb-dlq-cause";
+const ERROR: &str = "eb-dlq-error";
+const ATTEMPTS: &str = "eb-dlq-attempts";
+const FIRST_FAILED_AT: &str = "eb-dlq-first-failed-at";
+const FAILED_AT: &str = "eb-dlq-failed-at";
+const TOPIC: &str = "eb-dlq-topic";
+const GROUP: &str = "eb-dlq-group";
+const PARTITION: &str = "eb-dlq-partition";
+const POSITION: &str = "eb-dlq-position";
+/// On a record about a letter, not on a letter.
+pub(super) const STATUS: &str = "eb-dlq-status";
+pub(super) const BY: &str = "eb-dlq-by";
+pub(super) const BECAUSE: &str = "eb-dlq-because";
+pub(super) const AT: &str = "eb-dlq-at";
+
+pub(super) const REDRIVEN: &str = "redriven";
+pub(super) const DISCARDED: &str = "discarded";
+
+/// Longest text of an error that is kept; the beginning says what happened.
+const ERROR_BYTES_MAX: usize = HEADER_BYTES_MAX / 2;
+
+/// Makes the dead letter of a delivery: its key, headers and payload as they are, and the diagnosis
+/// in more headers.
+pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Message> {
+    let original = scope.message();
+    let redrives = redrives(&original.headers);
+    let id = EventId::derived(scope.id(), scope.group(), "dead letter", None, redrives);
+    let now = scope.runtime().bus.clock().now();
+    let mut error = diagnosis.cause.to_string();
+    error.truncate(error.floor_char_boundary(ERROR_BYTES_MAX));
+    let headers = original
+        .headers
+        .to_builder()
+        .with_room_for_dead_letter()
+        .push(LETTER, id.to_string())?
+        .push(CAUSE, diagnosis.cause.name())?
+        .push(ERROR, error)?
+        .push(ATTEMPTS, diagnosis.attempts.to_string())?
+        .push(
+            FIRST_FAILED_AT,
+            diagnosis.first_failed.unwrap_or(now).to_string(),
+        )?
+        .push(FAILED_AT, now.to_string())?
+        .push(TOPIC, original.topic.as_str())?
+        .push(GROUP, scope.group().as_str())?
+        .push(PARTITION, scope.partition().to_string())?
+        .push_some(
+            POSITION,
+            scope.position().map(|position| position.to_string()),
+        )?
+        .build();
+    let mut letter = Message::new(
+        topic_of(&original.topic, scope.group())?,
+        original.payload.clone(),
+    )
+    .with_headers(headers);
+    letter.key = original.key.clone();
+    Ok(letter)
+}
+
+pub(super) fn redrives(headers: &Headers) -> u32 {
+    KnownHeaders::of(headers)
+        .redrives()
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(0)
+}
+
+/// What stands on a dead-letter topic.
+pub(super) enum Entry {
+    Letter(Box<DeadLetter>),
+    Decided(DeadLetterStatus),
+}
+
+/// Reads a record, or `None` when it is nothing of this group's.
+pub(super) fn entry(group: &Group, record: &Message) -> Result<Option<(EventId, Entry)>> {
+    let headers = &record.headers;
+    // Two topics and groups, such as `a.b` of `c` and `a` of `b.c`, can share a topic of letters.
+    let other_group = headers
+        .get_str(GROUP)
+        .is_some_and(|other| other != group.as_str());
+    let Some(id) = headers.get_str(LETTER).filter(|_| !other_group) else {
+        return Ok(None);
+    };
+    let id = EventId::parse(id)?;
+    let entry = match headers.get_str(STATUS) {
+        Some(status) => Entry::Decided(decided(status, headers)?),
+        None => Entry::Letter(Box::new(parse(id.clone(), group, record)?)),
+    };
+    Ok(Some((id, entry)))
+}
+
+fn decided(status: &str, headers: &Headers) -> Result<DeadLetterStatus> {
+    let decision = Decision {
+        by: headers.get_str(BY).unwrap_or_default().to_owned(),
+        because: headers.get_str(BECAUSE).unwrap_or_default().to_owned(),
+        at: time(headers, AT)?,
+    };
+    Ok(match status {
+        REDRIVEN => DeadLetterStatus::Redriven(decision),
+        _ => DeadLetterStatus::Discarded(decision),
+    })
+}
+
+fn time(headers: &Headers, name: &str) -> Result<Timestamp> {
+    headers.get_str(name).unwrap_or_default().parse()
+}
+
+fn parse(id: EventId, group: &Group, letter: &Message) -> Result<DeadLetter> {
+    let headers = &letter.headers;
+    let text = |name: &str| headers.get_str(name).unwrap_or_default().to_owned();
+    let mut original = Headers::builder().with_room_for_dead_letter();
+    for (name, value) in headers.iter() {
+        if !name.starts_with(DEAD_LETTER_PREFIX) {
+            original = original.push(name, value)?;
+        }
+    }
+    let mut message = Message::new(Topic::new(&text(TOPIC))?, letter.payload.clone())
+        .with_headers(original.build());
+    message.key = letter.key.clone();
+    Ok(DeadLetter {
+        id,
+        message,
+        group: group.clone(),
+        partition: text(PARTITION).parse().unwrap_or(0),
+        position: text(POSITION).parse().ok().map(Position),
+        cause: text(CAUSE),
+        error: text(ERROR),
+        attempts: text(ATTEMPTS).parse().unwrap_or(0),
+        first_failed_at: time(headers, FIRST_FAILED_AT)?,
+        failed_at: time(headers, FAILED_AT)?,
+        status: DeadLetterStatus::Open,
+    })
+}
