@@ -19,7 +19,9 @@ pub trait Publisher: Debug + Send + Sync + 'static {
     ///
     /// - Messages of one key and topic are on the broker in the order of the batch; two calls
     ///   awaited one after the other keep their order; concurrent calls promise none.
-    /// - A message larger than the broker takes is `NotTaken` before anything is sent.
+    /// - A message that the broker does not take as it is (too large, too many headers) is
+    ///   `NotTaken` with kind `InvalidInput` before anything is sent. A dead letter that is refused
+    ///   so is stored in parts.
     /// - After `close` every message is `NotTaken` with kind `Closed`.
     ///
     /// # Cancellation
@@ -182,6 +184,10 @@ pub trait Deliveries: Debug + Send {
     /// - The first signal of a reader without a group assigns all its lanes; they stay its own.
     /// - Messages of one lane come in order, each once per epoch.
     /// - After `Revoking` no delivery of these lanes comes until they are assigned again.
+    /// - What others published is delivered whole, beyond the limits for publishing, too: headers
+    ///   are read with [`HeadersBuilder::unlimited`](crate::HeadersBuilder::unlimited). A header
+    ///   whose name is not 1 to 255 bytes of text is left out, and
+    ///   [`HEADERS_LEFT_OUT`](crate::header::HEADERS_LEFT_OUT) says how many were.
     ///
     /// # Cancellation
     ///

@@ -16,7 +16,7 @@ use crate::clock::{Clock, SystemClock};
 use crate::consumer::held::HeldLanes;
 use crate::consumer::slots::is_in_handler;
 use crate::consumer::{ConsumerBuilder, OPERATION_DURATION, SENT_MESSAGES};
-use crate::dead_letter::DeadLetters;
+use crate::dead_letter::{DeadLetters, in_parts};
 use crate::delivery::{Start, Subscription, Until};
 use crate::envelope::{Envelope, EventId};
 use crate::error::{Error, ErrorKind, Result};
@@ -498,8 +498,18 @@ impl EventBus {
         broker_max.saturating_sub(DEAD_LETTER_RESERVE.min(broker_max / 2))
     }
 
-    /// Publishes messages as they are.
+    /// Publishes messages as they are; a dead letter that is refused for its size, in parts.
     pub(crate) async fn send(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+        match self.send_whole(messages).await {
+            Ok(()) => Ok(()),
+            Err(refused) => {
+                let parts = in_parts(refused, self.inner.capabilities.message_bytes_max)?;
+                self.send_whole(parts).await
+            }
+        }
+    }
+
+    async fn send_whole(&self, messages: Vec<Message>) -> Result<(), PublishError> {
         let count = messages.len();
         let begun = Instant::now();
         let published = match self.send_span(&messages) {

@@ -3,11 +3,13 @@
 mod cause;
 mod desk;
 mod letter;
+mod parts;
 mod record;
 
 pub(crate) use cause::{Cause, Diagnosis};
 pub use desk::{DEAD_LETTERS_MAX, DeadLetters, Redrive};
 pub use letter::{DeadLetter, DeadLetterStatus, Decision};
+pub(crate) use parts::in_parts;
 pub(crate) use record::into_message;
 
 use crate::error::Result;

@@ -251,7 +251,7 @@ impl Headers {
         HeadersBuilder {
             count: self.iter().count(),
             packed: BytesMut::from(self.0.as_ref()),
-            room: 0,
+            unlimited: false,
         }
     }
 
@@ -294,6 +294,16 @@ impl Headers {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// The headers as they are packed, to be stored and read again by [`from_packed`](Self::from_packed).
+    pub(crate) fn packed(&self) -> &Bytes {
+        &self.0
+    }
+
+    /// Takes headers as [`packed`](Self::packed) gave them; what is cut ends there.
+    pub(crate) fn from_packed(packed: Bytes) -> Self {
+        Self(packed)
     }
 
     /// Bytes the packed headers take.
@@ -353,8 +363,8 @@ impl<'a> Iterator for PackedIter<'a> {
 pub struct HeadersBuilder {
     packed: BytesMut,
     count: usize,
-    /// Headers allowed beyond [`HEADERS_MAX`].
-    room: usize,
+    /// Whether the limits of messages that are published do not apply.
+    unlimited: bool,
 }
 
 impl HeadersBuilder {
@@ -363,7 +373,8 @@ impl HeadersBuilder {
     /// # Errors
     ///
     /// `InvalidInput` when the name is empty or longer than 255 bytes, the value longer than
-    /// [`HEADER_BYTES_MAX`], or [`HEADERS_MAX`] are there already.
+    /// [`HEADER_BYTES_MAX`], or [`HEADERS_MAX`] are there already, unless it is
+    /// [`unlimited`](Self::unlimited).
     pub fn push(mut self, name: &str, value: impl AsRef<[u8]>) -> Result<Self> {
         let value = value.as_ref();
         let refuse = |message: &str| {
@@ -375,12 +386,15 @@ impl HeadersBuilder {
             Ok(length) if length > 0 => length,
             _ => return Err(refuse("a header's name has 1 to 255 bytes")),
         };
-        if value.len() > HEADER_BYTES_MAX {
-            return Err(refuse(
-                "a header's value has at most 8192 bytes: put it into the payload",
-            ));
-        }
-        if self.count >= HEADERS_MAX + self.room {
+        let value_length = match u32::try_from(value.len()) {
+            Ok(length) if self.unlimited || value.len() <= HEADER_BYTES_MAX => length,
+            _ => {
+                return Err(refuse(
+                    "a header's value has at most 8192 bytes: put it into the payload",
+                ));
+            }
+        };
+        if self.count >= HEADERS_MAX && !self.unlimited {
             return Err(refuse(
                 "a message has at most 64 headers: put the rest into the payload",
             ));
@@ -388,17 +402,18 @@ impl HeadersBuilder {
         self.packed
             .reserve(HEADER_PREFIX + name.len() + value.len());
         self.packed.put_u8(name_length);
-        // The length was checked against 8192 above.
-        self.packed.put_u32_le(value.len() as u32);
+        self.packed.put_u32_le(value_length);
         self.packed.put_slice(name.as_bytes());
         self.packed.put_slice(value);
         self.count += 1;
         Ok(self)
     }
 
-    /// Allows the headers of a dead letter beside as many as a message may have.
-    pub(crate) fn with_room_for_dead_letter(mut self) -> Self {
-        self.room = 16;
+    /// Lifts the limits on number and length: for a message that is on a broker already, which an
+    /// adapter delivers as it is, and for its dead letter.
+    #[must_use]
+    pub fn unlimited(mut self) -> Self {
+        self.unlimited = true;
         self
     }
 
@@ -539,6 +554,18 @@ mod tests {
                 .push("h", vec![0; HEADER_BYTES_MAX + 1])
                 .is_err()
         );
+    }
+
+    #[test]
+    fn headers_of_others_are_kept_whatever_their_number_and_length() {
+        let long = vec![7; HEADER_BYTES_MAX + 1];
+        let mut builder = Headers::builder().unlimited();
+        for _ in 0..=HEADERS_MAX {
+            builder = builder.push("h", &long).expect("there is no limit");
+        }
+        let headers = builder.build();
+        assert_eq!(headers.iter().count(), HEADERS_MAX + 1);
+        assert!(headers.iter().all(|(_, value)| value == long));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::letter::{DeadLetter, DeadLetterStatus};
+use super::parts::Parts;
 use super::record::{AT, BECAUSE, BY, DISCARDED, Entry, LETTER, REDRIVEN, STATUS, entry, redrives};
 use super::topic_of;
 use crate::bus::EventBus;
@@ -158,9 +159,11 @@ impl DeadLetters {
                     letters.remove(&place);
                 }
             }
+            Entry::Part(..) => {}
         })
         .await?;
-        Ok(letters.into_values().take(DEAD_LETTERS_MAX).collect())
+        let letters = letters.into_values().take(DEAD_LETTERS_MAX).collect();
+        self.complete(letters).await
     }
 
     /// One letter, whatever has become of it.
@@ -175,10 +178,11 @@ impl DeadLetters {
             (Entry::Letter(_), Some(open)) if open.status == DeadLetterStatus::Open => {}
             (Entry::Letter(letter), found) => *found = Some(*letter),
             (Entry::Decided(status), Some(letter)) => letter.status = status,
-            (Entry::Decided(_), None) => {}
+            (Entry::Decided(_), None) | (Entry::Part(..), _) => {}
         })
         .await?;
-        found.ok_or_else(|| {
+        let found = self.complete(found.into_iter().collect()).await?;
+        found.into_iter().next().ok_or_else(|| {
             Error::new(
                 ErrorKind::NotFound,
                 "show dead letter",
@@ -227,6 +231,37 @@ impl DeadLetters {
         Ok(chosen.len())
     }
 
+    /// Gives letters that were stored in parts their bytes; one whose parts are missing is left out.
+    async fn complete(&self, mut letters: Vec<DeadLetter>) -> Result<Vec<DeadLetter>> {
+        let mut parts: HashMap<EventId, Parts> = letters
+            .iter()
+            .filter(|letter| letter.whole.is_some())
+            .map(|letter| (letter.id.clone(), Parts::default()))
+            .collect();
+        if parts.is_empty() {
+            return Ok(letters);
+        }
+        self.read(|id, entry| {
+            if let Entry::Part(offset, bytes) = entry
+                && let Some(parts) = parts.get_mut(&id)
+            {
+                parts.add(offset, bytes);
+            }
+        })
+        .await?;
+        letters.retain_mut(|letter| {
+            let Some(parts) = parts.remove(&letter.id) else {
+                return true;
+            };
+            let completed = parts.complete(letter);
+            if let Err(error) = &completed {
+                tracing::error!(%error, "a dead letter is left out");
+            }
+            completed.is_ok()
+        });
+        Ok(letters)
+    }
+
     async fn chosen(&self, redrive: &Redrive) -> Result<Vec<DeadLetter>> {
         let mut letters = self.list().await?;
         letters.retain(|letter| (redrive.choose)(letter));
@@ -244,7 +279,7 @@ impl DeadLetters {
             .build();
         let mut record = Message::new(topic_of(&letter.message.topic, &self.group)?, Vec::new())
             .with_headers(headers);
-        record.key = letter.message.key.clone();
+        record.key = Some(letter.record_key());
         self.bus.send(vec![record]).await.map_err(Error::from)
     }
 
@@ -252,7 +287,7 @@ impl DeadLetters {
     fn redriven(&self, letter: &DeadLetter) -> Result<Message> {
         let message = &letter.message;
         let count = redrives(&message.headers) + 1;
-        let mut headers = Headers::builder().with_room_for_dead_letter();
+        let mut headers = Headers::builder().unlimited();
         for (name, value) in message.headers.iter() {
             if ![header::ID, header::TO_GROUP, header::REDRIVES].contains(&name) {
                 headers = headers.push(name, value)?;

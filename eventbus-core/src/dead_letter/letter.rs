@@ -3,7 +3,7 @@
 use crate::clock::Timestamp;
 use crate::delivery::Position;
 use crate::envelope::EventId;
-use crate::message::{Group, Message};
+use crate::message::{Group, Key, Message};
 
 /// A message that could not be handled.
 #[derive(Clone, Debug)]
@@ -32,6 +32,18 @@ pub struct DeadLetter {
     pub failed_at: Timestamp,
     /// What has become of it.
     pub status: DeadLetterStatus,
+    /// How many bytes stand in parts before it; `None` when it was stored whole.
+    pub(super) whole: Option<usize>,
+}
+
+impl DeadLetter {
+    /// What keeps all records of this letter on one partition.
+    pub(super) fn record_key(&self) -> Key {
+        match &self.message.key {
+            Some(key) if self.whole.is_none() => key.clone(),
+            _ => Key::display(&self.id),
+        }
+    }
 }
 
 /// What has become of a dead letter.

@@ -1,5 +1,7 @@
 //! What stands on a dead-letter topic, header by header: letters, and what was decided about them.
 
+use bytes::Bytes;
+
 use super::cause::Diagnosis;
 use super::letter::{DeadLetter, DeadLetterStatus, Decision};
 use super::topic_of;
@@ -7,7 +9,7 @@ use crate::clock::Timestamp;
 use crate::consumer::scope::Scope;
 use crate::delivery::Position;
 use crate::envelope::EventId;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::header::{DEAD_LETTER_PREFIX, KnownHeaders};
 use crate::message::{Group, HEADER_BYTES_MAX, Headers, Message, Topic};
 
@@ -21,6 +23,10 @@ const TOPIC: &str = "eb-dlq-topic";
 const GROUP: &str = "eb-dlq-group";
 const PARTITION: &str = "eb-dlq-partition";
 const POSITION: &str = "eb-dlq-position";
+/// On a letter whose bytes stand in parts before it: how many there are.
+pub(super) const WHOLE: &str = "eb-dlq-whole";
+/// On a part: where its bytes stand.
+pub(super) const PART: &str = "eb-dlq-part";
 /// On a record about a letter, not on a letter.
 pub(super) const STATUS: &str = "eb-dlq-status";
 pub(super) const BY: &str = "eb-dlq-by";
@@ -41,11 +47,13 @@ pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Messa
     let id = EventId::derived(scope.id(), scope.group(), "dead letter", None, redrives);
     let now = scope.runtime().bus.clock().now();
     let mut error = diagnosis.cause.to_string();
-    error.truncate(error.floor_char_boundary(ERROR_BYTES_MAX));
+    // The text leaves room for the rest of a letter on brokers of small messages, too.
+    let room = scope.runtime().bus.capabilities().message_bytes_max / 8;
+    error.truncate(error.floor_char_boundary(ERROR_BYTES_MAX.min(room)));
     let headers = original
         .headers
         .to_builder()
-        .with_room_for_dead_letter()
+        .unlimited()
         .push(LETTER, id.to_string())?
         .push(CAUSE, diagnosis.cause.name())?
         .push(ERROR, error)?
@@ -82,6 +90,8 @@ pub(super) fn redrives(headers: &Headers) -> u32 {
 /// What stands on a dead-letter topic.
 pub(super) enum Entry {
     Letter(Box<DeadLetter>),
+    /// Some bytes of a letter and their place.
+    Part(usize, Bytes),
     Decided(DeadLetterStatus),
 }
 
@@ -96,9 +106,10 @@ pub(super) fn entry(group: &Group, record: &Message) -> Result<Option<(EventId, 
         return Ok(None);
     };
     let id = EventId::parse(id)?;
-    let entry = match headers.get_str(STATUS) {
-        Some(status) => Entry::Decided(decided(status, headers)?),
-        None => Entry::Letter(Box::new(parse(id.clone(), group, record)?)),
+    let entry = match (headers.get_str(STATUS), headers.get_str(PART)) {
+        (Some(status), _) => Entry::Decided(decided(status, headers)?),
+        (None, Some(place)) => Entry::Part(count(place)?, record.payload.clone()),
+        (None, None) => Entry::Letter(Box::new(parse(id.clone(), group, record)?)),
     };
     Ok(Some((id, entry)))
 }
@@ -115,6 +126,12 @@ fn decided(status: &str, headers: &Headers) -> Result<DeadLetterStatus> {
     })
 }
 
+fn count(text: &str) -> Result<usize> {
+    text.parse().map_err(|error| {
+        Error::new(ErrorKind::Codec, "read dead letter", "not a number").with_source(error)
+    })
+}
+
 fn time(headers: &Headers, name: &str) -> Result<Timestamp> {
     headers.get_str(name).unwrap_or_default().parse()
 }
@@ -122,7 +139,7 @@ fn time(headers: &Headers, name: &str) -> Result<Timestamp> {
 fn parse(id: EventId, group: &Group, letter: &Message) -> Result<DeadLetter> {
     let headers = &letter.headers;
     let text = |name: &str| headers.get_str(name).unwrap_or_default().to_owned();
-    let mut original = Headers::builder().with_room_for_dead_letter();
+    let mut original = Headers::builder().unlimited();
     for (name, value) in headers.iter() {
         if !name.starts_with(DEAD_LETTER_PREFIX) {
             original = original.push(name, value)?;
@@ -143,5 +160,6 @@ fn parse(id: EventId, group: &Group, letter: &Message) -> Result<DeadLetter> {
         first_failed_at: time(headers, FIRST_FAILED_AT)?,
         failed_at: time(headers, FAILED_AT)?,
         status: DeadLetterStatus::Open,
+        whole: headers.get_str(WHOLE).map(count).transpose()?,
     })
 }

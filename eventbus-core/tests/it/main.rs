@@ -3,6 +3,7 @@
 mod batches;
 mod breaker;
 mod conformance;
+mod dead_letters;
 mod failures;
 mod fixtures;
 mod formats;
