@@ -53,7 +53,9 @@ pub use unit::{CommitFault, MemoryUnit};
 /// - **Room.** At most [`MemoryConfig::bytes`] are stored. When they are used up, what every group
 ///   of a topic has settled is dropped, oldest first, and so is what stands on a topic without
 ///   groups; dead letters and what a group has not settled are kept, and `publish` waits. Members
-///   and readers that were overtaken get a [`Signal::Gap`].
+///   and readers that were overtaken get a [`Signal::Gap`]. Beyond it there is a reserve, so that
+///   a full server can be emptied: an eighth for dead letters, half of that for what follows from
+///   a message, known by the header [`CAUSATION_ID`](crate::header::CAUSATION_ID).
 /// - **Batches.** A message that is refused for its own fault (too large) is reported before
 ///   anything is taken; the others are taken. Where `ordered_pipelining` is declared, later
 ///   messages of its key are held back and reported too (`Conflict`).
@@ -255,7 +257,7 @@ impl MemoryBroker {
         Error::new(
             ErrorKind::RateLimited,
             "publish",
-            "the in-memory broker is full of messages that groups have not settled: publish again when they have, or set `bytes` higher",
+            "the in-memory broker is full of dead letters and of messages that groups have not settled: publish again when they have, trim dead-letter topics, or set `bytes` higher",
         )
         .with("bytes", self.client.server.config.bytes)
     }

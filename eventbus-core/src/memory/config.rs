@@ -30,7 +30,8 @@ pub struct MemoryConfig {
     /// Partitions of a topic that nobody declared; one whose name ends in `.dlq` has a single one.
     pub partitions: u32,
     /// Most bytes stored over all topics, with [128 bytes](MemoryConfig::MESSAGE_OVERHEAD) added
-    /// for each message.
+    /// for each message, and an eighth beyond in reserve for dead letters and for what handlers
+    /// publish.
     pub bytes: usize,
     /// Whose capabilities are declared and kept to.
     pub profile: MemoryProfile,

@@ -2,16 +2,50 @@
 
 use super::config::is_dead_letters;
 use super::state::{State, TopicState};
+use crate::header::CAUSATION_ID;
+use crate::message::Message;
+
+/// What a message may use beyond [`MemoryConfig::bytes`]: without it, a server that is full of
+/// messages nobody has settled would keep their handlers from ending, and never be less full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reserve {
+    /// Nothing: it comes from outside.
+    None,
+    /// A sixteenth: it follows from a message that is settled when it is taken.
+    Consequence,
+    /// An eighth: a message is settled when its dead letter is taken.
+    DeadLetter,
+}
+
+impl Reserve {
+    pub(super) fn of(message: &Message) -> Self {
+        if is_dead_letters(&message.topic) {
+            return Self::DeadLetter;
+        }
+        match message.headers.get(CAUSATION_ID) {
+            Some(_) => Self::Consequence,
+            None => Self::None,
+        }
+    }
+
+    fn share_of(self, room: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Consequence => room / 16,
+            Self::DeadLetter => room / 8,
+        }
+    }
+}
 
 impl State {
-    /// Makes room for `needed` bytes by dropping, oldest first, what nobody is owed.
-    pub(super) fn make_room(&mut self, needed: usize) -> bool {
+    /// Makes room for a message of `needed` bytes by dropping, oldest first, what nobody is owed.
+    pub(super) fn make_room(&mut self, needed: usize, reserve: Reserve) -> bool {
         let room = self.config.bytes;
         if self.stored + needed > room {
             // A sixteenth more than asked for, so that this is not done for each message.
             self.drop_oldest((self.stored + needed + room / 16).saturating_sub(room));
         }
-        self.stored + needed <= room
+        self.stored + needed <= room + reserve.share_of(room)
     }
 
     /// Drops, oldest first over all topics, `wanted` bytes of what nobody is owed; all of it when

@@ -12,6 +12,7 @@ use super::config::{MemoryConfig, is_dead_letters};
 use super::group::{Cursor, GroupState};
 use super::log::Log;
 use super::member::{MemberState, Slot};
+use super::room::Reserve;
 use crate::broker::Capabilities;
 use crate::clock::Timestamp;
 use crate::delivery::{Lane, Signal, Start, Subscription, Until};
@@ -324,7 +325,11 @@ impl State {
         let mut topic = usize::MAX;
         while let Some(message) = rest.messages.as_slice().first() {
             let size = message.size();
-            if !self.make_room(size + MemoryConfig::MESSAGE_OVERHEAD) {
+            let needed = size + MemoryConfig::MESSAGE_OVERHEAD;
+            // What a message may have beyond the room is looked up only where there is no more room.
+            if !self.make_room(needed, Reserve::None)
+                && !self.make_room(needed, Reserve::of(message))
+            {
                 self.is_full = true;
                 return false;
             }

@@ -5,11 +5,14 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Clock, ErrorKind, Group, Key, Limits, MemoryBroker,
-    MemoryConfig, MemoryProfile, Message, Outcome, Position, Publisher, Start, Subscription,
-    Timestamp, Topic, Until, Verdict,
+    AdminReply, AdminRequest, Breaker, Broker, Clock, ConsumerState, ErrorKind, Group, Headers,
+    Key, Limits, MemoryBroker, MemoryConfig, MemoryProfile, Message, Outcome, Position, Publisher,
+    RetryPolicy, Start, Subscription, Timestamp, Topic, Until, Verdict, header,
 };
-use eventbus_testkit::{Probe, text_of};
+use eventbus_testkit::{Probe, TestBus, text_of};
+
+use crate::failures::lag;
+use crate::fixtures::{Calls, SECOND, order, paying};
 
 const TOPIC: Topic = Topic::from_static("orders");
 const GROUP: Group = Group::from_static("payments");
@@ -144,6 +147,55 @@ async fn dead_letters_are_never_dropped_for_room() {
     let reader = Subscription::reader(vec![dead_letters]).with_until(Until::Now);
     let mut reader = join(&broker, reader).await;
     assert_eq!(reader.collect(6).await.len(), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_server_has_a_reserve_for_dead_letters_and_for_what_follows_from_a_message() {
+    let broker = small(32);
+    let _member = member(&broker).await;
+    publish(&broker, &TOPIC, 0..32).await;
+    let refused = broker.publish(vec![message(&TOPIC, 32)]).await;
+    refused.expect_err("what comes from outside waits for room");
+    let cause = Headers::builder().push(header::CAUSATION_ID, "");
+    let following = message(&TOPIC, 33).with_headers(cause.expect("within limits").build());
+    let taken = broker.publish(vec![following.clone()]).await;
+    taken.expect("a sixteenth is left for it");
+    let refused = broker.publish(vec![following]).await;
+    refused.expect_err("the reserve is bounded");
+    publish(&broker, &Topic::from_static("orders.payments.dlq"), 0..2).await;
+    let letter = message(&Topic::from_static("orders.payments.dlq"), 3);
+    let refused = broker.publish(vec![letter]).await;
+    let error = refused.expect_err("the reserve is bounded");
+    assert!(error.is_retryable(), "{error}");
+}
+
+#[tokio::test]
+async fn handlers_empty_a_server_that_is_full_of_their_own_events() {
+    let config = MemoryConfig::default()
+        .with_bytes(64 * 1024)
+        .with_publish_timeout(SECOND);
+    let test = TestBus::wrapping(config, |server| server);
+    let calls = Calls::new();
+    for number in 0..5 {
+        calls.break_order(number);
+    }
+    let consumer = test.consumer("billing").shared_state(Arc::clone(&calls));
+    let consumer = consumer.on(paying).retry(RetryPolicy::none());
+    // Its breaker would only hold back what shows whether there is room.
+    let consumer = consumer.breaker(Breaker::default().with_failure_rate(f64::INFINITY));
+    let consumer = test.spawn(consumer).await;
+    consumer.pause();
+    let mut published = 0;
+    while test.publish(order(published)).await.is_ok() {
+        published += 1;
+    }
+    assert!(published > 50, "{published}");
+    consumer.resume();
+    test.run_out().await;
+    assert_eq!(consumer.status().state, ConsumerState::Running);
+    assert_eq!(lag(&test, "billing").await, 0);
+    assert_eq!(test.dead_letters().await.len(), 5);
+    assert_eq!(consumer.status().counts.handled, published - 5);
 }
 
 #[tokio::test]
