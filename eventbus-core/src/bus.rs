@@ -27,6 +27,7 @@ use crate::key_state::KeyStateStore;
 use crate::message::{Group, Message, Topic};
 use crate::outgoing::{Frame, Origin, Outgoing, into_message};
 use crate::reader::Reader;
+use crate::sending::{PartlyPublished, Turns, repeats_a_key};
 use crate::topic::TopicSpec;
 
 /// Publishes events and makes consumers; clones share one broker connection.
@@ -220,8 +221,9 @@ impl EventBus {
     ///
     /// # Errors
     ///
-    /// As [`publish`](Self::publish), for the first event that was not taken; the others may be on
-    /// the broker.
+    /// As [`publish`](Self::publish); when the broker took only some of them, the source is a
+    /// [`PartlyPublished`] that says which. Where it does not declare `ordered_pipelining`, later
+    /// events of a key may be on the broker without an earlier one.
     pub async fn publish_all<E: Event>(
         &self,
         events: impl IntoIterator<Item = impl Into<Outgoing<E>>> + Send,
@@ -234,8 +236,10 @@ impl EventBus {
             .map(|event| self.message_of(event.into()))
             .collect::<Result<Vec<_>>>()?;
         let (ids, messages): (Vec<_>, Vec<_>) = made.into_iter().unzip();
-        self.send(messages).await.map_err(Error::from)?;
-        Ok(ids)
+        match self.send_at_once(messages).await {
+            Ok(()) => Ok(ids),
+            Err(error) => Err(PartlyPublished::error(ids, error)),
+        }
     }
 
     /// Publishes at once, also inside a running handler: the event is on the broker even if the
@@ -498,18 +502,38 @@ impl EventBus {
         broker_max.saturating_sub(DEAD_LETTER_RESERVE.min(broker_max / 2))
     }
 
-    /// Publishes messages as they are; a dead letter that is refused for its size, in parts.
+    /// Publishes messages as they are. After a failure no message is on the broker before an earlier
+    /// one of its key, so that the others can be sent again; a dead letter that is refused for its
+    /// size is stored in parts.
     pub(crate) async fn send(&self, messages: Vec<Message>) -> Result<(), PublishError> {
-        match self.send_whole(messages).await {
+        if !self.inner.capabilities.ordered_pipelining && repeats_a_key(&messages) {
+            return self.send_by_turns(messages).await;
+        }
+        match self.send_at_once(messages).await {
             Ok(()) => Ok(()),
             Err(refused) => {
                 let parts = in_parts(refused, self.inner.capabilities.message_bytes_max)?;
-                self.send_whole(parts).await
+                self.send_by_turns(parts).await
             }
         }
     }
 
-    async fn send_whole(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+    /// Publishes one message of each key at a time.
+    async fn send_by_turns(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+        let mut turns = Turns::new(messages);
+        loop {
+            let turn = turns.next();
+            if turn.is_empty() {
+                return turns.end();
+            }
+            if let Err(error) = self.send_at_once(turn).await {
+                turns.failed(error);
+            }
+        }
+    }
+
+    /// Publishes messages with one call of the broker.
+    async fn send_at_once(&self, messages: Vec<Message>) -> Result<(), PublishError> {
         let count = messages.len();
         let begun = Instant::now();
         let published = match self.send_span(&messages) {

@@ -28,6 +28,7 @@ mod message;
 mod outgoing;
 mod reader;
 mod retry;
+mod sending;
 mod topic;
 mod unit_of_work;
 
@@ -84,4 +85,5 @@ pub use held_keys::{HELD_LIST_MAX, HeldKeys};
 pub use outgoing::{Origin, Outgoing};
 pub use reader::{Reader, Record};
 pub use retry::{OnError, RetryPolicy};
+pub use sending::PartlyPublished;
 pub use unit_of_work::{Committed, InboxEntry, NoUnit, Unit, UnitOfWork, Work};

@@ -3,9 +3,12 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
+use async_trait::async_trait;
 use eventbus_core::{
-    BoxError, Context, ErrorKind, Event, EventId, MemoryProfile, Origin, Outgoing, RetryPolicy,
-    Start, Until, header,
+    AdminReply, AdminRequest, BoxError, Broker, Capabilities, ConsumerState, Context, Error,
+    ErrorKind, Event, EventId, Member, MemoryBroker, MemoryConfig, MemoryProfile, Message, Origin,
+    Outcome, Outgoing, PartlyPublished, PublishError, Publisher, RetryPolicy, Start, Subscriber,
+    Subscription, Unpublished, Until, header,
 };
 use eventbus_testkit::TestBus;
 
@@ -188,6 +191,139 @@ async fn publish_all_takes_nothing_when_one_event_is_too_large() {
     let error = test.publish_all([paid(1), too_large(2)]).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     assert!(test.published::<OrderPaid>().await.is_empty());
+}
+
+/// A broker that does not take messages with a text in them, as long as it is told to, and takes
+/// the others of the batch, later ones of the same key, too.
+#[derive(Clone, Debug)]
+struct Partial {
+    inner: MemoryBroker,
+    refused: Arc<Mutex<Option<(&'static str, Outcome)>>>,
+}
+
+fn partial(profile: MemoryProfile) -> (TestBus, Partial) {
+    let mut broker = None;
+    let test = TestBus::wrapping(MemoryConfig::default().like(profile), |inner| {
+        let refused = Arc::default();
+        broker.insert(Partial { inner, refused }).clone()
+    });
+    (test, broker.expect("the bus was made with it"))
+}
+
+#[async_trait]
+impl Publisher for Partial {
+    async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
+        let refused = *self.refused.lock().unwrap();
+        let mut unpublished = Vec::new();
+        for (index, message) in batch.into_iter().enumerate() {
+            match refused {
+                Some((text, outcome)) if text_in(&message, text) => {
+                    let error = Error::new(ErrorKind::Unavailable, "publish", "as asked for");
+                    unpublished.push(Unpublished::new(index, message, outcome, error));
+                }
+                _ => self.inner.publish(vec![message]).await?,
+            }
+        }
+        match unpublished.is_empty() {
+            true => Ok(()),
+            false => Err(PublishError::new(unpublished)),
+        }
+    }
+}
+
+fn text_in(message: &Message, text: &str) -> bool {
+    String::from_utf8_lossy(&message.payload).contains(text)
+}
+
+#[async_trait]
+impl Subscriber for Partial {
+    async fn subscribe(&self, subscription: Subscription) -> eventbus_core::Result<Member> {
+        self.inner.subscribe(subscription).await
+    }
+}
+
+#[async_trait]
+impl Broker for Partial {
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    async fn admin(&self, request: AdminRequest) -> eventbus_core::Result<AdminReply> {
+        self.inner.admin(request).await
+    }
+
+    async fn close(&self) -> eventbus_core::Result<()> {
+        self.inner.close().await
+    }
+}
+
+fn noted(order: u64, note: &str) -> OrderPaid {
+    OrderPaid {
+        order,
+        note: note.to_owned(),
+    }
+}
+
+#[tokio::test]
+async fn what_a_handler_published_is_in_order_after_a_part_of_it_was_not_taken() {
+    let (test, broker) = partial(MemoryProfile::Kafka);
+    let consumer = test
+        .consumer("billing")
+        .on(async |_: OrderCreated, cx: Context| {
+            for (order, note) in [(1, "first"), (2, "other"), (1, "second"), (1, "third")] {
+                cx.publish(noted(order, note))?;
+            }
+            Ok(())
+        });
+    let consumer = test.spawn(consumer).await;
+    *broker.refused.lock().unwrap() = Some(("second", Outcome::NotTaken));
+    test.publish(order(1)).await.unwrap();
+    test.settled().await;
+    let state = consumer.status().state;
+    assert!(matches!(state, ConsumerState::Holding { .. }), "{state:?}");
+    let notes = async || {
+        let mut published = test.published::<OrderPaid>().await;
+        published.retain(|paid| paid.order == 1);
+        published
+            .into_iter()
+            .map(|paid| paid.note)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(notes().await, ["first"]);
+    *broker.refused.lock().unwrap() = None;
+    test.run_out().await;
+    assert_eq!(notes().await, ["first", "second", "third"]);
+    assert_eq!(test.published::<OrderPaid>().await.len(), 4);
+    assert_eq!(consumer.status().counts.handled, 1);
+}
+
+#[tokio::test]
+async fn publish_all_says_which_events_are_on_the_broker() {
+    let (test, broker) = partial(MemoryProfile::Kafka);
+    let ids: Vec<_> = (0..3).map(|_| EventId::new()).collect();
+    let events = ids.iter().zip(["first", "second", "third"]);
+    let events: Vec<_> = events
+        .map(|(id, note)| Outgoing::new(noted(1, note)).with_id(id.clone()))
+        .collect();
+    *broker.refused.lock().unwrap() = Some(("second", Outcome::Unknown));
+    let error = test.publish_all(events.clone()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.is_retryable());
+    let partly = PartlyPublished::of(&error).expect("it says what became of each");
+    assert_eq!(partly.published, [ids[0].clone(), ids[2].clone()]);
+    assert_eq!(partly.unknown, [ids[1].clone()]);
+    assert!(partly.not_taken.is_empty());
+    let chain = eventbus_core::error_chain(&error);
+    assert!(
+        chain.contains("2 published, 0 not taken, 1 unknown"),
+        "{chain}"
+    );
+    assert!(chain.contains("as asked for"), "{chain}");
+
+    *broker.refused.lock().unwrap() = Some(("ir", Outcome::NotTaken));
+    let error = test.publish_all(events).await.unwrap_err();
+    let partly = PartlyPublished::of(&error).expect("it says what became of each");
+    assert_eq!(partly.not_taken, [ids[0].clone(), ids[2].clone()]);
 }
 
 #[tokio::test]
