@@ -7,6 +7,11 @@ use serde::Deserialize;
 
 use eventbus_core::{Error, ErrorKind, Result};
 
+const URL: &str = "EVENTBUS_URL";
+const SOURCE: &str = "EVENTBUS_SOURCE";
+const TOPIC_PREFIX: &str = "EVENTBUS_TOPIC_PREFIX";
+const KNOWN: [&str; 3] = [URL, SOURCE, TOPIC_PREFIX];
+
 /// The configuration of a bus, as a file or the environment gives it. A service with several buses
 /// keeps a map of them by name.
 ///
@@ -64,11 +69,14 @@ impl EventBusConfig {
         self
     }
 
-    /// Reads `EVENTBUS_URL`, `EVENTBUS_SOURCE` and `EVENTBUS_TOPIC_PREFIX`.
+    /// Reads `EVENTBUS_URL`, `EVENTBUS_SOURCE` and `EVENTBUS_TOPIC_PREFIX`. Other variables that
+    /// begin with `EVENTBUS_` are warned of, except what Kubernetes sets for a service of that name,
+    /// such as `EVENTBUS_SERVICE_HOST`.
     ///
     /// # Errors
     ///
-    /// `InvalidInput` when there is no `EVENTBUS_URL`, or another variable begins with `EVENTBUS_`.
+    /// `InvalidInput` when there is no `EVENTBUS_URL`, or a variable is a misspelling of one of the
+    /// three, such as `EVENTBUS_URI`.
     pub fn from_env() -> Result<Self> {
         Self::new("").overridden_by(variables(std::env::vars_os()))
     }
@@ -84,17 +92,10 @@ impl EventBusConfig {
     ) -> Result<Self> {
         for (name, value) in variables {
             match name.as_str() {
-                "EVENTBUS_URL" => self.url = value,
-                "EVENTBUS_SOURCE" => self.source = Some(value),
-                "EVENTBUS_TOPIC_PREFIX" => self.topic_prefix = value,
-                name if name.starts_with("EVENTBUS_") => {
-                    return Err(Error::new(
-                        ErrorKind::InvalidInput,
-                        "read configuration",
-                        "unknown variable: known are EVENTBUS_URL, EVENTBUS_SOURCE and EVENTBUS_TOPIC_PREFIX",
-                    )
-                    .with("variable", name));
-                }
+                URL => self.url = value,
+                SOURCE => self.source = Some(value),
+                TOPIC_PREFIX => self.topic_prefix = value,
+                name if name.starts_with("EVENTBUS_") => check_unknown(name)?,
                 _ => {}
             }
         }
@@ -107,6 +108,53 @@ impl EventBusConfig {
             )),
         }
     }
+}
+
+/// Refuses a misspelling and warns of what else nobody reads.
+fn check_unknown(name: &str) -> Result<()> {
+    if is_service_link(name) {
+        return Ok(());
+    }
+    let meant = KNOWN.iter().find(|known| distance(known, name) <= 2);
+    if let Some(meant) = meant {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "read configuration",
+            format!("unknown variable: did you mean {meant}?"),
+        )
+        .with("variable", name));
+    }
+    tracing::warn!(variable = name, known = ?KNOWN, "unknown variable: nobody reads it");
+    Ok(())
+}
+
+/// Whether Kubernetes sets a variable of this name for a service: `…_SERVICE_HOST`,
+/// `…_SERVICE_PORT_NAME`, `…_PORT`, `…_PORT_80_TCP_ADDR` and the like.
+fn is_service_link(name: &str) -> bool {
+    let words: Vec<_> = name.split('_').collect();
+    let is_service = |pair: &[&str]| pair[0] == "SERVICE" && ["HOST", "PORT"].contains(&pair[1]);
+    let is_port = |three: &[&str]| {
+        three[0] == "PORT"
+            && three[1].parse::<u16>().is_ok()
+            && ["TCP", "UDP", "SCTP"].contains(&three[2])
+    };
+    words.last() == Some(&"PORT")
+        || words.windows(2).any(is_service)
+        || words.windows(3).any(is_port)
+}
+
+/// How many characters have to be put in, taken out or replaced to make one text of the other.
+fn distance(one: &str, other: &str) -> usize {
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (index, byte) in one.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], index + 1);
+        for (column, found) in other.bytes().enumerate() {
+            let replaced = diagonal + usize::from(byte != found);
+            diagonal = row[column + 1];
+            row[column + 1] = replaced.min(diagonal + 1).min(row[column] + 1);
+        }
+    }
+    row[other.len()]
 }
 
 /// The variables that are text. `std::env::vars` panics when any other program's is not.
@@ -171,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_overrides_and_unknown_names_are_errors() {
+    fn the_environment_overrides_and_misspelled_names_are_errors() {
         let variables = |pairs: &[(&str, &str)]| {
             pairs
                 .iter()
@@ -185,9 +233,46 @@ mod tests {
             ]))
             .expect("known variables");
         assert_eq!(config.source.as_deref(), Some("orders"));
-        let typo =
-            EventBusConfig::new("memory:").overridden_by(variables(&[("EVENTBUS_URI", "x")]));
-        assert!(typo.is_err());
+        for typo in [
+            "EVENTBUS_URI",
+            "EVENTBUS_URLS",
+            "EVENTBUS_TOPIC_PREFX",
+            "EVENTBUS_SOURCES",
+        ] {
+            let refused = EventBusConfig::new("memory:").overridden_by(variables(&[(typo, "x")]));
+            let error = refused.expect_err(typo).to_string();
+            assert!(error.contains("did you mean EVENTBUS_"), "{error}");
+        }
         assert!(EventBusConfig::new("").overridden_by(Vec::new()).is_err());
+    }
+    #[test]
+    fn what_orchestrators_set_is_no_error() {
+        for name in [
+            "EVENTBUS_SERVICE_HOST",
+            "EVENTBUS_SERVICE_PORT",
+            "EVENTBUS_SERVICE_PORT_HTTP",
+            "EVENTBUS_PORT",
+            "EVENTBUS_PORT_9092_TCP",
+            "EVENTBUS_PORT_9092_TCP_ADDR",
+            "EVENTBUS_KAFKA_PORT_9092_TCP_PROTO",
+            "EVENTBUS_URL_SERVICE_HOST",
+        ] {
+            assert!(is_service_link(name), "{name}");
+            let variables = [(name.to_owned(), "tcp://10.0.0.1:9092".to_owned())];
+            let config = EventBusConfig::new("memory:").overridden_by(variables);
+            assert_eq!(config.expect(name), EventBusConfig::new("memory:"));
+        }
+        for name in [
+            "EVENTBUS_PORTS",
+            "EVENTBUS_PORT_NAME",
+            "EVENTBUS_HOST",
+            "EVENTBUS_LOG",
+        ] {
+            assert!(!is_service_link(name), "{name}");
+            let variables = [(name.to_owned(), "x".to_owned())];
+            let config = EventBusConfig::new("memory:").overridden_by(variables);
+            assert_eq!(config.expect(name), EventBusConfig::new("memory:"));
+        }
+        assert_eq!(distance("kitten", "sitting"), 3);
     }
 }
