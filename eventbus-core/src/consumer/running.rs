@@ -317,8 +317,9 @@ impl Consumer {
     ///
     /// # Errors
     ///
-    /// What ended the consumer before, or what closing met. Nothing handled is lost by it, but it
-    /// may be handled again.
+    /// What ended the consumer before, or what closing met; `Timeout` when handlers still ran at the
+    /// end of the shutdown timeout and were dropped. Nothing handled is lost by it, but it may be
+    /// handled again.
     pub async fn shutdown(self) -> Result<()> {
         let timeout = self.runtime.settings.shutdown_timeout;
         self.stop(Instant::now() + timeout, false).await.map(|_| ())
@@ -358,15 +359,20 @@ impl Consumer {
             () = workers_end => {}
             () = runtime.failed(), if finish => {}
         }
+        // Workers end as soon as nothing runs: one that took all its time has dropped what ran. Who
+        // gives no time wants that.
+        let timeout = self.runtime.settings.shutdown_timeout;
+        let dropped = !finish && !timeout.is_zero() && Instant::now() >= deadline;
         // All verdicts are with the settler now; what it cannot record in time is handed out again.
         self.settler.add(SettleItem::Stop);
         let group = self.runtime.group.clone();
-        let timeout = self.runtime.settings.shutdown_timeout;
         let patience = || {
             let now = Instant::now();
             deadline.min(now + timeout).max(now + ANSWER_MIN)
         };
         let settled = tokio::time::timeout_at(patience(), &mut self.settling.0).await;
+        let lanes = self.runtime.lanes.status();
+        let unsettled: usize = lanes.iter().map(|lane| lane.in_flight).sum();
         self.stop_pump.send_replace(true);
         let closing = async {
             match (&mut self.pumping.0).await {
@@ -392,6 +398,13 @@ impl Consumer {
                 "the broker did not answer in time: it notices by itself that the member is gone",
             ))
         })?;
+        if dropped && unsettled > 0 {
+            return Err(late(
+                "handlers did not end in time and were dropped: what was not settled goes to the next owner; raise `.shutdown_timeout(…)` or make them faster",
+            )
+            .with("timeout", format_args!("{timeout:?}"))
+            .with("not settled", unsettled));
+        }
         Ok(self.runtime.telemetry.counts())
     }
 }

@@ -84,7 +84,9 @@ async fn a_handler_longer_than_the_timeout_is_dropped_and_its_message_handed_on(
     test.publish(order(1)).await.unwrap();
     tokio::time::sleep(SECOND).await;
     let begun = Instant::now();
-    consumer.shutdown().await.unwrap();
+    let error = consumer.shutdown().await.expect_err("it was dropped");
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    assert!(error.to_string().contains("not settled: 1"), "{error}");
     assert!(begun.elapsed() >= 2 * SECOND && begun.elapsed() < 5 * SECOND);
     assert!(first.all().is_empty());
     let next = test

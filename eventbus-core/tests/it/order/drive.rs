@@ -391,6 +391,10 @@ impl Driver {
             let ended = tokio::time::timeout(crash_after.unwrap_or(never), shutdown).await;
             match (ended, crash_after) {
                 (Ok(Ok(())), _) => log.note(member, Event::Left),
+                // Handlers that it dropped at its deadline: an end like any other.
+                (Ok(Err(error)), _) if error.to_string().contains("did not end in time") => {
+                    log.note(member, Event::Left);
+                }
                 (Ok(Err(error)), _) => return Err(format!("shutdown: {error:?}")),
                 (Err(_), Some(_)) => log.note(member, Event::Crashes),
                 (Err(_), None) => return Err("stuck: a shutdown did not end in a day".to_owned()),
