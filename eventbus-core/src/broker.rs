@@ -182,6 +182,7 @@ pub trait Deliveries: Debug + Send {
     /// - Keeps to the subscription's limits itself, counted until settled, so that the caller
     ///   never stops calling it and control signals always pass.
     /// - The first signal of a reader without a group assigns all its lanes; they stay its own.
+    ///   A bounded one whose topics have no partitions says `Ended` without a lane instead.
     /// - Messages of one lane come in order, each once per epoch.
     /// - After `Revoking` no delivery of these lanes comes until they are assigned again.
     /// - What others published is delivered whole, beyond the limits for publishing, too: headers
@@ -315,6 +316,20 @@ pub enum AdminRequest {
     },
     /// Whether the broker answers. Answer: `Done`.
     Health,
+}
+
+impl AdminRequest {
+    /// What it asks for, as the operation of its errors.
+    pub fn operation(&self) -> &'static str {
+        match self {
+            Self::ApplyTopics(_) => "apply topics",
+            Self::DescribeTopics(_) => "describe topics",
+            Self::Lag { .. } => "read lag",
+            Self::ResetGroup { .. } => "reset group",
+            Self::Trim { .. } => "trim",
+            Self::Health => "check health",
+        }
+    }
 }
 
 /// An answer of [`Broker::admin`].

@@ -527,7 +527,10 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
     /// it is dead-lettered because handling it seems to end the process; by default 100. Hand-overs
     /// between members count, too.
     pub fn hand_outs_max(mut self, times: u32) -> Self {
-        self.settings.hand_outs_max = times.max(1);
+        self.settings.hand_outs_max = times;
+        if times == 0 {
+            self.mistake = Some(misuse("a message has to be handed out at least once"));
+        }
         self
     }
 
@@ -733,7 +736,10 @@ async fn create_dead_letter_topics(runtime: &Runtime) -> Result<()> {
         })
         .collect::<Result<_>>()?;
     let request = AdminRequest::ApplyTopics(specs);
-    runtime.bus.broker().admin(request).await.map(|_| ())
+    let applied = runtime.bus.broker().admin(request).await;
+    applied
+        .map(|_| ())
+        .map_err(|error| error.with("for the dead letters of", &runtime.group))
 }
 
 impl<S, U: Unit, L> fmt::Debug for ConsumerBuilder<S, U, L> {

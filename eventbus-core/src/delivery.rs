@@ -148,7 +148,7 @@ pub enum Signal {
         /// The next position there is.
         to: Position,
     },
-    /// [`Subscription::until`] was reached on these lanes.
+    /// [`Subscription::until`] was reached on these lanes; on none, when there were none to read.
     Ended(Vec<Lane>),
 }
 

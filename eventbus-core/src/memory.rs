@@ -377,7 +377,7 @@ impl Broker for MemoryBroker {
 
     async fn admin(&self, request: AdminRequest) -> Result<AdminReply> {
         let mut state = self.client.server.lock();
-        self.check_open("admin")?;
+        self.check_open(request.operation())?;
         state.answer(request)
     }
 

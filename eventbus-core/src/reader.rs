@@ -106,9 +106,13 @@ impl Reader {
 
 #[cfg(test)]
 mod tests {
-    use crate::broker::Publisher as _;
+    use async_trait::async_trait;
+
+    use super::Reader;
+    use crate::broker::{Deliveries, Member, Publisher as _, Settlement};
     use crate::bus::EventBus;
-    use crate::delivery::{Start, Until};
+    use crate::delivery::{Lane, Receipt, Signal, Start, Until, Verdict};
+    use crate::error::Result;
     use crate::memory::MemoryBroker;
     use crate::message::{Message, Topic};
 
@@ -125,5 +129,38 @@ mod tests {
         let found = reader.next().await.expect("it can be read");
         assert!(found.is_some_and(|record| record.message.payload == "found"));
         assert!(reader.next().await.expect("it ends").is_none());
+    }
+
+    #[derive(Debug)]
+    struct Nothing;
+
+    #[async_trait]
+    impl Deliveries for Nothing {
+        async fn next(&mut self) -> Result<Signal> {
+            Ok(Signal::Ended(Vec::new()))
+        }
+
+        async fn close(self: Box<Self>) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[async_trait]
+    impl Settlement for Nothing {
+        async fn settle(&mut self, _: &[(Receipt, Verdict)]) -> Result<()> {
+            Ok(())
+        }
+
+        async fn release(&mut self, _: &[Lane]) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bounded_read_of_topics_without_partitions_ends() {
+        let member = Member::new(Box::new(Nothing), Box::new(Nothing));
+        let mut reader = Reader::new(member, true);
+        assert!(reader.next().await.expect("it ends").is_none());
+        assert!(reader.next().await.expect("it has ended").is_none());
     }
 }

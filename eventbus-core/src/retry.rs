@@ -13,7 +13,8 @@ use crate::clock::FOREVER;
 /// Attempts are made in place: a message waits in the consumer and holds its key until it is handled
 /// or dead-lettered. [`delayed`](Self::delayed) ones wait in the store of held keys, which takes the
 /// later messages of the key along, so that order is kept through minutes and restarts. Times are
-/// lower bounds: up to a tenth is added at random, never taken away.
+/// lower bounds: up to a tenth is added at random, never taken away. There is
+/// always a first attempt: zero attempts are taken for one.
 ///
 /// # Examples
 ///
@@ -266,6 +267,14 @@ mod tests {
                 None
             ]
         );
+    }
+
+    #[test]
+    fn zero_attempts_are_one() {
+        for policy in [RetryPolicy::immediate(0), RetryPolicy::fixed(0, FOREVER)] {
+            assert_eq!(policy.attempts_max(), 1);
+            assert_eq!(policy.delay(1, OnError::Next, 0), None);
+        }
     }
 
     #[test]

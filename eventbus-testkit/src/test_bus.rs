@@ -234,7 +234,8 @@ impl TestBus {
     ///
     /// # Panics
     ///
-    /// When one of its topic can't be read.
+    /// When one of its topic can't be read, and on a bus like a broker that keeps nothing for
+    /// readers, such as RabbitMQ.
     pub async fn published<E: Event>(&self) -> Vec<E> {
         let found = self.published_with_envelopes().await;
         found.into_iter().map(|(_, event)| event).collect()
@@ -246,11 +247,13 @@ impl TestBus {
     ///
     /// As [`published`](Self::published).
     pub async fn published_with_envelopes<E: Event>(&self) -> Vec<(Envelope, E)> {
-        let mut reader = self
+        let reader = self
             .bus
             .read(&[E::TOPIC], Start::Earliest, Some(Until::Now))
-            .await
-            .expect("the in-memory broker reads every topic");
+            .await;
+        let mut reader = reader.unwrap_or_else(|error| {
+            panic!("what was published can't be read again: look at what a consumer got, or use a bus like a broker with `replay`\n{error:?}")
+        });
         let mut events = Vec::new();
         while let Some(record) = reader.next().await.expect("the in-memory broker reads on") {
             match self.bus.event::<E>(&record.message) {

@@ -218,6 +218,7 @@ async fn spawning(lines: &mut Lines) {
     let unit = MemoryUnit::new(test.broker().clone(), ());
     lines.refused(payments().on(handled).unit(unit).spawn().await);
     lines.refused(payments().on(handled).concurrency(0).spawn().await);
+    lines.refused(payments().on(handled).hand_outs_max(0).spawn().await);
     lines.refused(payments().on(handled).workers(0).spawn().await);
     lines.refused(
         payments()

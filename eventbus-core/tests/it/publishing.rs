@@ -193,6 +193,14 @@ async fn publish_all_takes_nothing_when_one_event_is_too_large() {
     assert!(test.published::<OrderPaid>().await.is_empty());
 }
 
+#[tokio::test]
+#[should_panic(expected = "use a bus like a broker with `replay`")]
+async fn what_was_published_to_a_broker_that_keeps_nothing_is_not_read_again() {
+    let test = TestBus::like(MemoryProfile::RabbitMq);
+    test.publish(paid(1)).await.unwrap();
+    test.published::<OrderPaid>().await;
+}
+
 /// A broker that does not take messages with a text in them, as long as it is told to, and takes
 /// the others of the batch, later ones of the same key, too.
 #[derive(Clone, Debug)]
