@@ -1,4 +1,5 @@
-//! What could not be handled is kept with its cause, listed, and given back once it can be.
+//! What could not be handled is counted by its error, given back once it can be, and edited where
+//! that is all that helps. Every step is on record.
 //!
 //! `cargo run --example dead_letters`
 
@@ -13,16 +14,20 @@ use tokio::sync::watch;
 #[event(type = "ParcelPacked", topic = "shipping-events", key = "parcel")]
 struct ParcelPacked {
     parcel: u64,
+    street: String,
 }
 
-/// The carrier's label printer, which is out of order to begin with.
+/// The carrier's label printer, which is out of paper to begin with.
 struct Printer {
-    works: AtomicBool,
+    has_paper: AtomicBool,
     labels: watch::Sender<usize>,
 }
 
 async fn print_label(packed: ParcelPacked, cx: Context<Printer>) -> Result<(), BoxError> {
-    if !cx.state().works.load(Ordering::Relaxed) {
+    if packed.street.is_empty() {
+        return Err(format!("parcel {} has no street", packed.parcel).into());
+    }
+    if !cx.state().has_paper.load(Ordering::Relaxed) {
         return Err(format!("no label for parcel {}: out of paper", packed.parcel).into());
     }
     cx.state().labels.send_modify(|count| *count += 1);
@@ -33,49 +38,57 @@ async fn print_label(packed: ParcelPacked, cx: Context<Printer>) -> Result<(), B
 async fn main() -> eventbus::Result<()> {
     let bus = EventBus::connect("memory:").await?;
     let (labels, mut printed) = watch::channel(0);
-    let printer = Arc::new(Printer {
-        works: AtomicBool::new(false),
-        labels,
-    });
+    let has_paper = AtomicBool::new(false);
+    let printer = Arc::new(Printer { has_paper, labels });
 
     let shipping = bus
         .consumer("shipping")
         .shared_state(Arc::clone(&printer))
         .on(print_label)
-        .retry(RetryPolicy::immediate(2))
+        .retry(RetryPolicy::none())
         .on_poison(OnPoison::SkipKey)
         .spawn()
         .await?;
-
-    for parcel in 1..=3 {
-        bus.publish(ParcelPacked { parcel }).await?;
+    for (parcel, street) in [(1, "Elm Street 7"), (2, ""), (3, "Oak Lane 1")] {
+        let street = street.to_owned();
+        bus.publish(ParcelPacked { parcel, street }).await?;
     }
-    let letters = loop {
-        let letters = shipping.dead_letters().list().await?;
-        if letters.len() == 3 {
-            break letters;
-        }
+    let desk = shipping.dead_letters();
+    while desk.list().await?.len() < 3 {
         tokio::task::yield_now().await;
-    };
-    for letter in &letters {
+    }
+
+    // What went wrong, and how often?
+    for error in desk.by_error().await? {
+        println!("{} × {}", error.count, error.fingerprint);
+    }
+
+    // The printer has paper again: give those parcels back to this group, ten a second.
+    printer.has_paper.store(true, Ordering::Relaxed);
+    let redrive = Redrive::of_error("error: no label for parcel <n>: out of paper")
+        .by("ann")
+        .because("paper was refilled")
+        .rate(10)
+        .on_progress(|report| println!("{} of {} re-driven", report.done, report.chosen));
+    desk.redrive(redrive).await?;
+
+    // No paper helps where the street is missing: another event takes the place of that one.
+    let letter = desk.list().await?.remove(0);
+    let edit = Edit::new()
+        .data(r#"{"parcel":2,"street":"Birch Road 3"}"#)
+        .by("bob")
+        .because("the customer told us the street");
+    desk.edit(&letter.id, edit).await?;
+    for entry in desk.history(&letter.id).await? {
+        let who = entry.decision;
         println!(
-            "{} after {} attempts: {}",
-            letter.cause, letter.attempts, letter.error
+            "{}: {:?} by {}: {}",
+            who.at, entry.action, who.by, who.because
         );
     }
 
-    printer.works.store(true, Ordering::Relaxed);
-    let redriven = shipping
-        .dead_letters()
-        .redrive(Redrive::all().by("ann").because("paper was refilled"))
-        .await?;
-    printed
-        .wait_for(|count| *count == 3)
-        .await
-        .expect("the consumer runs");
-    println!(
-        "{redriven} re-driven, {} open",
-        shipping.dead_letters().list().await?.len()
-    );
+    let all = printed.wait_for(|count| *count == 3).await;
+    all.expect("the consumer runs");
+    println!("{} open", desk.list().await?.len());
     shipping.shutdown().await
 }

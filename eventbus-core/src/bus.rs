@@ -533,7 +533,7 @@ impl EventBus {
     }
 
     /// Publishes messages with one call of the broker.
-    async fn send_at_once(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+    pub(crate) async fn send_at_once(&self, messages: Vec<Message>) -> Result<(), PublishError> {
         let count = messages.len();
         let begun = Instant::now();
         let published = match self.send_span(&messages) {

@@ -27,6 +27,8 @@ pub const EXPIRES_AT: &str = "eb-expires-at";
 pub const TO_GROUP: &str = "eb-to-group";
 /// How often it was re-driven from the dead letters.
 pub const REDRIVES: &str = "eb-redrives";
+/// The dead letter whose event was changed to be this one.
+pub const EDITED_FROM: &str = "eb-edited-from";
 /// How many headers of a foreign message an adapter had to leave out, because their names are none
 /// of 1 to 255 bytes of text.
 pub const HEADERS_LEFT_OUT: &str = "eb-headers-left-out";

@@ -78,7 +78,9 @@ pub use consumer::{
 };
 pub use context::Context;
 pub use dead_letter::{
-    DEAD_LETTERS_MAX, DeadLetter, DeadLetterStatus, DeadLetters, Decision, Redrive,
+    DEAD_LETTER_CLAIM_TIME, DEAD_LETTERS_BYTES_MAX, DEAD_LETTERS_MAX, DeadLetter, DeadLetterStatus,
+    DeadLetters, Decision, DeskAction, DeskEntry, DeskReport, ERROR_GROUPS_MAX, Edit, ErrorGroup,
+    Redrive,
 };
 pub use handler::{BatchHandler, BatchItem, Handler};
 pub use held_keys::{HELD_LIST_MAX, HeldKeys};

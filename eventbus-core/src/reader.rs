@@ -13,6 +13,8 @@ pub struct Reader {
     member: Member,
     /// Where lanes that have not ended come from.
     lanes: HashMap<Lane, (Topic, u32)>,
+    /// How many lanes there were to begin with.
+    partitions: usize,
     ended: bool,
     delivered: std::vec::IntoIter<Delivery>,
     /// What `delivered` held, to be settled before more is asked for.
@@ -37,11 +39,17 @@ impl Reader {
         Self {
             member,
             lanes: HashMap::new(),
+            partitions: 0,
             ended: false,
             delivered: Vec::new().into_iter(),
             unsettled: Vec::new(),
             bounded,
         }
+    }
+
+    /// How many partitions it reads; known when it has been asked for a message.
+    pub(crate) fn partitions(&self) -> usize {
+        self.partitions
     }
 
     /// The next message: in order within a partition; `None` at the end of a bounded read.
@@ -75,6 +83,7 @@ impl Reader {
             }
             match self.member.deliveries.next().await? {
                 Signal::Assigned(assignments) => {
+                    self.partitions += assignments.len();
                     for assignment in assignments {
                         self.lanes
                             .insert(assignment.lane, (assignment.topic, assignment.partition));

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::letter::DeadLetter;
-use super::record::{LETTER, PART, STATUS, WHOLE};
+use super::record::{LETTER, PART, STATUS, WHOLE, original_key};
 use crate::broker::{Outcome, PublishError};
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::DEAD_LETTER_PREFIX;
@@ -54,7 +54,7 @@ fn split(letter: &Message, message_bytes_max: usize) -> Option<Vec<Message>> {
             false => original = original.push(name, value).ok()?,
         }
     }
-    let mut bytes = whole(letter.key.as_ref(), &original.build(), &letter.payload)?;
+    let mut bytes = whole(original_key(letter), &original.build(), &letter.payload)?;
     let total = bytes.len();
     let record = |headers: Headers, payload: Bytes| {
         Message::new(letter.topic.clone(), payload)

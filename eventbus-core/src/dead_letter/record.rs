@@ -3,7 +3,9 @@
 use bytes::Bytes;
 
 use super::cause::Diagnosis;
-use super::letter::{DeadLetter, DeadLetterStatus, Decision};
+use super::letter::{DeadLetter, DeadLetterStatus, Decision, DeskAction};
+use super::log::Place;
+use super::standing::Standing;
 use super::topic_of;
 use crate::clock::Timestamp;
 use crate::consumer::scope::Scope;
@@ -11,7 +13,7 @@ use crate::delivery::Position;
 use crate::envelope::EventId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{DEAD_LETTER_PREFIX, KnownHeaders};
-use crate::message::{Group, HEADER_BYTES_MAX, Headers, Message, Topic};
+use crate::message::{Group, HEADER_BYTES_MAX, Headers, Key, Message, Topic};
 
 pub(super) const LETTER: &str = "eb-dlq-id";
 const CAUSE: &str = "eb-dlq-cause";
@@ -23,18 +25,28 @@ const TOPIC: &str = "eb-dlq-topic";
 const GROUP: &str = "eb-dlq-group";
 const PARTITION: &str = "eb-dlq-partition";
 const POSITION: &str = "eb-dlq-position";
+/// On a letter whose event has no key: it has its id as key, to be on one partition with its notes.
+pub(super) const KEYLESS: &str = "eb-dlq-keyless";
 /// On a letter whose bytes stand in parts before it: how many there are.
 pub(super) const WHOLE: &str = "eb-dlq-whole";
 /// On a part: where its bytes stand.
 pub(super) const PART: &str = "eb-dlq-part";
-/// On a record about a letter, not on a letter.
+/// On a note about a letter, not on a letter: what was done.
 pub(super) const STATUS: &str = "eb-dlq-status";
-pub(super) const BY: &str = "eb-dlq-by";
-pub(super) const BECAUSE: &str = "eb-dlq-because";
-pub(super) const AT: &str = "eb-dlq-at";
+const BY: &str = "eb-dlq-by";
+const BECAUSE: &str = "eb-dlq-because";
+const AT: &str = "eb-dlq-at";
+/// On a note: under which claim it was done, or which one is made.
+const CLAIM: &str = "eb-dlq-claim";
+/// On a claim: when it ends.
+const UNTIL: &str = "eb-dlq-until";
+/// On a note that the event was edited: the new event's id.
+const NEW_ID: &str = "eb-dlq-new-id";
 
-pub(super) const REDRIVEN: &str = "redriven";
-pub(super) const DISCARDED: &str = "discarded";
+const CLAIMED: &str = "claimed";
+const REDRIVEN: &str = "redriven";
+const EDITED: &str = "edited";
+const DISCARDED: &str = "discarded";
 
 /// Longest text of an error that is kept; the beginning says what happened.
 const ERROR_BYTES_MAX: usize = HEADER_BYTES_MAX / 2;
@@ -70,13 +82,14 @@ pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Messa
             POSITION,
             scope.position().map(|position| position.to_string()),
         )?
+        .push_some(KEYLESS, original.key.is_none().then_some("true"))?
         .build();
     let mut letter = Message::new(
         topic_of(&original.topic, scope.group())?,
         original.payload.clone(),
     )
     .with_headers(headers);
-    letter.key = original.key.clone();
+    letter.key = Some(original.key.clone().unwrap_or_else(|| Key::display(&id)));
     Ok(letter)
 }
 
@@ -92,7 +105,52 @@ pub(super) enum Entry {
     Letter(Box<DeadLetter>),
     /// Some bytes of a letter and their place.
     Part(usize, Bytes),
-    Decided(DeadLetterStatus),
+    Note(Note),
+}
+
+/// What somebody did with a letter, as it is written beside it.
+#[derive(Clone, Debug)]
+pub(super) struct Note {
+    pub(super) action: DeskAction,
+    pub(super) decision: Decision,
+    /// Which run of which desk did it.
+    pub(super) claim: String,
+}
+
+impl Note {
+    /// The record of this note, on the partition of the letter's other notes.
+    pub(super) fn about(&self, letter: &DeadLetter) -> Result<Message> {
+        let (status, until, new_id) = match &self.action {
+            DeskAction::Stored => return Err(no_note()),
+            DeskAction::Claimed { until } => (CLAIMED, Some(until.to_string()), None),
+            DeskAction::Redriven => (REDRIVEN, None, None),
+            DeskAction::Edited { new_id } => (EDITED, None, Some(new_id.to_string())),
+            DeskAction::Discarded => (DISCARDED, None, None),
+        };
+        let headers = Headers::builder()
+            .push(LETTER, letter.id.to_string())?
+            .push(GROUP, letter.group.as_str())?
+            .push(STATUS, status)?
+            .push(BY, &self.decision.by)?
+            .push(BECAUSE, &self.decision.because)?
+            .push(AT, self.decision.at.to_string())?
+            .push(CLAIM, &self.claim)?
+            .push_some(UNTIL, until)?
+            .push_some(NEW_ID, new_id)?
+            .build();
+        let topic = topic_of(&letter.message.topic, &letter.group)?;
+        let mut record = Message::new(topic, Vec::new()).with_headers(headers);
+        record.key = Some(letter.record_key());
+        Ok(record)
+    }
+}
+
+fn no_note() -> Error {
+    Error::new(
+        ErrorKind::Internal,
+        "write note",
+        "a letter is stored by a consumer, not by a desk",
+    )
 }
 
 /// Reads a record, or `None` when it is nothing of this group's.
@@ -107,23 +165,39 @@ pub(super) fn entry(group: &Group, record: &Message) -> Result<Option<(EventId, 
     };
     let id = EventId::parse(id)?;
     let entry = match (headers.get_str(STATUS), headers.get_str(PART)) {
-        (Some(status), _) => Entry::Decided(decided(status, headers)?),
+        (Some(status), _) => Entry::Note(note(status, headers)?),
         (None, Some(place)) => Entry::Part(count(place)?, record.payload.clone()),
         (None, None) => Entry::Letter(Box::new(parse(id.clone(), group, record)?)),
     };
     Ok(Some((id, entry)))
 }
 
-fn decided(status: &str, headers: &Headers) -> Result<DeadLetterStatus> {
-    let decision = Decision {
-        by: headers.get_str(BY).unwrap_or_default().to_owned(),
-        because: headers.get_str(BECAUSE).unwrap_or_default().to_owned(),
-        at: time(headers, AT)?,
+fn note(status: &str, headers: &Headers) -> Result<Note> {
+    let action = match status {
+        CLAIMED => DeskAction::Claimed {
+            until: time(headers, UNTIL)?,
+        },
+        REDRIVEN => DeskAction::Redriven,
+        EDITED => DeskAction::Edited {
+            new_id: EventId::parse(headers.get_str(NEW_ID).unwrap_or_default())?,
+        },
+        _ => DeskAction::Discarded,
     };
-    Ok(match status {
-        REDRIVEN => DeadLetterStatus::Redriven(decision),
-        _ => DeadLetterStatus::Discarded(decision),
+    Ok(Note {
+        action,
+        decision: Decision {
+            by: headers.get_str(BY).unwrap_or_default().to_owned(),
+            because: headers.get_str(BECAUSE).unwrap_or_default().to_owned(),
+            at: time(headers, AT)?,
+        },
+        claim: headers.get_str(CLAIM).unwrap_or_default().to_owned(),
     })
+}
+
+/// The key of the event that a letter holds.
+pub(super) fn original_key(letter: &Message) -> Option<&Key> {
+    let is_keyless = letter.headers.get(KEYLESS).is_some();
+    letter.key.as_ref().filter(|_| !is_keyless)
 }
 
 fn count(text: &str) -> Result<usize> {
@@ -147,7 +221,7 @@ fn parse(id: EventId, group: &Group, letter: &Message) -> Result<DeadLetter> {
     }
     let mut message = Message::new(Topic::new(&text(TOPIC))?, letter.payload.clone())
         .with_headers(original.build());
-    message.key = letter.key.clone();
+    message.key = original_key(letter).cloned();
     Ok(DeadLetter {
         id,
         message,
@@ -161,5 +235,7 @@ fn parse(id: EventId, group: &Group, letter: &Message) -> Result<DeadLetter> {
         failed_at: time(headers, FAILED_AT)?,
         status: DeadLetterStatus::Open,
         whole: headers.get_str(WHOLE).map(count).transpose()?,
+        place: Place::default(),
+        standing: Standing::open(),
     })
 }

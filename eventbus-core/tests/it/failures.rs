@@ -612,7 +612,7 @@ async fn a_redriven_letter_goes_to_its_group_alone_with_its_id_and_new_attempts(
         .by("ann")
         .because("mended");
     let redriven = consumer.dead_letters().redrive(redrive).await.unwrap();
-    assert_eq!(redriven, 1);
+    assert_eq!(redriven.done, 1);
     test.run_out().await;
     assert_eq!(state.attempts.load(Ordering::SeqCst), 1);
     assert_eq!(consumer.status().counts.handled, 1);

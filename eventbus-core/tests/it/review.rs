@@ -103,7 +103,7 @@ async fn a_foreign_event_keeps_the_id_of_its_body_through_a_redrive() {
     test.settled().await;
     desk.mend();
     let redriven = consumer.dead_letters().redrive(Redrive::all()).await;
-    assert_eq!(redriven.expect("letters can be re-driven"), 1);
+    assert_eq!(redriven.expect("letters can be re-driven").done, 1);
     test.settled().await;
     assert_eq!(desk.ids(), ["order-7", "order-7"]);
 }
