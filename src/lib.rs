@@ -5,13 +5,54 @@ mod config;
 mod connect;
 mod signal;
 
+pub mod broker;
+pub mod format;
+pub mod layer;
+pub mod metrics;
 pub mod prelude;
+pub mod store;
+pub mod unit_of_work;
 
 pub use config::EventBusConfig;
 pub use connect::{Connect, connect};
-pub use eventbus_core::*;
+pub use signal::shutdown_signal;
+
+// The bus: publishing, reading, asking.
+pub use eventbus_core::{
+    Capabilities, Durability, EventBus, EventBusBuilder, LaneLag, Origin, Outgoing,
+    PartlyPublished, Reader, Record, TopicReport, TopicSpec,
+};
+// Events and what is known about them.
+pub use eventbus_core::{
+    Envelope, Event, EventId, Group, Headers, Key, Message, Metadata, Position, Timestamp, Topic,
+    header,
+};
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;
 #[cfg(feature = "sqlite")]
 pub use eventbus_sql::{SqliteBroker, SqliteConfig};
-pub use signal::shutdown_signal;
+// Consumers and their handlers.
+pub use eventbus_core::{
+    BatchHandler, BatchItem, Breaker, Consumer, ConsumerBuilder, ConsumerState, ConsumerStatus,
+    Context, Counts, Handler, LaneStatus, Limits, NoUnit, OnError, OnPoison, Replay, ReplayReport,
+    RetryPolicy, Start, Until,
+};
+// What could not be handled.
+pub use eventbus_core::{
+    DEAD_LETTER_CLAIM_TIME, DEAD_LETTERS_BYTES_MAX, DEAD_LETTERS_MAX, DeadLetter, DeadLetterStatus,
+    DeadLetters, Decision, DeskAction, DeskEntry, DeskReport, ERROR_GROUPS_MAX, Edit, ErrorGroup,
+    Redrive,
+};
+// What waits, with its key.
+pub use eventbus_core::{
+    HeldKeys, HeldMessage, HeldName, HeldPlace, HeldReport, KeyAction, KeyDecision, TopicPartition,
+    Wait,
+};
+// Errors, time, and the broker in memory.
+pub use eventbus_core::{
+    BoxError, Clock, Error, ErrorKind, MemoryBroker, MemoryConfig, MemoryProfile, MemoryUnit,
+    Result, Retry, SystemClock, error_chain,
+};
+// What `#[derive(Event)]` writes names these here.
+#[doc(hidden)]
+pub use eventbus_core::{Json, assert_upcast, unknown_version, upcast_from};

@@ -6,10 +6,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use eventbus::broker::{Broker, Publisher, Receipt, Signal, Subscriber, Subscription, Verdict};
 use eventbus::{
-    Broker, Consumer, ConsumerBuilder, Context, Event, EventBus, Group, MemoryBroker, MemoryConfig,
-    Message, NoUnit, Publisher, Receipt, Result, Signal, Start, Subscriber, Subscription, Until,
-    Verdict,
+    Consumer, ConsumerBuilder, Context, Event, EventBus, Group, MemoryBroker, MemoryConfig,
+    Message, NoUnit, Result, Start, Until,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;

@@ -6,11 +6,14 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use eventbus::broker::{
+    AdminRequest, Broker, Publisher, Signal, Subscriber, Subscription, Verdict,
+};
+use eventbus::format::{Codec, FlatFormat};
 use eventbus::prelude::*;
 use eventbus::{
-    AdminRequest, BatchItem, Broker, Codec, FlatFormat, Headers, MemoryBroker, MemoryConfig,
-    MemoryProfile, MemoryUnit, Message, Position, Publisher, Signal, Subscriber, Subscription,
-    Timestamp, Verdict,
+    BatchItem, Headers, MemoryBroker, MemoryConfig, MemoryProfile, MemoryUnit, Message, Position,
+    Timestamp,
 };
 use eventbus_testkit::TestBus;
 use serde::{Deserialize, Serialize};
