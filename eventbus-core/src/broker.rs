@@ -263,7 +263,7 @@ pub struct Capabilities {
     pub ordered_pipelining: bool,
     /// A group's settled positions are kept one by one, not only up to the first gap.
     pub selective_settlement: bool,
-    /// `AdminRequest::Lag` is answered.
+    /// `AdminRequest::Lag` and `AdminRequest::Groups` are answered.
     pub lag: bool,
 }
 
@@ -287,13 +287,20 @@ pub trait Broker: Publisher + Subscriber {
 pub enum AdminRequest {
     /// Create what is missing and report what differs. Answer: `Topics`.
     ApplyTopics(Vec<TopicSpec>),
-    /// Describe topics; a missing one is `NotFound`. Answer: `Topics`.
+    /// Describe topics; a missing one is `NotFound`. Where none is named, all there are, in the
+    /// order of their names; `Unsupported` where the broker can't list them. Answer: `Topics`.
     DescribeTopics(Vec<Topic>),
     /// How far a group is behind. Answer: `Lag`.
     Lag {
         /// The group.
         group: Group,
         /// Of these topics.
+        topics: Vec<Topic>,
+    },
+    /// How far every group is that ever subscribed to these topics; a missing topic is `NotFound`.
+    /// Where none is named, to any. Answer: `Groups`, by group, topic and partition.
+    Groups {
+        /// The topics.
         topics: Vec<Topic>,
     },
     /// Move a group that has no member. Answer: `Done`.
@@ -342,6 +349,8 @@ pub enum AdminReply {
     Topics(Vec<TopicReport>),
     /// One a partition.
     Lag(Vec<LaneLag>),
+    /// One a group and partition.
+    Groups(Vec<GroupPosition>),
 }
 
 /// What a topic is like on the broker, and how that differs from its declaration.
@@ -405,6 +414,36 @@ impl LaneLag {
             topic,
             partition,
             messages,
+        }
+    }
+}
+
+/// Where a group is on one partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GroupPosition {
+    /// The group.
+    pub group: Group,
+    /// The topic.
+    pub topic: Topic,
+    /// Its partition.
+    pub partition: u32,
+    /// The first place that is not settled; behind the last message when all are.
+    pub position: Position,
+    /// Messages published and not settled.
+    pub lag: u64,
+}
+
+impl GroupPosition {
+    /// A group that has settled everything before `position`.
+    #[must_use]
+    pub fn new(group: Group, topic: Topic, partition: u32, position: Position, lag: u64) -> Self {
+        Self {
+            group,
+            topic,
+            partition,
+            position,
+            lag,
         }
     }
 }

@@ -34,8 +34,8 @@ mod unit_of_work;
 
 pub use activity::Activity;
 pub use broker::{
-    AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Durability, LaneLag, Member,
-    Outcome, PublishError, Publisher, Settlement, Subscriber, TopicReport, Unpublished,
+    AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Durability, GroupPosition, LaneLag,
+    Member, Outcome, PublishError, Publisher, Settlement, Subscriber, TopicReport, Unpublished,
 };
 pub use clock::{Clock, SystemClock, Timestamp};
 pub use codec::{Codec, Json};

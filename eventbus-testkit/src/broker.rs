@@ -76,10 +76,10 @@ pub use lifecycle::{
 };
 pub use position::{
     bounded_read_ends_where_it_says, empty_partition_ends_at_once, gap_is_reported_with_its_range,
-    group_is_reset_only_without_members, lag_counts_what_is_not_settled,
-    reader_has_all_its_lanes_at_once, reader_moves_no_group, reading_starts_at_a_position,
-    reading_starts_at_a_time, start_earliest_sees_history_where_declared,
-    start_latest_sees_only_what_comes,
+    group_is_reset_only_without_members, groups_are_listed_with_their_positions,
+    lag_counts_what_is_not_settled, reader_has_all_its_lanes_at_once, reader_moves_no_group,
+    reading_starts_at_a_position, reading_starts_at_a_time,
+    start_earliest_sees_history_where_declared, start_latest_sees_only_what_comes,
 };
 pub use pressure::{
     byte_limit_is_kept_and_large_messages_pass, control_signals_pass_while_full,
@@ -91,7 +91,10 @@ pub use settlement::{
     retry_hands_out_again_where_declared, settled_message_is_not_delivered_again,
     stale_receipts_are_ignored, unsettled_messages_come_first_after_close,
 };
-pub use topic::{missing_topic_is_not_found, topics_are_applied_and_drift_is_reported};
+pub use topic::{
+    missing_topic_is_not_found, topics_are_applied_and_drift_is_reported,
+    topics_are_listed_where_possible,
+};
 
 /// Gives the suite clients of one server.
 #[async_trait]
@@ -166,6 +169,7 @@ macro_rules! broker_conformance {
             reader_moves_no_group
             gap_is_reported_with_its_range
             lag_counts_what_is_not_settled
+            groups_are_listed_with_their_positions
             group_is_reset_only_without_members
             message_limit_is_kept
             byte_limit_is_kept_and_large_messages_pass
@@ -180,6 +184,7 @@ macro_rules! broker_conformance {
             health_is_answered
             restart_keeps_what_was_acknowledged
             topics_are_applied_and_drift_is_reported
+            topics_are_listed_where_possible
             missing_topic_is_not_found
         );
     };

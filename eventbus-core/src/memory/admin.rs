@@ -3,7 +3,7 @@
 use super::config::PARTITIONS_MAX;
 use super::group::Cursor;
 use super::state::State;
-use crate::broker::{AdminReply, AdminRequest, LaneLag, TopicReport};
+use crate::broker::{AdminReply, AdminRequest, GroupPosition, LaneLag, TopicReport};
 use crate::delivery::{Position, Start};
 use crate::error::{Error, ErrorKind, Result};
 use crate::message::{Group, Topic};
@@ -16,6 +16,7 @@ impl State {
             AdminRequest::ApplyTopics(topics) => self.apply_topics(&topics),
             AdminRequest::DescribeTopics(topics) => self.describe_topics(&topics),
             AdminRequest::Lag { group, topics } => self.lag(&group, &topics),
+            AdminRequest::Groups { topics } => self.group_positions(&topics),
             AdminRequest::ResetGroup { group, topic, to } => self.reset_group(&group, &topic, to),
             AdminRequest::Trim {
                 topic,
@@ -71,11 +72,20 @@ impl State {
     }
 
     fn describe_topics(&self, topics: &[Topic]) -> Result<AdminReply> {
-        let reports = topics
-            .iter()
-            .map(|topic| Ok(self.report(self.known_topic("describe topics", topic)?)))
-            .collect::<Result<_>>()?;
-        Ok(AdminReply::Topics(reports))
+        let topics = self.known_topics("describe topics", topics)?;
+        let reports = topics.into_iter().map(|topic| self.report(topic));
+        Ok(AdminReply::Topics(reports.collect()))
+    }
+
+    /// The topics of these names; without names all, in the order of their names.
+    fn known_topics(&self, operation: &'static str, names: &[Topic]) -> Result<Vec<usize>> {
+        if names.is_empty() {
+            let mut all: Vec<usize> = (0..self.topics.len()).collect();
+            all.sort_by(|a, b| self.topics[*a].name.cmp(&self.topics[*b].name));
+            return Ok(all);
+        }
+        let known = names.iter().map(|name| self.known_topic(operation, name));
+        known.collect()
     }
 
     fn report(&self, topic: usize) -> TopicReport {
@@ -96,6 +106,31 @@ impl State {
             }
         }
         Ok(AdminReply::Lag(lanes))
+    }
+
+    fn group_positions(&self, topics: &[Topic]) -> Result<AdminReply> {
+        let mut positions = Vec::new();
+        for topic in self.known_topics("read groups", topics)? {
+            let topic = &self.topics[topic];
+            for (cursor, group) in topic.groups.iter().enumerate() {
+                for (index, partition) in topic.partitions.iter().enumerate() {
+                    let (base, end) = (partition.log.base(), partition.log.end());
+                    let cursor = &partition.cursors[cursor];
+                    positions.push(GroupPosition::new(
+                        self.groups[*group].name.clone(),
+                        topic.name.clone(),
+                        // A topic has at most 4096 partitions.
+                        index as u32,
+                        Position(cursor.committed.max(base).into()),
+                        cursor.lag(base, end),
+                    ));
+                }
+            }
+        }
+        positions.sort_by(|a, b| {
+            (&a.group, &a.topic, a.partition).cmp(&(&b.group, &b.topic, b.partition))
+        });
+        Ok(AdminReply::Groups(positions))
     }
 
     fn reset_group(&mut self, group: &Group, name: &Topic, to: Start) -> Result<AdminReply> {

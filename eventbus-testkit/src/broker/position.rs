@@ -1,9 +1,11 @@
 //! Where reading starts and ends, what readers and groups are told of gaps, and how far they are.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use eventbus_core::{
-    AdminReply, AdminRequest, Delivery, ErrorKind, Group, Key, Position, Start, Subscription, Until,
+    AdminReply, AdminRequest, Delivery, ErrorKind, Group, GroupPosition, Key, Position, Start,
+    Subscription, Until,
 };
 
 use super::{BrokerHarness, DEADLINE, Stage, unique_group, unique_topic};
@@ -315,6 +317,77 @@ async fn lag(stage: &Stage, request: AdminRequest) -> Vec<u64> {
     lanes.sort_by_key(|lane| lane.partition);
     assert!(lanes.iter().all(|lane| lane.topic == stage.topic));
     lanes.iter().map(|lane| lane.messages).collect()
+}
+
+/// Every group that subscribed to a topic is named with its first unsettled place and its lag on
+/// each partition, whether or not it has members; groups of other topics are not.
+pub async fn groups_are_listed_with_their_positions(harness: &dyn BrokerHarness) {
+    within(DEADLINE, async {
+        let stage = Stage::new(harness, 2).await;
+        let request = AdminRequest::Groups {
+            topics: vec![stage.topic.clone()],
+        };
+        if !stage.capabilities.lag {
+            stage.refuses_request(request).await;
+            return;
+        }
+        assert_eq!(groups(&stage, request.clone()).await, []);
+        let other = Subscription::group(unique_group(), vec![stage.topic.clone()]);
+        let name = other.group.clone().expect("it has a group");
+        let elsewhere = Stage::new(harness, 1).await;
+        let _elsewhere = elsewhere.member().await;
+        let gone = stage.only_member(other).await;
+        gone.close().await;
+        let mut probe = stage.member().await;
+        stage.publish(&stage.keys()[1], &["a", "b", "c"]).await;
+        let deliveries = probe.collect(3).await;
+        probe.settle(&deliveries[..2]).await;
+
+        let found = groups(&stage, request.clone()).await;
+        let expected = BTreeMap::from([(&name, [0, 3]), (&stage.group, [0, 1])]);
+        let expected: Vec<_> = expected
+            .into_iter()
+            .flat_map(|(group, lags)| [(group, 0, lags[0]), (group, 1, lags[1])])
+            .collect();
+        let lags: Vec<_> = found
+            .iter()
+            .map(|found| (&found.group, found.partition, found.lag))
+            .collect();
+        assert_eq!(lags, expected);
+        assert!(found.iter().all(|found| found.topic == stage.topic));
+        let position = |group: &Group| {
+            let mut found = found.iter().filter(|found| found.group == *group);
+            found
+                .find(|found| found.partition == 1)
+                .map(|it| it.position)
+        };
+        if let Some(settled) = deliveries[1].position {
+            assert!(position(&stage.group) > Some(settled));
+            assert!(position(&stage.group) <= deliveries[2].position);
+            assert!(position(&name) <= deliveries[0].position);
+        }
+        let all = groups(&stage, AdminRequest::Groups { topics: Vec::new() }).await;
+        assert!(found.iter().all(|found| all.contains(found)));
+        assert!(all.iter().any(|found| found.group == elsewhere.group));
+        probe.settle(&deliveries[2..]).await;
+        let found = groups(&stage, request).await;
+        let mine = found.iter().filter(|found| found.group == stage.group);
+        assert_eq!(mine.map(|found| found.lag).sum::<u64>(), 0);
+        let missing = stage.broker.admin(AdminRequest::Groups {
+            topics: vec![unique_topic()],
+        });
+        let error = missing.await.expect_err("there is no such topic");
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    })
+    .await;
+}
+
+async fn groups(stage: &Stage, request: AdminRequest) -> Vec<GroupPosition> {
+    let reply = stage.broker.admin(request).await;
+    let AdminReply::Groups(groups) = reply.expect("`lag` is declared") else {
+        panic!("not an answer to the request");
+    };
+    groups
 }
 
 /// A group without members is moved; one with members, and one that does not exist, is not.

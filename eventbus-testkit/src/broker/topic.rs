@@ -41,6 +41,23 @@ async fn reports(stage: &Stage, topics: Vec<TopicSpec>) -> Vec<TopicReport> {
     }
 }
 
+/// Where no topic is named, all there are are described, or the broker says that it can't list them.
+pub async fn topics_are_listed_where_possible(harness: &dyn BrokerHarness) {
+    within(DEADLINE, async {
+        let stage = Stage::new(harness, 2).await;
+        let all = AdminRequest::DescribeTopics(Vec::new());
+        match stage.broker.admin(all).await {
+            Ok(AdminReply::Topics(reports)) => {
+                assert!(reports.is_sorted_by_key(|report| report.name.clone()));
+                assert!(reports.contains(&TopicReport::new(stage.topic.clone(), 2)));
+            }
+            Ok(other) => panic!("not an answer to the request: {other:?}"),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}"),
+        }
+    })
+    .await;
+}
+
 /// Describing a topic that does not exist is `NotFound`.
 pub async fn missing_topic_is_not_found(harness: &dyn BrokerHarness) {
     within(DEADLINE, async {
