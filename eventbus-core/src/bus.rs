@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use metrics::{Counter, Histogram};
 use tokio::time::Instant;
@@ -10,7 +11,8 @@ use tracing::Instrument;
 
 use crate::activity::Activity;
 use crate::broker::{
-    AdminReply, AdminRequest, Broker, Capabilities, LaneLag, PublishError, TopicReport,
+    AdminReply, AdminRequest, Broker, Capabilities, GroupPosition, LaneLag, PublishError,
+    TopicReport,
 };
 use crate::clock::{Clock, SystemClock};
 use crate::consumer::held::HeldLanes;
@@ -24,11 +26,12 @@ use crate::event::Event;
 use crate::format::{EnvelopeFormat, Format, Formats};
 use crate::held_keys::{HeldKeys, no_key_state};
 use crate::key_state::KeyStateStore;
-use crate::message::{Group, Message, Topic};
+use crate::message::{Group, Key, Message, Topic};
 use crate::outgoing::{Frame, Origin, Outgoing, into_message};
 use crate::reader::Reader;
 use crate::sending::{PartlyPublished, Turns, repeats_a_key};
 use crate::topic::TopicSpec;
+use crate::whereabouts::Lookup;
 
 /// Publishes events and makes consumers; clones share one broker connection.
 ///
@@ -366,17 +369,80 @@ impl EventBus {
         }
     }
 
-    /// Asks the broker whether it answers.
+    /// Where every group stands that reads these topics and how far it is behind; where no topic is
+    /// named, all topics.
     ///
     /// # Errors
     ///
-    /// Those of the broker.
-    pub async fn health(&self) -> Result<()> {
-        self.inner
+    /// Those of the broker; `Unsupported` where it can't tell.
+    pub async fn lags(&self, topics: &[Topic]) -> Result<Vec<GroupPosition>> {
+        let topics = self.topics(topics)?;
+        match self
+            .inner
             .broker
-            .admin(AdminRequest::Health)
-            .await
-            .map(|_| ())
+            .admin(AdminRequest::Groups { topics })
+            .await?
+        {
+            AdminReply::Groups(positions) => Ok(positions),
+            _ => Err(unexpected_reply("ask for groups")),
+        }
+    }
+
+    /// What these topics are like; where none is named, all there are, dead letters' among them.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` when one is missing, `Unsupported` where the broker can't list all; otherwise
+    /// those of the broker.
+    pub async fn describe_topics(&self, topics: &[Topic]) -> Result<Vec<TopicReport>> {
+        let topics = self.topics(topics)?;
+        match self
+            .inner
+            .broker
+            .admin(AdminRequest::DescribeTopics(topics))
+            .await?
+        {
+            AdminReply::Topics(reports) => Ok(reports),
+            _ => Err(unexpected_reply("describe topics")),
+        }
+    }
+
+    /// Finds out where the events of a key are: on which partition, which groups have settled them
+    /// and which have not, and which dead letters they left.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use eventbus_macros::Event;
+    /// # use serde::{Deserialize, Serialize};
+    /// # #[derive(Event, Serialize, Deserialize)]
+    /// # #[event(crate = "eventbus_core", type = "OrderCreated", topic = "order-events", key = "order_id")]
+    /// # struct OrderCreated { order_id: u64 }
+    /// use eventbus_core::{Event as _, EventBus, MemoryBroker};
+    ///
+    /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+    /// let bus = EventBus::new(MemoryBroker::new());
+    /// let id = bus.publish(OrderCreated { order_id: 42 }).await?;
+    ///
+    /// let places = bus.whereabouts(&OrderCreated::TOPIC, "42").await?;
+    /// assert_eq!(places.events[0].id, id);
+    /// assert!(places.dead_letters.is_empty() && places.unknown.is_empty());
+    /// # Ok::<(), eventbus_core::Error>(())
+    /// # }).unwrap();
+    /// ```
+    pub fn whereabouts(&self, topic: &Topic, key: impl Into<Key>) -> Lookup {
+        Lookup::new(self.clone(), topic.clone(), key.into())
+    }
+
+    /// Asks the broker whether it answers, and returns how long that took.
+    ///
+    /// # Errors
+    ///
+    /// Those of the broker. One that hangs is not given up: bound the time.
+    pub async fn health(&self) -> Result<Duration> {
+        let begun = Instant::now();
+        self.inner.broker.admin(AdminRequest::Health).await?;
+        Ok(begun.elapsed())
     }
 
     /// What the broker can do.

@@ -31,6 +31,7 @@ mod retry;
 mod sending;
 mod topic;
 mod unit_of_work;
+mod whereabouts;
 
 pub use activity::Activity;
 pub use broker::{
@@ -89,3 +90,4 @@ pub use reader::{Reader, Record};
 pub use retry::{OnError, RetryPolicy};
 pub use sending::PartlyPublished;
 pub use unit_of_work::{Committed, InboxEntry, NoUnit, Unit, UnitOfWork, Work};
+pub use whereabouts::{EventPlace, GroupProgress, Lookup, Progress, Unknown, Whereabouts};

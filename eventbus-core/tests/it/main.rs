@@ -18,3 +18,4 @@ mod replay;
 mod review;
 mod shutdown;
 mod units;
+mod whereabouts;
