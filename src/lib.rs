@@ -15,6 +15,9 @@ pub mod unit_of_work;
 
 pub use config::EventBusConfig;
 pub use connect::{Connect, connect};
+/// How a [`Service`] is, over HTTP.
+#[cfg(feature = "axum")]
+pub use eventbus_axum as health;
 pub use signal::shutdown_signal;
 
 // The bus: publishing, reading, asking.
@@ -42,6 +45,11 @@ pub use eventbus_core::{
     DEAD_LETTER_CLAIM_TIME, DEAD_LETTERS_BYTES_MAX, DEAD_LETTERS_MAX, DeadLetter, DeadLetterStatus,
     DeadLetters, Decision, DeskAction, DeskEntry, DeskReport, ERROR_GROUPS_MAX, Edit, ErrorGroup,
     Redrive,
+};
+// Consumers, servers and what is beside them as one service; where events are.
+pub use eventbus_core::{
+    BrokerHealth, ConsumerHealth, EventPlace, GroupPosition, GroupProgress, Lookup, Progress,
+    Service, ServiceHandle, ServiceHealth, ServiceState, Stopping, Unknown, Whereabouts,
 };
 // What waits, with its key.
 pub use eventbus_core::{

@@ -3,7 +3,7 @@
 pub use eventbus_core::{
     BatchItem, BoxError, Consumer, ConsumerBuilder, Context, Edit, Error, ErrorKind, Event,
     EventBus, EventId, Handler, NoUnit, OnError, OnPoison, Origin, Outgoing, Redrive, Replay,
-    Result, RetryPolicy, Start, Topic, TopicSpec, Until,
+    Result, RetryPolicy, Service, Start, Topic, TopicSpec, Until,
 };
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;

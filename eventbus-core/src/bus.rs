@@ -30,6 +30,7 @@ use crate::message::{Group, Key, Message, Topic};
 use crate::outgoing::{Frame, Origin, Outgoing, into_message};
 use crate::reader::Reader;
 use crate::sending::{PartlyPublished, Turns, repeats_a_key};
+use crate::service::Service;
 use crate::topic::TopicSpec;
 use crate::whereabouts::Lookup;
 
@@ -260,6 +261,17 @@ impl EventBus {
         Ok(id)
     }
 
+    /// Publishes messages as they are, by the names that topics have on the broker: for tools and
+    /// bridges, which know no event types. Services publish events with [`publish`](Self::publish).
+    /// Inside a running handler they are sent at once, as with [`publish_now`](Self::publish_now).
+    ///
+    /// # Errors
+    ///
+    /// Names each message that was not acknowledged; the others were.
+    pub async fn publish_messages(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+        self.send(messages).await
+    }
+
     fn message_of<E: Event>(&self, outgoing: Outgoing<E>) -> Result<(EventId, Message)> {
         let topic = self.topic(&E::TOPIC)?;
         let frame = Frame {
@@ -445,6 +457,11 @@ impl EventBus {
         Ok(begun.elapsed())
     }
 
+    /// Starts a service: consumers, servers and what runs beside them, stopped in the right order.
+    pub fn service(&self, name: &str) -> Service {
+        Service::new(self.clone(), name)
+    }
+
     /// What the broker can do.
     pub fn capabilities(&self) -> &Capabilities {
         &self.inner.capabilities
@@ -536,6 +553,11 @@ impl EventBus {
     fn lock_keepers(&self) -> MutexGuard<'_, Vec<Weak<HeldLanes>>> {
         let keepers = self.inner.keepers.lock();
         keepers.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether both handles are of one connection, which is closed for both.
+    pub(crate) fn shares_connection_with(&self, other: &EventBus) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     pub(crate) fn broker(&self) -> &dyn Broker {

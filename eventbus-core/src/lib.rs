@@ -29,6 +29,7 @@ mod outgoing;
 mod reader;
 mod retry;
 mod sending;
+mod service;
 mod topic;
 mod unit_of_work;
 mod whereabouts;
@@ -89,5 +90,8 @@ pub use outgoing::{Origin, Outgoing};
 pub use reader::{Reader, Record};
 pub use retry::{OnError, RetryPolicy};
 pub use sending::PartlyPublished;
+pub use service::{
+    BrokerHealth, ConsumerHealth, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping,
+};
 pub use unit_of_work::{Committed, InboxEntry, NoUnit, Unit, UnitOfWork, Work};
 pub use whereabouts::{EventPlace, GroupProgress, Lookup, Progress, Unknown, Whereabouts};

@@ -243,6 +243,26 @@ impl Drop for Fall {
     }
 }
 
+impl Runtime {
+    pub(crate) fn status(&self) -> ConsumerStatus {
+        let state = if let Some(error) = self.failure_text() {
+            ConsumerState::Failed { error }
+        } else if self.gate.is_paused() {
+            ConsumerState::Paused
+        } else if let Some(reason) = self.gate.held_because() {
+            ConsumerState::Holding { reason }
+        } else {
+            ConsumerState::Running
+        };
+        ConsumerStatus {
+            state,
+            lanes: self.lanes.status(),
+            held: self.held.as_ref().map_or(0, |held| held.count()),
+            counts: self.telemetry.counts(),
+        }
+    }
+}
+
 impl Consumer {
     /// Its group.
     pub fn group(&self) -> &Group {
@@ -266,22 +286,12 @@ impl Consumer {
 
     /// What it is doing, what is in flight, what was counted. Never blocks.
     pub fn status(&self) -> ConsumerStatus {
-        let gate = &self.runtime.gate;
-        let state = if let Some(error) = self.runtime.failure_text() {
-            ConsumerState::Failed { error }
-        } else if gate.is_paused() {
-            ConsumerState::Paused
-        } else if let Some(reason) = gate.held_because() {
-            ConsumerState::Holding { reason }
-        } else {
-            ConsumerState::Running
-        };
-        ConsumerStatus {
-            state,
-            lanes: self.runtime.lanes.status(),
-            held: self.runtime.held.as_ref().map_or(0, |held| held.count()),
-            counts: self.runtime.telemetry.counts(),
-        }
+        self.runtime.status()
+    }
+
+    /// What is left to look at when somebody else runs it.
+    pub(crate) fn runtime(&self) -> &Arc<Runtime> {
+        &self.runtime
     }
 
     /// Starts no more handlers until [`resume`](Self::resume); those that run end. It stays a member
@@ -306,6 +316,21 @@ impl Consumer {
             () = self.runtime.failed() => {}
         }
         self.shutdown().await
+    }
+
+    /// As [`run_until`](Self::run_until), with handlers that end until the instant that `signal`
+    /// gives, where that comes before the shutdown timeout.
+    pub(crate) async fn run_until_deadline(
+        self,
+        signal: impl Future<Output = Instant>,
+    ) -> Result<()> {
+        let deadline = tokio::select! {
+            deadline = signal => Some(deadline),
+            () = self.runtime.failed() => None,
+        };
+        let own = Instant::now() + self.runtime.settings.shutdown_timeout;
+        let deadline = deadline.map_or(own, |deadline| deadline.min(own));
+        self.stop(deadline, false).await.map(|_| ())
     }
 
     /// Stops pulling, lets running handlers end within the shutdown timeout, settles, gives the

@@ -16,6 +16,7 @@ mod order;
 mod publishing;
 mod replay;
 mod review;
+mod service;
 mod shutdown;
 mod units;
 mod whereabouts;
