@@ -1,0 +1,3 @@
+//! The program as a shell starts it.
+
+mod usage;
