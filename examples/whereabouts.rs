@@ -2,8 +2,8 @@
 //!
 //! `cargo run --example whereabouts`
 
+use eventbus::Progress;
 use eventbus::prelude::*;
-use eventbus::{DeadLetterStatus, Progress};
 use serde::{Deserialize, Serialize};
 
 #[derive(Event, Serialize, Deserialize)]
@@ -34,23 +34,21 @@ async fn main() -> eventbus::Result<()> {
     for (order_id, address) in [(41, Some("Elm Street 1".into())), (42, None)] {
         bus.publish(OrderPaid { order_id, address }).await?;
     }
-    while shipping.status().counts.dead_lettered == 0 {
+    while shipping.status().held == 0 {
         tokio::task::yield_now().await;
     }
 
     // Order 42 was paid and nothing has come. Where is it?
     let order = loop {
         let order = bus.whereabouts(&OrderPaid::TOPIC, "42").await?;
-        let shipping = &order.events[0].groups[1];
-        if shipping.progress == Progress::Settled {
+        if !order.held.is_empty() {
             break order;
         }
     };
     println!("{order}");
 
-    // Shipping gave it up, and invoicing, which somebody paused, has one more before it.
-    assert_eq!(order.dead_letters[0].error, "the order has no address");
-    assert_eq!(order.dead_letters[0].status, DeadLetterStatus::Open);
+    // Shipping parked it, and invoicing, which somebody paused, has one more before it.
+    assert_eq!(order.held[0].report.wait.error, "the order has no address");
     let invoicing_is_at = order.events[0].groups[0].progress;
     assert_eq!(invoicing_is_at, Progress::Waiting { before: Some(1) });
 

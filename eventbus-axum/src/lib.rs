@@ -82,6 +82,7 @@ fn consumer(consumer: &ConsumerHealth) -> Value {
         "lanes": status.lanes.len(),
         "in_flight": status.lanes.iter().map(|lane| lane.in_flight).sum::<usize>(),
         "oldest_age_ms": oldest.map(milliseconds),
+        "held": status.held,
         "handled": status.counts.handled,
         "dead_lettered": status.counts.dead_lettered,
     })

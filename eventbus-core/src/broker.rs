@@ -332,6 +332,7 @@ impl AdminRequest {
             Self::ApplyTopics(_) => "apply topics",
             Self::DescribeTopics(_) => "describe topics",
             Self::Lag { .. } => "read lag",
+            Self::Groups { .. } => "look for groups",
             Self::ResetGroup { .. } => "reset group",
             Self::Trim { .. } => "trim",
             Self::Health => "check health",

@@ -94,4 +94,4 @@ pub use service::{
     BrokerHealth, ConsumerHealth, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping,
 };
 pub use unit_of_work::{Committed, InboxEntry, NoUnit, Unit, UnitOfWork, Work};
-pub use whereabouts::{EventPlace, GroupProgress, Lookup, Progress, Unknown, Whereabouts};
+pub use whereabouts::{EventPlace, GroupProgress, HeldFor, Lookup, Progress, Unknown, Whereabouts};

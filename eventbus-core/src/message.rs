@@ -296,16 +296,6 @@ impl Headers {
         self.0.is_empty()
     }
 
-    /// The headers as they are packed, to be stored and read again by [`from_packed`](Self::from_packed).
-    pub(crate) fn packed(&self) -> &Bytes {
-        &self.0
-    }
-
-    /// Takes headers as [`packed`](Self::packed) gave them; what is cut ends there.
-    pub(crate) fn from_packed(packed: Bytes) -> Self {
-        Self(packed)
-    }
-
     /// Bytes the packed headers take.
     pub fn packed_len(&self) -> usize {
         self.0.len()

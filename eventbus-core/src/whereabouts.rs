@@ -4,4 +4,4 @@ mod lookup;
 mod report;
 
 pub use lookup::Lookup;
-pub use report::{EventPlace, GroupProgress, Progress, Unknown, Whereabouts};
+pub use report::{EventPlace, GroupProgress, HeldFor, Progress, Unknown, Whereabouts};

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use clap::Parser;
 use eventbus::Key;
 use eventbus::prelude::{
-    BoxError, Connect, Consumer, Context, Event, EventBus, Result, RetryPolicy, Start, Topic,
+    BoxError, Connect, Consumer, Context, Event, EventBus, OnPoison, Result, RetryPolicy, Start,
+    Topic,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -96,7 +97,8 @@ impl Desk {
             Err(format!("no stock for order {}", order.order_id).into())
         };
         let consumer = self.bus.consumer("billing").on(refuse);
-        let consumer = consumer.retry(RetryPolicy::none()).spawn().await.unwrap();
+        let consumer = consumer.retry(RetryPolicy::none());
+        let consumer = consumer.on_poison(OnPoison::SkipKey).spawn().await.unwrap();
         while self
             .bus
             .lag("billing", &[OrderCreated::TOPIC])

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use eventbus::prelude::{Start, Topic};
-use eventbus::{EventBus, EventPlace, GroupProgress, Progress, Whereabouts};
+use eventbus::{EventBus, EventPlace, GroupProgress, HeldFor, Progress, Whereabouts};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -18,8 +18,8 @@ Examples:
   eventbus whereabouts order-events 42 --since 2d     on a large topic: only the last two days
 
 Shows each event of the key, and for each group that reads the topic whether it has settled the
-event or how many messages stand before it; and the dead letters of the key, whatever became of
-them. What the broker can't tell is named as unknown.")]
+event, how many messages stand before it, or that it is held with its key; and the dead letters of
+the key, whatever became of them. What the broker can't tell is named as unknown.")]
 pub(crate) struct WhereaboutsArgs {
     /// The topic
     #[arg(value_parser = super::topic)]
@@ -67,6 +67,7 @@ struct Document {
     key: String,
     earlier: u64,
     events: Vec<Value>,
+    held: Vec<Value>,
     dead_letters: Vec<ShownLetter>,
     unknown: Vec<Value>,
 }
@@ -79,11 +80,24 @@ fn document(places: &Whereabouts) -> Document {
         key: places.key.to_string(),
         earlier: places.earlier,
         events: places.events.iter().map(event).collect(),
+        held: places.held.iter().map(held).collect(),
         dead_letters: letters.map(ShownLetter::of).collect(),
         unknown: unknown
             .map(|unknown| json!({ "what": unknown.what, "reason": unknown.reason }))
             .collect(),
     }
+}
+
+fn held(held: &HeldFor) -> Value {
+    let report = &held.report;
+    json!({
+        "group": held.group.as_str(),
+        "partition": report.held.place.partition,
+        "since": report.since.to_string(),
+        "until": report.wait.until.map(|it| it.to_string()),
+        "error": report.wait.error,
+        "messages": report.messages,
+    })
 }
 
 fn event(event: &EventPlace) -> Value {
@@ -103,6 +117,7 @@ fn group(group: &GroupProgress) -> Value {
     let (state, before) = match group.progress {
         Progress::Settled => ("settled", None),
         Progress::Waiting { before } => ("waiting", before),
+        Progress::Held { before, .. } => ("held", Some(before)),
         _ => ("unknown", None),
     };
     json!({ "group": group.group.as_str(), "state": state, "before": before })

@@ -1,10 +1,12 @@
-//! How the events of a key are looked for: groups first, then one bounded read, then dead letters.
+//! How the events of a key are looked for: groups first, then one bounded read, then
+//! what is held, then dead letters.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
+use std::sync::Arc;
 
-use super::report::{EventPlace, GroupProgress, Progress, Unknown, Whereabouts};
+use super::report::{EventPlace, GroupProgress, HeldFor, Progress, Unknown, Whereabouts};
 use crate::broker::{AdminRequest, GroupPosition};
 use crate::bus::EventBus;
 use crate::dead_letter::{DeadLetter, DeadLetters, topic_of};
@@ -12,6 +14,7 @@ use crate::delivery::{Position, Start, Until};
 use crate::envelope::EventId;
 use crate::error::{ErrorKind, Result};
 use crate::header::KnownHeaders;
+use crate::held_keys::HeldKeys;
 use crate::message::{Group, Key, Topic};
 use crate::reader::Record;
 
@@ -61,7 +64,8 @@ impl Lookup {
         self
     }
 
-    /// Asks for the dead letters of this group, too: for brokers that do not know their groups.
+    /// Asks for what is held for this group and for its dead letters, too: for brokers that do not
+    /// know their groups.
     pub fn group(mut self, name: impl Into<String>) -> Self {
         self.groups.push(name.into());
         self
@@ -77,12 +81,19 @@ impl Lookup {
             key: self.key.clone(),
             events: Vec::new(),
             earlier: 0,
+            held: Vec::new(),
             dead_letters: Vec::new(),
             unknown: Vec::new(),
         };
         let positions = self.positions(&mut found).await?;
         self.read_events(&mut found, &positions).await?;
-        self.read_dead_letters(&mut found, &positions).await?;
+        for group in self.groups(&mut found, &positions)? {
+            self.find_held(&mut found, &group).await?;
+            let letters = self.letters_of(&found.topic, group).await;
+            if let Some(letters) = found.or_unknown("dead letters", letters)? {
+                found.dead_letters.extend(letters);
+            }
+        }
         Ok(found)
     }
 
@@ -149,11 +160,8 @@ impl Lookup {
         }
     }
 
-    async fn read_dead_letters(
-        &self,
-        found: &mut Whereabouts,
-        positions: &[GroupPosition],
-    ) -> Result<()> {
+    /// The groups that are asked for, and those that the broker knows.
+    fn groups(&self, found: &mut Whereabouts, positions: &[GroupPosition]) -> Result<Vec<Group>> {
         let named = self.groups.iter().map(|name| Group::new(name));
         let mut groups = named.collect::<Result<Vec<_>>>()?;
         groups.extend(positions.iter().map(|position| position.group.clone()));
@@ -162,16 +170,34 @@ impl Lookup {
         let groups_are_unknown = found.unknown.iter().any(|it| it.what == "groups");
         if groups.is_empty() && groups_are_unknown {
             found.unknown.push(Unknown {
-                what: "dead letters",
+                what: "held keys and dead letters",
                 reason: "the broker does not know its groups: name them with `group`".to_owned(),
             });
         }
-        for group in groups {
-            let letters = self.letters_of(&found.topic, group).await;
-            if let Some(letters) = found.or_unknown("dead letters", letters)? {
-                found.dead_letters.extend(letters);
-            }
+        Ok(groups)
+    }
+
+    /// Finds out whether the key is held for a group: then its messages are settled on the broker,
+    /// and wait elsewhere.
+    async fn find_held(&self, found: &mut Whereabouts, group: &Group) -> Result<()> {
+        let Some(store) = self.bus.key_state() else {
+            return Ok(());
+        };
+        let desk = HeldKeys::new(self.bus.clone(), Arc::clone(store), group.clone());
+        let Some(report) = desk.find(&self.topic, &self.key).await? else {
+            return Ok(());
+        };
+        let messages = desk.messages(&report.held).await?;
+        for (before, message) in (0..).zip(&messages) {
+            let until = report.wait.until;
+            let progress = Progress::Held { before, until };
+            let place = (report.held.place.partition, message.position);
+            found.set_progress(group, place, progress);
         }
+        found.held.push(HeldFor {
+            group: group.clone(),
+            report,
+        });
         Ok(())
     }
 
@@ -242,6 +268,24 @@ impl IntoFuture for Lookup {
 }
 
 impl Whereabouts {
+    /// Corrects how far a group is with the event at a place, where the broker has positions.
+    fn set_progress(
+        &mut self,
+        group: &Group,
+        (partition, position): (u32, Option<Position>),
+        progress: Progress,
+    ) {
+        let is_there = |event: &&mut EventPlace| {
+            position.is_some() && event.partition == partition && event.position == position
+        };
+        let Some(event) = self.events.iter_mut().find(is_there) else {
+            return;
+        };
+        if let Some(found) = event.groups.iter_mut().find(|it| it.group == *group) {
+            found.progress = progress;
+        }
+    }
+
     /// Notes what the broker does not support and goes on without it.
     fn or_unknown<T>(&mut self, what: &'static str, answer: Result<T>) -> Result<Option<T>> {
         match answer {

@@ -2,9 +2,11 @@
 
 use std::fmt;
 
+use crate::clock::Timestamp;
 use crate::dead_letter::{DeadLetter, DeadLetterStatus};
 use crate::delivery::Position;
 use crate::envelope::{Envelope, EventId};
+use crate::key_state::HeldReport;
 use crate::message::{Group, Key, Topic};
 
 /// Where the events of a key are; found by [`EventBus::whereabouts`](crate::EventBus::whereabouts).
@@ -22,6 +24,8 @@ pub struct Whereabouts {
     pub events: Vec<EventPlace>,
     /// Events of the key before those, which were counted and left out.
     pub earlier: u64,
+    /// The groups for which the key is held: parked, or until a delayed attempt.
+    pub held: Vec<HeldFor>,
     /// Dead letters of the key that any group left, open or not, oldest first in each group.
     pub dead_letters: Vec<DeadLetter>,
     /// What could not be found out. Empty: nothing is missing above.
@@ -46,6 +50,16 @@ pub struct EventPlace {
     pub groups: Vec<GroupProgress>,
 }
 
+/// The key as it is held for one group.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct HeldFor {
+    /// The group.
+    pub group: Group,
+    /// What is held, since when and why; what [`HeldKeys`](crate::HeldKeys) decides about.
+    pub report: HeldReport,
+}
+
 /// How far one group is with one event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -68,6 +82,13 @@ pub enum Progress {
         /// `None` when the read began behind the group's place.
         before: Option<u64>,
     },
+    /// It was put aside with its key.
+    Held {
+        /// How many messages of the key stand before it.
+        before: u64,
+        /// When the first of them is tried again; `None` waits for an operator.
+        until: Option<Timestamp>,
+    },
 }
 
 /// Something that could not be found out.
@@ -83,7 +104,7 @@ pub struct Unknown {
 impl fmt::Display for Whereabouts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, key {}:", self.topic, self.key)?;
-        if self.events.is_empty() && self.dead_letters.is_empty() {
+        if self.events.is_empty() && self.held.is_empty() && self.dead_letters.is_empty() {
             f.write_str(" nothing found")?;
         }
         if self.earlier > 0 {
@@ -91,6 +112,13 @@ impl fmt::Display for Whereabouts {
         }
         for event in &self.events {
             write!(f, "\n  {event}")?;
+        }
+        for HeldFor { group, report } in &self.held {
+            match report.wait.until {
+                None => write!(f, "\n  parked for {group} since {}", report.since)?,
+                Some(until) => write!(f, "\n  held for {group} until {until}")?,
+            }
+            write!(f, ": {}", report.wait.error)?;
         }
         for letter in &self.dead_letters {
             write!(
@@ -139,6 +167,15 @@ impl fmt::Display for Progress {
             Self::Waiting {
                 before: Some(before),
             } => write!(f, "waiting behind {before} messages"),
+            Self::Held {
+                before: 0,
+                until: None,
+            } => f.write_str("parked"),
+            Self::Held {
+                before: 0,
+                until: Some(until),
+            } => write!(f, "tried again at {until}"),
+            Self::Held { before, .. } => write!(f, "held behind {before} of its key"),
         }
     }
 }
@@ -146,7 +183,11 @@ impl fmt::Display for Progress {
 fn status(status: &DeadLetterStatus) -> String {
     match status {
         DeadLetterStatus::Open => "open".to_owned(),
+        DeadLetterStatus::Claimed { decision, .. } => format!("open, {} is at it", decision.by),
         DeadLetterStatus::Redriven(decision) => format!("re-driven by {}", decision.by),
+        DeadLetterStatus::Edited { decision, new_id } => {
+            format!("edited by {} into {new_id}", decision.by)
+        }
         DeadLetterStatus::Discarded(decision) => format!("discarded by {}", decision.by),
     }
 }

@@ -130,6 +130,47 @@ async fn dead_letters_of_the_key_are_found_whatever_became_of_them() {
 }
 
 #[tokio::test]
+async fn what_is_parked_is_not_said_to_be_settled() {
+    let test = TestBus::holding_keys();
+    let refuse = async |order: OrderCreated, _: eventbus_core::Context| match order.order {
+        7 => Err("no such customer".into()),
+        _ => Ok(()),
+    };
+    let billing = test
+        .consumer("billing")
+        .on(refuse)
+        .retry(RetryPolicy::none());
+    let _billing = test.spawn(billing).await;
+    for _ in 0..2 {
+        test.publish(order(7)).await.unwrap();
+    }
+    test.settled().await;
+    let places = test.whereabouts(&TOPIC, "7").await.unwrap();
+    let held = |before| {
+        let until = None;
+        [("billing", Progress::Held { before, until })]
+    };
+    assert_eq!(progress(&places), [held(0), held(1)]);
+    assert_eq!(places.held[0].report.wait.error, "no such customer");
+    let text = places.to_string();
+    assert!(
+        text.contains("billing: parked") && text.contains("held behind 1"),
+        "{text}"
+    );
+    assert!(text.contains("parked for billing since"), "{text}");
+
+    let desk = test.held_keys("billing").unwrap();
+    desk.discard(&places.held[0].report.held, "ann", "gone")
+        .await
+        .unwrap();
+    test.settled().await;
+    let places = test.whereabouts(&TOPIC, "7").await.unwrap();
+    let settled = [("billing", Progress::Settled)];
+    assert_eq!(progress(&places), [settled, settled]);
+    assert!(places.held.is_empty() && places.dead_letters.len() == 2);
+}
+
+#[tokio::test]
 async fn a_bounded_read_says_that_it_was_not_the_whole() {
     let test = one_partition().await;
     for number in [7, 1, 7] {
