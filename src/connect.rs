@@ -92,7 +92,8 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
         #[cfg(feature = "sqlite")]
         "sqlite" => {
             let broker = eventbus_sql::SqliteBroker::from_url(url).await?;
-            Ok(EventBus::builder(broker))
+            let key_state = Arc::new(broker.key_state());
+            Ok(EventBus::builder(broker).key_state(key_state))
         }
         scheme => Err(unknown(scheme, url)),
     }

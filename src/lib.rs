@@ -48,8 +48,8 @@ pub use eventbus_core::{
 };
 // Consumers, servers and what is beside them as one service; where events are.
 pub use eventbus_core::{
-    BrokerHealth, ConsumerHealth, EventPlace, GroupPosition, GroupProgress, Lookup, Progress,
-    Service, ServiceHandle, ServiceHealth, ServiceState, Stopping, Unknown, Whereabouts,
+    BrokerHealth, ConsumerHealth, EventPlace, GroupPosition, GroupProgress, HeldFor, Lookup,
+    Progress, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping, Unknown, Whereabouts,
 };
 // What waits, with its key.
 pub use eventbus_core::{

@@ -5,8 +5,9 @@ use std::sync::LazyLock;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use clap::Args;
+use eventbus::format::Formats;
 use eventbus::header::KnownHeaders;
-use eventbus::{Envelope, EventId, Formats, Message, Metadata, Record, Timestamp};
+use eventbus::{Envelope, EventId, Message, Metadata, Record, Timestamp};
 use serde::Serialize;
 use serde_json::value::RawValue;
 

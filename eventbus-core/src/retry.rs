@@ -273,7 +273,7 @@ mod tests {
     fn zero_attempts_are_one() {
         for policy in [RetryPolicy::immediate(0), RetryPolicy::fixed(0, FOREVER)] {
             assert_eq!(policy.attempts_max(), 1);
-            assert_eq!(policy.delay(1, OnError::Next, 0), None);
+            assert_eq!(policy.next(1, OnError::Next, 0), None);
         }
     }
 

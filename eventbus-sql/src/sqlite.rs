@@ -10,6 +10,7 @@ mod error;
 mod groups;
 mod headers;
 mod janitor;
+mod key_state;
 mod leases;
 mod member;
 mod page;
@@ -22,3 +23,4 @@ mod writer;
 
 pub use broker::SqliteBroker;
 pub use config::SqliteConfig;
+pub use key_state::SqliteKeyState;

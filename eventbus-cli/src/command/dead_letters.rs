@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
 use eventbus::prelude::{ErrorKind, EventBus, EventId, Redrive, Topic};
-use eventbus::{DeadLetter, DeadLetterStatus, DeadLetters, Decision};
+use eventbus::{DeadLetter, DeadLetterStatus, DeadLetters, Decision, DeskReport};
 use serde::Serialize;
 
 use crate::Outcome;
@@ -317,7 +317,9 @@ impl ShownLetter {
 fn status(status: &DeadLetterStatus) -> (&'static str, Option<&Decision>) {
     match status {
         DeadLetterStatus::Open => ("open", None),
+        DeadLetterStatus::Claimed { decision, .. } => ("claimed", Some(decision)),
         DeadLetterStatus::Redriven(decision) => ("redriven", Some(decision)),
+        DeadLetterStatus::Edited { decision, .. } => ("edited", Some(decision)),
         DeadLetterStatus::Discarded(decision) => ("discarded", Some(decision)),
         _ => ("unknown", None),
     }
@@ -473,9 +475,38 @@ enum Verb {
 }
 
 /// What was decided, for scripts.
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Decided {
-    letters: usize,
+    letters: u64,
+    /// Somebody else was at them, or had dealt with them.
+    taken: u64,
+    /// Their event has expired, so they stay open.
+    expired: u64,
+    /// The broker does not take their event again, so they stay open.
+    refused: u64,
+}
+
+impl Decided {
+    fn add(&mut self, report: &DeskReport) {
+        self.letters += report.done;
+        self.taken += report.taken;
+        self.expired += report.expired;
+        self.refused += report.refused;
+    }
+
+    /// What was not done, and why.
+    fn left(&self) -> impl Iterator<Item = (u64, &'static str)> {
+        [
+            (self.taken, "left to another operator"),
+            (self.expired, "left open, because expired: edit or discard"),
+            (
+                self.refused,
+                "left open, because refused by the broker: edit or discard",
+            ),
+        ]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+    }
 }
 
 async fn decide(
@@ -506,27 +537,34 @@ async fn decide(
     if !chosen.is_empty() && args.ids.is_empty() {
         confirm(&question, args.yes)?;
     }
-    let bar = progress("deciding", None);
-    bar.enable_steady_tick(std::time::Duration::from_millis(100));
-    let mut letters = 0;
+    let bar = progress("deciding", Some(chosen.len() as u64));
+    let mut decided = Decided::default();
     for desk in &desks.0 {
         let chosen = chosen.clone();
         let decision = Redrive::matching(move |letter| chosen.contains(&letter.id));
         let decision = decision.by(&args.by).because(&args.because);
-        letters += match verb {
+        let (progress, before) = (bar.clone(), bar.position());
+        let decision =
+            decision.on_progress(move |report| progress.set_position(before + report.ended()));
+        let report = match verb {
             Verb::Discard => desk.discard(decision).await?,
             Verb::Redrive(None) => desk.redrive(decision).await?,
             Verb::Redrive(Some(rate)) => desk.redrive(decision.rate(rate)).await?,
         };
+        decided.add(&report);
     }
     bar.finish_and_clear();
     if out.is_json() {
-        return out.json(&Decided { letters });
+        return out.json(&decided);
     }
-    let what = counted(letters, "dead letter", "dead letters");
+    let count = usize::try_from(decided.letters).unwrap_or(usize::MAX);
+    let what = counted(count, "dead letter", "dead letters");
     match verb {
         Verb::Redrive(_) => out.line(format_args!("re-driven: {what}"))?,
         Verb::Discard => out.line(format_args!("discarded: {what}"))?,
+    }
+    for (count, why) in decided.left() {
+        out.line(format_args!("{count} {why}"))?;
     }
     Ok(())
 }

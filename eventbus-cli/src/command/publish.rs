@@ -6,8 +6,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
+use eventbus::broker::PublishError;
+use eventbus::format::{EnvelopeFormat, FlatFormat, Format};
 use eventbus::prelude::{EventBus, EventId, Topic, TopicSpec};
-use eventbus::{Envelope, EnvelopeFormat, FlatFormat, Format, Key, Message, PublishError};
+use eventbus::{Envelope, Key, Message};
 use serde::Serialize;
 use serde_json::Value;
 use serde_json::value::RawValue;

@@ -1,8 +1,10 @@
 //! What is answered beside the flow of messages.
 
+use std::sync::Arc;
+
 use eventbus_core::{
-    AdminReply, AdminRequest, Error, ErrorKind, Group, LaneLag, Position, Result, Start, Topic,
-    TopicReport, TopicSpec,
+    AdminReply, AdminRequest, Error, ErrorKind, Group, GroupPosition, LaneLag, Position, Result,
+    Start, Topic, TopicReport, TopicSpec,
 };
 use futures_util::FutureExt;
 use sqlx::SqliteConnection;
@@ -24,6 +26,7 @@ impl Database {
             AdminRequest::ApplyTopics(topics) => self.apply(topics).await,
             AdminRequest::DescribeTopics(topics) => self.describe(&topics).await,
             AdminRequest::Lag { group, topics } => self.lag(&group, &topics).await,
+            AdminRequest::Groups { topics } => self.group_positions(&topics).await,
             AdminRequest::ResetGroup { group, topic, to } => {
                 self.reset_group(&group, &topic, to).await
             }
@@ -59,12 +62,53 @@ impl Database {
     }
 
     async fn describe(&self, topics: &[Topic]) -> Result<AdminReply> {
-        let mut reports = Vec::with_capacity(topics.len());
-        for name in topics {
-            let topic = self.find_topic("describe topics", name).await?;
-            reports.push(TopicReport::new(name.clone(), topic.partitions));
+        let topics = self.named_topics("describe topics", topics).await?;
+        let report =
+            |topic: &Arc<TopicLanes>| TopicReport::new(topic.name.clone(), topic.partitions);
+        Ok(AdminReply::Topics(topics.iter().map(report).collect()))
+    }
+
+    /// The topics of these names; all there are, by name, where none is given.
+    async fn named_topics(
+        &self,
+        operation: &'static str,
+        names: &[Topic],
+    ) -> Result<Vec<Arc<TopicLanes>>> {
+        let all = match names {
+            [] => self.topic_names(operation).await?,
+            names => names.to_vec(),
+        };
+        let mut topics = Vec::with_capacity(all.len());
+        for name in &all {
+            topics.push(self.find_topic(operation, name).await?);
         }
-        Ok(AdminReply::Topics(reports))
+        Ok(topics)
+    }
+
+    async fn group_positions(&self, topics: &[Topic]) -> Result<AdminReply> {
+        let topics = self.named_topics(GROUPS, topics).await?;
+        let mut positions = Vec::new();
+        for (group, id) in self.groups(GROUPS).await? {
+            for topic in &topics {
+                let lanes: Vec<u32> = topic.lanes().map(|(_, lane)| lane).collect();
+                // The places first: between the two reads the log only grows.
+                let cursors = self.cursors(GROUPS, id, &lanes).await?;
+                let rows = self.lanes(GROUPS, &lanes).await?;
+                for (partition, lane) in topic.lanes() {
+                    if let (Some(cursor), Some(row)) = (cursors.get(&lane), rows.get(&lane)) {
+                        let position = cursor.position.max(row.base);
+                        positions.push(GroupPosition::new(
+                            group.clone(),
+                            topic.name.clone(),
+                            partition,
+                            Position(position.into()),
+                            row.next.saturating_sub(position),
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(AdminReply::Groups(positions))
     }
 
     async fn lag(&self, group: &Group, topics: &[Topic]) -> Result<AdminReply> {
@@ -149,6 +193,7 @@ impl Database {
     }
 }
 
+const GROUPS: &str = "look for groups";
 const LAG: &str = "read lag";
 const RESET: &str = "reset group";
 

@@ -14,6 +14,7 @@ use super::config::SqliteConfig;
 use super::database::Shared;
 use super::deliveries::MemberHandle;
 use super::headers::Packed;
+use super::key_state::SqliteKeyState;
 use super::leases;
 use super::topics::TopicLanes;
 use super::writer::Refused;
@@ -106,6 +107,12 @@ impl SqliteBroker {
     /// Those of reading the url and of [`connect`](Self::connect).
     pub async fn from_url(url: &str) -> Result<Self> {
         Self::connect(SqliteConfig::from_url(url)?).await
+    }
+
+    /// Where buses on this file hold keys: in the same file.
+    #[must_use]
+    pub fn key_state(&self) -> SqliteKeyState {
+        SqliteKeyState::new(self.client.database.clone())
     }
 
     /// How many settlements were ignored because their lane had been given away or they had been

@@ -127,6 +127,18 @@ impl Database {
         id.map_err(|error| self.error(operation, error))
     }
 
+    /// All groups, by name.
+    pub(super) async fn groups(&self, operation: &'static str) -> Result<Vec<(Group, i64)>> {
+        let query = sqlx::query(self.sql("SELECT name, id FROM {p}consumer_groups ORDER BY name"));
+        let rows = self.read(operation, query).await?;
+        let groups = rows.iter().map(|row| {
+            let native = |error| self.error(operation, error);
+            let name: String = row.try_get(0).map_err(native)?;
+            Ok((Group::new(&name)?, row.try_get(1).map_err(native)?))
+        });
+        groups.collect()
+    }
+
     /// The places of a group on these lanes.
     pub(super) async fn cursors(
         &self,

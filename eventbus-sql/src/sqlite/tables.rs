@@ -7,7 +7,10 @@ use sqlx::{AssertSqlSafe, Row, SqlSafeStr, SqlStr, SqliteConnection};
 use super::error::into_error;
 
 /// What brings an older version to the next, in order.
-const MIGRATIONS: [&str; 1] = [include_str!("../../migrations/sqlite/0001_log.sql")];
+const MIGRATIONS: [&str; 2] = [
+    include_str!("../../migrations/sqlite/0001_log.sql"),
+    include_str!("../../migrations/sqlite/0002_held_keys.sql"),
+];
 
 const PREFIX_RULE: &str = "a prefix has a letter, then up to 31 letters, digits and underscores, and does not begin with sqlite_";
 

@@ -142,6 +142,19 @@ impl Database {
         Ok(self.remember(&topic))
     }
 
+    /// The names of all topics, in their order.
+    pub(super) async fn topic_names(&self, operation: &'static str) -> Result<Vec<Topic>> {
+        let query = sqlx::query(self.sql("SELECT name FROM {p}topics ORDER BY name"));
+        let rows = self.read(operation, query).await?;
+        let names = rows.iter().map(|row| {
+            let name: String = row
+                .try_get(0)
+                .map_err(|error| self.error(operation, error))?;
+            Topic::new(&name)
+        });
+        names.collect()
+    }
+
     /// Keeps the first that was read: it counts whose turn it is.
     fn remember(&self, topic: &Arc<TopicLanes>) -> Arc<TopicLanes> {
         let mut topics = self.topics();

@@ -4,6 +4,7 @@ mod child;
 mod conformance;
 mod damage;
 mod files;
+mod key_state;
 mod place;
 mod processes;
 mod retention;
