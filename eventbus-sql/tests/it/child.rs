@@ -6,7 +6,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use eventbus_core::{
-    Deliveries, Group, Key, Message, Publisher, Signal, Subscriber, Subscription, Topic, Verdict,
+    Deliveries, Group, Key, Member, Message, Publisher, Signal, Subscriber, Subscription, Topic,
+    Verdict,
 };
 use eventbus_sql::{SqliteBroker, SqliteConfig};
 
@@ -190,7 +191,7 @@ async fn consume(broker: &SqliteBroker) {
         .await
         .expect("it can join");
     loop {
-        let Signal::Delivered(batch) = member.deliveries.next().await.expect("it goes on") else {
+        let Signal::Delivered(batch) = next(&mut member).await else {
             continue;
         };
         for delivery in &batch {
@@ -201,6 +202,16 @@ async fn consume(broker: &SqliteBroker) {
                 .settle(&settled)
                 .await
                 .expect("it is recorded");
+        }
+    }
+}
+
+/// The next signal; the database may be away for a while.
+async fn next(member: &mut Member) -> Signal {
+    loop {
+        match member.deliveries.next().await {
+            Ok(signal) => return signal,
+            Err(error) => assert!(error.is_retryable(), "{error}"),
         }
     }
 }
@@ -233,7 +244,7 @@ async fn linger(broker: &SqliteBroker) {
         .await
         .expect("it can join");
     loop {
-        if let Signal::Delivered(batch) = member.deliveries.next().await.expect("it goes on") {
+        if let Signal::Delivered(batch) = next(&mut member).await {
             say("holding");
             wait_for_nod();
             let settled: Vec<_> = batch

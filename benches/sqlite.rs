@@ -2,7 +2,7 @@
 //! in batches, single publishes at once, and consuming a backlog through a bus. Prints rates, and
 //! the median of the ratios of pairs.
 //!
-//! `cargo bench -p eventbus-sql` (PAIRS=15 for more pairs)
+//! `cargo bench -p eventbus --bench sqlite` (PAIRS=15 for more pairs)
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,12 +10,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use eventbus_core::{
+use eventbus::{
     BoxError, Context, Event, EventBus, FlatFormat, Headers, Key, MemoryBroker, Message, Publisher,
-    Start, TopicSpec, Until,
+    SqliteBroker, SqliteConfig, Start, TopicSpec, Until,
 };
-use eventbus_macros::Event;
-use eventbus_sql::{SqliteBroker, SqliteConfig};
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Row, SqliteConnection};
@@ -31,12 +29,7 @@ const PAGE: i64 = 512;
 
 /// 256 bytes in the flat format.
 #[derive(Clone, Debug, Event, Serialize, Deserialize)]
-#[event(
-    crate = "eventbus_core",
-    type = "OrderCreated",
-    topic = "orders",
-    key = "order_id"
-)]
+#[event(type = "OrderCreated", topic = "orders", key = "order_id")]
 struct OrderCreated {
     order_id: u64,
     customer: String,
