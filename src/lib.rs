@@ -6,6 +6,7 @@ mod connect;
 mod signal;
 
 pub mod broker;
+pub mod desk;
 pub mod format;
 pub mod layer;
 pub mod metrics;
@@ -40,25 +41,16 @@ pub use eventbus_core::{
     Context, Counts, Handler, LaneStatus, Limits, NoUnit, OnError, OnPoison, Replay, ReplayReport,
     RetryPolicy, Start, Until,
 };
-// What could not be handled.
-pub use eventbus_core::{
-    DEAD_LETTER_CLAIM_TIME, DEAD_LETTERS_BYTES_MAX, DEAD_LETTERS_MAX, DeadLetter, DeadLetterStatus,
-    DeadLetters, Decision, DeskAction, DeskEntry, DeskReport, ERROR_GROUPS_MAX, Edit, ErrorGroup,
-    Redrive,
-};
+// What could not be handled, and keys that wait for an operator.
+pub use eventbus_core::{DeadLetter, DeadLetters, Edit, HeldKeys, Redrive};
 // Consumers, servers and what is beside them as one service; where events are.
 pub use eventbus_core::{
     BrokerHealth, ConsumerHealth, EventPlace, GroupPosition, GroupProgress, HeldFor, Lookup,
     Progress, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping, Unknown, Whereabouts,
 };
-// What waits, with its key.
-pub use eventbus_core::{
-    HeldKeys, HeldMessage, HeldName, HeldPlace, HeldReport, KeyAction, KeyDecision, TopicPartition,
-    Wait,
-};
 // Errors, time, and the broker in memory.
 pub use eventbus_core::{
-    BoxError, Clock, Error, ErrorKind, MemoryBroker, MemoryConfig, MemoryProfile, MemoryUnit,
+    BoxError, Clock, Error, ErrorKind, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryProfile, MemoryUnit,
     Result, Retry, SystemClock, error_chain,
 };
 // What `#[derive(Event)]` writes names these here.

@@ -1,9 +1,11 @@
-//! What an implementer of a store meets: held keys and leases.
+//! What a store implements so that keys are held, and leases shared out, durably; and who holds
+//! leases over it.
 
 pub use eventbus_core::{
-    Claim, Due, DueName, HELD_KEYS_MAX, HoldEntry, KeyStateDesk, KeyStateStore, MemoryKeyState,
+    Claim, Due, DueName, HELD_KEYS_MAX, HeldMessage, HeldName, HeldPlace, HeldReport, HoldEntry,
+    KeyAction, KeyDecision, KeyStateDesk, KeyStateStore, Wait,
 };
 pub use eventbus_core::{
     HeldLeases, Lease, LeaseConfig, LeaseMember, LeaseReply, LeaseRequest, LeaseSignal, LeaseStore,
-    LeaseTopic, Leaseholder, MemberId, MemoryLeases, ProcessId,
+    LeaseTopic, Leaseholder, MemberId, MemoryLeases, ProcessId, TopicPartition,
 };

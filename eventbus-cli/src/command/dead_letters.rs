@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
 use eventbus::prelude::{ErrorKind, EventBus, EventId, Redrive, Topic};
-use eventbus::{DeadLetter, DeadLetterStatus, DeadLetters, Decision, DeskReport};
+use eventbus::desk::{DeadLetterStatus, Decision, DeskReport};
+use eventbus::{DeadLetter, DeadLetters};
 use serde::Serialize;
 
 use crate::Outcome;
