@@ -89,46 +89,69 @@ pub(crate) trait ErasedHandler<S>: Send + Sync {
     fn event_type(&self) -> &'static str;
     fn batch_max(&self) -> Option<usize>;
     /// Allocates a place for one run of it at a time.
-    fn place(&self) -> Box<dyn Place<S>>;
+    fn place(&self, state: &Arc<S>) -> SharedPlace;
 }
 
 /// Where the futures of one handler run, one after another, without allocating.
-pub(crate) trait Place<S>: Send {
-    /// Puts a run there, to be polled.
-    fn start(&mut self, request: Request, state: &Arc<S>);
-    fn poll(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), BoxError>>;
+trait Place: Send {
+    /// Starts a run where there is a request, and polls it.
+    fn poll(
+        &mut self,
+        request: Option<Request>,
+        cx: &mut TaskContext<'_>,
+    ) -> Poll<Result<(), BoxError>>;
+    /// Drops the run that is there.
+    fn clear(&mut self);
+}
+
+/// A place as its service and the run in it share it; never waited for.
+#[derive(Clone)]
+pub(crate) struct SharedPlace(Arc<Mutex<dyn Place>>);
+
+impl SharedPlace {
+    /// A place for the futures that `call` makes, which read the events and call the handler.
+    fn new<C, F>(call: C) -> Self
+    where
+        C: Fn(Request) -> F + Send + 'static,
+        F: Future<Output = Result<(), BoxError>> + Send + 'static,
+    {
+        let future = Box::pin(None);
+        Self(Arc::new(Mutex::new(Reused { call, future })))
+    }
+
+    /// Whether no run is in it.
+    #[inline]
+    fn is_idle(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
+    #[inline]
+    fn lock(&self) -> MutexGuard<'_, dyn Place + 'static> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The place of a handler whose futures are `F`.
 struct Reused<C, F> {
-    /// Makes the future that reads the events and calls the handler.
     call: C,
     future: Pin<Box<Option<F>>>,
 }
 
-impl<C, F> Reused<C, F> {
-    fn boxed<S>(call: C) -> Box<dyn Place<S>>
-    where
-        C: Fn(Request, &Arc<S>) -> F + Send + 'static,
-        F: Future<Output = Result<(), BoxError>> + Send + 'static,
-    {
-        let future = Box::pin(None);
-        Box::new(Self { call, future })
-    }
-}
-
-impl<S, C, F> Place<S> for Reused<C, F>
+impl<C, F> Place for Reused<C, F>
 where
-    C: Fn(Request, &Arc<S>) -> F + Send,
+    C: Fn(Request) -> F + Send,
     F: Future<Output = Result<(), BoxError>> + Send,
 {
-    fn start(&mut self, request: Request, state: &Arc<S>) {
-        self.future.set(Some((self.call)(request, state)));
-    }
-
-    fn poll(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), BoxError>> {
+    fn poll(
+        &mut self,
+        request: Option<Request>,
+        cx: &mut TaskContext<'_>,
+    ) -> Poll<Result<(), BoxError>> {
+        if let Some(request) = request {
+            self.future.set(Some((self.call)(request)));
+        }
         let Some(future) = self.future.as_mut().as_pin_mut() else {
-            return Poll::Ready(Err("a finished handler was polled again".into()));
+            return finished();
         };
         let result = future.poll(cx);
         if result.is_ready() {
@@ -136,6 +159,15 @@ where
         }
         result
     }
+
+    fn clear(&mut self) {
+        self.future.set(None);
+    }
+}
+
+#[cold]
+fn finished() -> Poll<Result<(), BoxError>> {
+    Poll::Ready(Err("a finished handler was polled again".into()))
 }
 
 /// A handler of single events.
@@ -168,10 +200,10 @@ where
         None
     }
 
-    fn place(&self) -> Box<dyn Place<S>> {
-        let handler = Arc::clone(&self.handler);
-        Reused::boxed(move |request: Request, state: &Arc<S>| {
-            let (handler, state) = (Arc::clone(&handler), Arc::clone(state));
+    fn place(&self, state: &Arc<S>) -> SharedPlace {
+        let (handler, state) = (Arc::clone(&self.handler), Arc::clone(state));
+        SharedPlace::new(move |request: Request| {
+            let (handler, state) = (Arc::clone(&handler), Arc::clone(&state));
             // Several deliveries are only given to a batch handler.
             let scope = request.into_first();
             async move {
@@ -218,10 +250,10 @@ where
         Some(self.batch_max)
     }
 
-    fn place(&self) -> Box<dyn Place<S>> {
-        let handler = Arc::clone(&self.handler);
-        Reused::boxed(move |request: Request, state: &Arc<S>| {
-            let (handler, state) = (Arc::clone(&handler), Arc::clone(state));
+    fn place(&self, state: &Arc<S>) -> SharedPlace {
+        let (handler, state) = (Arc::clone(&self.handler), Arc::clone(state));
+        SharedPlace::new(move |request: Request| {
+            let (handler, state) = (Arc::clone(&handler), Arc::clone(&state));
             async move {
                 let scopes = match request.deliveries {
                     Deliveries::One(scope) => vec![scope],
@@ -247,113 +279,116 @@ where
 }
 
 /// The service at the bottom of a consumer's layers.
-pub struct Dispatch<S>(Arc<Handlers<S>>);
-
-struct Handlers<S> {
-    handlers: Vec<Registered<S>>,
+pub struct Dispatch<S> {
+    handlers: Arc<[Arc<dyn ErasedHandler<S>>]>,
     state: Arc<S>,
-}
-
-struct Registered<S> {
-    handler: Arc<dyn ErasedHandler<S>>,
-    /// Places that no run is in; as many as ever ran at once.
-    idle: Mutex<Vec<Box<dyn Place<S>>>>,
-}
-
-impl<S> Registered<S> {
-    fn idle(&self) -> MutexGuard<'_, Vec<Box<dyn Place<S>>>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    /// By handler, where the runs of this clone are; made when the first one begins.
+    places: Vec<Option<SharedPlace>>,
 }
 
 impl<S> Dispatch<S> {
     pub(crate) fn new(handlers: Vec<Arc<dyn ErasedHandler<S>>>, state: Arc<S>) -> Self {
-        let register = |handler| Registered {
-            handler,
-            idle: Mutex::new(Vec::new()),
-        };
-        Self(Arc::new(Handlers {
-            handlers: handlers.into_iter().map(register).collect(),
+        Self {
+            places: handlers.iter().map(|_| None).collect(),
+            handlers: handlers.into(),
             state,
-        }))
+        }
+    }
+
+    #[inline]
+    fn place(&mut self, handler: usize) -> SharedPlace {
+        match &self.places[handler] {
+            Some(place) if place.is_idle() => place.clone(),
+            _ => self.new_place(handler),
+        }
+    }
+
+    /// A first place, or another one where a layer lets two runs of one clone overlap.
+    #[cold]
+    fn new_place(&mut self, handler: usize) -> SharedPlace {
+        let place = self.handlers[handler].place(&self.state);
+        self.places[handler].insert(place).clone()
     }
 }
 
 impl<S> Clone for Dispatch<S> {
+    /// Another service with places of its own.
     fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
+        Self {
+            handlers: Arc::clone(&self.handlers),
+            state: Arc::clone(&self.state),
+            places: self.places.iter().map(|_| None).collect(),
+        }
     }
 }
 
 impl<S> fmt::Debug for Dispatch<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list()
-            .entries(
-                self.0
-                    .handlers
-                    .iter()
-                    .map(|registered| registered.handler.event_type()),
-            )
-            .finish()
+        let event_types = self.handlers.iter().map(|handler| handler.event_type());
+        f.debug_list().entries(event_types).finish()
     }
 }
 
 impl<S: Send + Sync + 'static> Service<Request> for Dispatch<S> {
     type Response = ();
     type Error = BoxError;
-    type Future = DispatchFuture<S>;
+    type Future = DispatchFuture;
 
+    #[inline]
     fn poll_ready(&mut self, _: &mut TaskContext<'_>) -> Poll<Result<(), BoxError>> {
         Poll::Ready(Ok(()))
     }
 
-    #[inline]
-    fn call(&mut self, request: Request) -> DispatchFuture<S> {
+    #[inline(always)]
+    fn call(&mut self, request: Request) -> DispatchFuture {
         let handler = request
             .first()
             .route()
             .expect("a run begins only for a routed message")
             .handler;
-        let registered = &self.0.handlers[handler];
-        let idle = registered.idle().pop();
-        let mut place = idle.unwrap_or_else(|| registered.handler.place());
-        place.start(request, &self.0.state);
         DispatchFuture {
-            place: Some(place),
-            handler,
-            handlers: Arc::clone(&self.0),
+            place: Some(self.place(handler)),
+            request: Some(request),
         }
     }
 }
 
 /// A handler while it runs. Dropping it drops the handler's future.
-pub struct DispatchFuture<S> {
-    /// Given back, to be used again, when the handler has ended.
-    place: Option<Box<dyn Place<S>>>,
-    handler: usize,
-    handlers: Arc<Handlers<S>>,
+pub struct DispatchFuture {
+    /// None when the handler has ended.
+    place: Option<SharedPlace>,
+    /// What to start with the first poll.
+    request: Option<Request>,
 }
 
-impl<S> fmt::Debug for DispatchFuture<S> {
+impl fmt::Debug for DispatchFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DispatchFuture").finish_non_exhaustive()
     }
 }
 
-impl<S> Future for DispatchFuture<S> {
+impl Future for DispatchFuture {
     type Output = Result<(), BoxError>;
 
-    #[inline]
+    #[inline(always)]
     fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
-        let Some(place) = &mut self.place else {
-            return Poll::Ready(Err("a finished handler was polled again".into()));
+        let this = &mut *self;
+        let Some(place) = &this.place else {
+            return finished();
         };
-        let result = place.poll(cx);
-        if result.is_ready()
-            && let Some(place) = self.place.take()
-        {
-            self.handlers.handlers[self.handler].idle().push(place);
+        let result = place.lock().poll(this.request.take(), cx);
+        if result.is_ready() {
+            this.place = None;
         }
         result
+    }
+}
+
+impl Drop for DispatchFuture {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if let Some(place) = &self.place {
+            place.lock().clear();
+        }
     }
 }

@@ -1,13 +1,14 @@
 //! One run: a handler's attempt, what it published sent, or a dead letter stored. Never a verdict
 //! before all of it is durable.
 
+use std::fmt;
 use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
-use futures_util::FutureExt;
-use futures_util::future::Either;
 use tower::Service;
-use tracing::Instrument;
+use tracing::Span;
 
 use super::dispatch::Request;
 use super::keys::Keep;
@@ -88,54 +89,148 @@ pub(crate) enum Outcome {
     Unsent(Vec<Message>),
 }
 
-/// Does what `run` says with a consumer's layers.
-#[inline]
-pub(crate) fn run<V>(service: V, run: Run) -> impl Future<Output = Ended>
+/// Does one [`Run`] after another with a clone of the consumer's layers that is its own, so that
+/// the run most deliveries need is neither moved nor allocated.
+pub(crate) struct Runner<V: Service<Request>> {
+    service: V,
+    /// What is handled by a call of the layers.
+    scope: Option<Arc<Scope>>,
+    /// That call; none while the layers are not ready for it.
+    call: Pin<Box<Option<V::Future>>>,
+    /// What is rare, or expensive anyway.
+    other: Option<Pin<Box<dyn Future<Output = Ending> + Send>>>,
+    span: Option<Span>,
+}
+
+impl<V: Service<Request>> fmt::Debug for Runner<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runner").finish_non_exhaustive()
+    }
+}
+
+impl<V> Runner<V>
 where
-    V: Service<Request, Response = ()>,
+    V: Service<Request, Response = ()> + Clone + Send + 'static,
     V::Error: Into<BoxError>,
+    V::Future: Send,
 {
-    // What is rare, or expensive anyway, is boxed: the common run stays small enough to be moved
-    // into its slot at little cost.
-    match run {
-        Run::Handle(scope) if scope.runtime().unit.is_none() && !is_traced() => {
-            Either::Left(handle_untraced(service, scope))
+    pub(crate) fn new(service: V) -> Self {
+        Self {
+            service,
+            scope: None,
+            call: Box::pin(None),
+            other: None,
+            span: None,
         }
-        run => Either::Right(Box::pin(run_any(service, run).map(Ended::from))),
+    }
+
+    /// Takes a run, to be polled; the one before has ended or was dropped.
+    #[inline(always)]
+    pub(crate) fn start(&mut self, run: Run) {
+        match run {
+            Run::Handle(scope) => {
+                self.span = process_span(&scope);
+                match scope.runtime().unit.clone() {
+                    None => self.scope = Some(scope),
+                    Some(unit) => {
+                        let service = self.service.clone();
+                        self.other = Some(Box::pin(handle_in_unit(service, unit, scope)));
+                    }
+                }
+            }
+            Run::Group(scopes) => {
+                self.span = process_span(&scopes[0]);
+                let service = self.service.clone();
+                self.other = Some(Box::pin(handle_group(service, scopes)));
+            }
+            Run::Publish(scope, messages) => {
+                let publishing = async move { Ending::One(publish(&scope, messages).await) };
+                self.other = Some(Box::pin(publishing));
+            }
+            Run::DeadLetter(scope, diagnosis) => {
+                let storing = async move { Ending::One(store(&scope, &diagnosis).await) };
+                self.other = Some(Box::pin(storing));
+            }
+            Run::Keep(scope, keep) => {
+                let keeping = async move { Ending::One(self::keep(&scope, &keep).await) };
+                self.other = Some(Box::pin(keeping));
+            }
+        }
+    }
+
+    /// Goes on with the run; pending when there is none.
+    #[inline]
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let entered = self.span.as_ref().map(Span::enter);
+        if let Some(scope) = &self.scope
+            && self.call.is_none()
+        {
+            match ready!(self.service.poll_ready(cx)) {
+                Ok(()) => {
+                    let request = Request::one(Arc::clone(scope));
+                    self.call.set(Some(self.service.call(request)));
+                }
+                Err(error) => {
+                    let result = Err(error.into());
+                    self.other = self.scope.take().map(|scope| concluding(scope, result));
+                    self.service = self.service.clone();
+                }
+            }
+        }
+        if let Some(call) = self.call.as_mut().as_pin_mut() {
+            let result = ready!(call.poll(cx));
+            self.call.set(None);
+            let scope = self.scope.take();
+            let scope = scope.expect("a call is for a scope");
+            match result {
+                Ok(()) if !scope.is_touched() && !is_kept(&scope) => {
+                    drop(entered);
+                    if self.span.is_some() {
+                        self.span = None;
+                    }
+                    return Poll::Ready(Ended::Done);
+                }
+                result => self.other = Some(concluding(scope, result.map_err(Into::into))),
+            }
+        }
+        let Some(other) = &mut self.other else {
+            return Poll::Pending;
+        };
+        let ending = ready!(other.as_mut().poll(cx));
+        self.other = None;
+        drop(entered);
+        self.span = None;
+        Poll::Ready(ending.into())
+    }
+
+    /// Drops the run there is. Its layers are made anew, since one may have reserved something for it.
+    pub(crate) fn clear(&mut self) {
+        let entered = self.span.as_ref().map(Span::enter);
+        self.service = self.service.clone();
+        self.scope = None;
+        self.other = None;
+        self.call.set(None);
+        drop(entered);
+        self.span = None;
     }
 }
 
-async fn run_any<V>(service: V, run: Run) -> Ending
-where
-    V: Service<Request, Response = ()>,
-    V::Error: Into<BoxError>,
-{
-    match run {
-        Run::Handle(scope) => {
-            let span = process_span(&scope);
-            Ending::One(handle_one(service, scope).instrument(span).await)
-        }
-        Run::Group(scopes) => {
-            let span = process_span(&scopes[0]);
-            handle_group(service, scopes).instrument(span).await
-        }
-        Run::Publish(scope, messages) => Ending::One(publish(&scope, messages).await),
-        Run::DeadLetter(scope, diagnosis) => Ending::One(store(&scope, &diagnosis).await),
-        Run::Keep(scope, keep) => Ending::One(self::keep(&scope, &keep).await),
-    }
+#[cold]
+fn concluding(
+    scope: Arc<Scope>,
+    result: Result<(), BoxError>,
+) -> Pin<Box<dyn Future<Output = Ending> + Send>> {
+    Box::pin(async move { Ending::One(conclude(&scope, result).await) })
 }
 
-/// Whether anybody listens to the spans of runs.
+/// The span of a run, after OpenTelemetry's messaging conventions, if anybody listens.
 #[inline]
-fn is_traced() -> bool {
-    tracing::enabled!(tracing::Level::INFO)
+fn process_span(scope: &Scope) -> Option<Span> {
+    tracing::enabled!(tracing::Level::INFO).then(|| enabled_span(scope))
 }
 
-/// The span of a run, after OpenTelemetry's messaging conventions; none when nobody listens.
-fn process_span(scope: &Scope) -> tracing::Span {
-    if !is_traced() {
-        return tracing::Span::none();
-    }
+#[cold]
+fn enabled_span(scope: &Scope) -> Span {
     let message = scope.message();
     tracing::info_span!(
         "process",
@@ -182,46 +277,17 @@ fn failure(scope: &Arc<Scope>, result: Result<(), BoxError>) -> Result<(), Cause
     }
 }
 
-async fn handle_one<V>(mut service: V, scope: Arc<Scope>) -> Outcome
+async fn handle_in_unit<V>(mut service: V, unit: Arc<dyn UnitOfWork>, scope: Arc<Scope>) -> Ending
 where
     V: Service<Request, Response = ()>,
     V::Error: Into<BoxError>,
 {
-    let Some(unit) = scope.runtime().unit.clone() else {
-        let result = call(&mut service, Request::one(Arc::clone(&scope))).await;
-        return conclude(&scope, result).await;
-    };
-    match in_transaction(&mut service, &unit, std::slice::from_ref(&scope)).await {
+    let scopes = std::slice::from_ref(&scope);
+    Ending::One(match in_transaction(&mut service, &unit, scopes).await {
         Transaction::Committed(mut outcomes) => outcomes.pop().unwrap_or(Outcome::Done),
         Transaction::Failed(cause) => Outcome::Failed(cause),
         Transaction::Unavailable(error) => Outcome::Unavailable(error),
-    }
-}
-
-/// The run that most deliveries need. A block of its own and no call of [`handle_one`], because
-/// an `async fn` keeps each of its arguments twice.
-#[allow(clippy::manual_async_fn, reason = "an async fn takes twice the room")]
-fn handle_untraced<V>(mut service: V, scope: Arc<Scope>) -> impl Future<Output = Ended>
-where
-    V: Service<Request, Response = ()>,
-    V::Error: Into<BoxError>,
-{
-    async move {
-        let result = match poll_fn(|cx| service.poll_ready(cx))
-            .await
-            .map_err(Into::into)
-        {
-            Ok(()) => {
-                let running = service.call(Request::one(Arc::clone(&scope)));
-                running.await.map_err(Into::into)
-            }
-            Err(error) => Err(error),
-        };
-        match result {
-            Ok(()) if !scope.is_touched() && !is_kept(&scope) => Ended::Done,
-            result => Ending::One(Box::pin(conclude(&scope, result)).await).into(),
-        }
-    }
+    })
 }
 
 /// Sends what a handler that succeeded has published.

@@ -14,7 +14,6 @@ use super::dispatch::Request;
 use super::held::Keeper;
 use super::lanes::LaneStatus;
 use super::pump::Pump;
-use super::run;
 use super::settler::{self, SettleItem};
 use super::telemetry::Counts;
 use super::worker::{Inbox, Item, Stop, Worker};
@@ -149,14 +148,13 @@ where
         let number = runtime.gate.add_worker(Arc::clone(&inbox));
         let slots = runtime.settings.concurrency / count
             + usize::from(index < runtime.settings.concurrency % count);
-        let service = service.clone();
         let worker = Worker::new(
             Arc::clone(&runtime),
             Arc::clone(&inbox),
             part,
             settler.clone(),
             (number, slots),
-            move |run| run::run(service.clone(), run),
+            &service,
         );
         let watched = Arc::clone(&runtime);
         workers.spawn(async move {

@@ -1,16 +1,19 @@
-//! The futures a worker runs at once: a fixed number of places, each used again without allocating,
-//! woken one by one, and dropped by number when a lane is taken away.
+//! What a worker runs at once: a fixed number of places, each used again without allocating,
+//! woken one by one, and cleared by number when a lane is taken away.
 
 use std::any::Any;
 use std::cell::Cell;
-use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
 use futures_util::task::AtomicWaker;
+use tower::Service;
+
+use super::dispatch::Request;
+use super::run::{Ended, Run, Runner};
+use crate::error::BoxError;
 
 thread_local! {
     static IN_HANDLER: Cell<bool> = const { Cell::new(false) };
@@ -32,25 +35,26 @@ impl InHandler {
 }
 
 impl Drop for InHandler {
+    #[inline]
     fn drop(&mut self) {
         IN_HANDLER.set(self.0);
     }
 }
 
-/// How a future ended: `Err` holds a panic.
+/// How a run ended: `Err` holds a panic.
 pub(crate) type Caught<T> = Result<T, Box<dyn Any + Send>>;
 
-/// Places for futures.
+/// Places for runs.
 #[derive(Debug)]
-pub(crate) struct SlotSet<F> {
-    slots: Vec<Slot<F>>,
+pub(crate) struct SlotSet<V: Service<Request>> {
+    slots: Vec<Slot<V>>,
     free: Vec<usize>,
     wakes: Arc<Wakes>,
 }
 
 #[derive(Debug)]
-struct Slot<F> {
-    future: Pin<Box<Option<F>>>,
+struct Slot<V: Service<Request>> {
+    runner: Runner<V>,
     waker: Waker,
 }
 
@@ -84,15 +88,21 @@ impl Wakes {
     }
 }
 
-impl<F: Future> SlotSet<F> {
-    pub(crate) fn new(count: usize) -> Self {
+impl<V> SlotSet<V>
+where
+    V: Service<Request, Response = ()> + Clone + Send + 'static,
+    V::Error: Into<BoxError>,
+    V::Future: Send,
+{
+    /// So many places, each with a clone of `service`.
+    pub(crate) fn new(count: usize, service: &V) -> Self {
         let wakes = Arc::new(Wakes {
             bits: (0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             parent: AtomicWaker::new(),
         });
         let slots = (0..count)
             .map(|index| Slot {
-                future: Box::pin(None),
+                runner: Runner::new(service.clone()),
                 waker: Waker::from(Arc::new(SlotWaker {
                     wakes: Arc::clone(&wakes),
                     index,
@@ -119,13 +129,13 @@ impl<F: Future> SlotSet<F> {
         self.wakes.parent.register(cx.waker());
     }
 
-    /// Puts a future into a free slot and polls it. One that ends at once leaves the slot free
-    /// again, so that the next one finds its memory in the processor's cache.
-    #[inline]
-    pub(crate) fn start(&mut self, future: F) -> (usize, Poll<Caught<F::Output>>) {
+    /// Starts a run in a free slot and polls it. One that ends at once leaves the slot free again,
+    /// so that the next one finds its memory in the processor's cache.
+    #[inline(always)]
+    pub(crate) fn start(&mut self, run: Run) -> (usize, Poll<Caught<Ended>>) {
         let index = self.free.pop().expect("the caller saw that there is room");
         let slot = &mut self.slots[index];
-        slot.future.set(Some(future));
+        slot.runner.start(run);
         let polled = slot.poll();
         if polled.is_ready() {
             self.free.push(index);
@@ -133,22 +143,18 @@ impl<F: Future> SlotSet<F> {
         (index, polled)
     }
 
-    /// Drops the future in a slot.
+    /// Drops the run in a slot.
     pub(crate) fn cancel(&mut self, index: usize) {
-        if self.slots[index].future.is_some() {
-            let future = &mut self.slots[index].future;
-            let _in_handler = InHandler::enter();
+        if self.slots[index].clear().is_err() {
             // A panic while a handler is dropped ends that handler and nothing else.
-            if catch_unwind(AssertUnwindSafe(|| future.set(None))).is_err() {
-                tracing::warn!("a handler panicked while it was dropped");
-            }
-            self.free.push(index);
+            tracing::warn!("a handler panicked while it was dropped");
         }
+        self.free.push(index);
     }
 
     /// Polls every woken slot once and adds those that ended; `Err` holds a panic. Returns whether
     /// any slot was polled.
-    pub(crate) fn poll(&mut self, ended: &mut Vec<(usize, Caught<F::Output>)>) -> bool {
+    pub(crate) fn poll(&mut self, ended: &mut Vec<(usize, Caught<Ended>)>) -> bool {
         let mut polled = false;
         for word in 0..self.wakes.bits.len() {
             let mut bits = self.wakes.bits[word].swap(0, Ordering::AcqRel);
@@ -166,34 +172,30 @@ impl<F: Future> SlotSet<F> {
     }
 }
 
-impl<F: Future> Slot<F> {
-    #[inline]
-    fn poll(&mut self) -> Poll<Caught<F::Output>> {
-        let place = &mut self.future;
-        if place.is_none() {
-            // Woken after its future was dropped.
-            return Poll::Pending;
-        }
+impl<V> Slot<V>
+where
+    V: Service<Request, Response = ()> + Clone + Send + 'static,
+    V::Error: Into<BoxError>,
+    V::Future: Send,
+{
+    #[inline(always)]
+    fn poll(&mut self) -> Poll<Caught<Ended>> {
         let mut cx = Context::from_waker(&self.waker);
         let _in_handler = InHandler::enter();
-        // One catch for both: what is dropped after its end may panic, too.
-        let polled = catch_unwind(AssertUnwindSafe(|| {
-            let future = place.as_mut().as_pin_mut()?;
-            let Poll::Ready(output) = future.poll(&mut cx) else {
-                return None;
-            };
-            place.set(None);
-            Some(output)
-        }));
-        match polled {
-            Ok(None) => Poll::Pending,
-            Ok(Some(output)) => Poll::Ready(Ok(output)),
-            Err(panic) => {
-                // The first panic is the one that is told.
-                let _ = catch_unwind(AssertUnwindSafe(|| place.set(None)));
-                Poll::Ready(Err(panic))
-            }
-        }
+        let polled = catch_unwind(AssertUnwindSafe(|| self.runner.poll(&mut cx)));
+        polled.map_or_else(|panic| self.panicked(panic), |polled| polled.map(Ok))
+    }
+
+    #[cold]
+    fn panicked(&mut self, panic: Box<dyn Any + Send>) -> Poll<Caught<Ended>> {
+        // The first panic is the one that is told.
+        let _ = self.clear();
+        Poll::Ready(Err(panic))
+    }
+
+    fn clear(&mut self) -> Caught<()> {
+        let _in_handler = InHandler::enter();
+        catch_unwind(AssertUnwindSafe(|| self.runner.clear()))
     }
 }
 

@@ -11,7 +11,6 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,8 +19,10 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::{Instant, Sleep};
+use tower::Service;
 
 use super::Runtime;
+use super::dispatch::Request;
 use super::gate::{Admission, Probed};
 use super::held::{Held, HeldDelivery};
 use super::keys::{Keep, Keys, NodeId, NodeState, Stage};
@@ -35,6 +36,7 @@ use crate::clock::Timestamp;
 use crate::coalescer::{Coalescer, Mailbox};
 use crate::dead_letter::{Cause, Diagnosis};
 use crate::delivery::{Delivery, Lane, Receipt, Verdict};
+use crate::error::BoxError;
 use crate::key_state::{HeldMessage, HeldName, HoldEntry, KeyAction, Wait};
 use crate::retry::{NextAttempt, OnError, with_jitter};
 
@@ -130,15 +132,14 @@ const STARTS_MAX: usize = 64;
 const PASSES_MAX: usize = 16;
 
 /// Runs handlers; one task.
-pub(crate) struct Worker<V, Fut> {
+pub(crate) struct Worker<V: Service<Request>> {
     runtime: Arc<Runtime>,
     /// Its number at the gate.
     number: usize,
     inbox: Arc<Inbox>,
     part: Arc<Part>,
     settler: Coalescer<SettleItem>,
-    start: V,
-    slots: SlotSet<Fut>,
+    slots: SlotSet<V>,
     /// What runs in each slot.
     running: Vec<Option<Running>>,
     keys: Keys,
@@ -193,10 +194,11 @@ impl Nodes {
     }
 }
 
-impl<V, Fut> Worker<V, Fut>
+impl<V> Worker<V>
 where
-    V: Fn(Run) -> Fut,
-    Fut: Future<Output = Ended>,
+    V: Service<Request, Response = ()> + Clone + Send + 'static,
+    V::Error: Into<BoxError>,
+    V::Future: Send,
 {
     pub(crate) fn new(
         runtime: Arc<Runtime>,
@@ -204,7 +206,7 @@ where
         part: Arc<Part>,
         settler: Coalescer<SettleItem>,
         (number, slots): (usize, usize),
-        start: V,
+        service: &V,
     ) -> Self {
         let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), slots) | 1;
         Self {
@@ -214,8 +216,7 @@ where
             inbox,
             part,
             settler,
-            start,
-            slots: SlotSet::new(slots),
+            slots: SlotSet::new(slots, service),
             running: (0..slots).map(|_| None).collect(),
             keys: Keys::default(),
             timers: BinaryHeap::new(),
@@ -678,7 +679,7 @@ where
     }
 
     fn start_run(&mut self, nodes: Nodes, run: Run, is_handler: bool) {
-        let (slot, polled) = self.slots.start((self.start)(run));
+        let (slot, polled) = self.slots.start(run);
         // What nearly every run comes to, without the detours of the others.
         if let (Nodes::One(id), Poll::Ready(Ok(Ended::Done))) = (&nodes, &polled) {
             self.ended_at_once += u64::from(is_handler);

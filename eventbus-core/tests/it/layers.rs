@@ -66,7 +66,7 @@ async fn tower_s_concurrency_limit_bounds_the_handlers_that_run() {
         test.publish(order(number)).await.unwrap();
     }
     test.run_out().await;
-    // Each worker has its own clone of the layered service, and they share the limit.
+    // Each slot has its own clone of the layered service, and they share the limit.
     assert_eq!(gauge.most.load(Ordering::SeqCst), 3);
     assert_eq!(consumer.status().counts.handled, 30);
 }
@@ -133,6 +133,124 @@ async fn a_layer_sees_the_request_and_its_error_is_a_failed_attempt() {
     );
     assert_eq!(calls.attempts(7), [2]);
     assert_eq!(consumer.status().counts.failed_attempts, 1);
+}
+
+/// Is never ready for the first who asks.
+#[derive(Clone, Debug, Default)]
+struct Reluctant(Arc<AtomicUsize>);
+
+#[derive(Debug)]
+struct Reluctantly<V>(V, Reluctant, Option<usize>);
+
+impl<V: Clone> Clone for Reluctantly<V> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone(), self.1.clone(), None)
+    }
+}
+
+impl<V> Layer<V> for Reluctant {
+    type Service = Reluctantly<V>;
+
+    fn layer(&self, inner: V) -> Reluctantly<V> {
+        Reluctantly(inner, self.clone(), None)
+    }
+}
+
+impl<V: Service<Request>> Service<Request> for Reluctantly<V> {
+    type Response = V::Response;
+    type Error = V::Error;
+    type Future = V::Future;
+
+    fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), V::Error>> {
+        let asked = || self.1.0.fetch_add(1, Ordering::SeqCst);
+        match *self.2.get_or_insert_with(asked) {
+            0 => Poll::Pending,
+            _ => self.0.poll_ready(cx),
+        }
+    }
+
+    fn call(&mut self, request: Request) -> V::Future {
+        self.0.call(request)
+    }
+}
+
+#[tokio::test]
+async fn what_a_layer_reserved_for_a_dropped_run_is_free_again() {
+    let test = TestBus::new();
+    let calls = Calls::new();
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .retry(RetryPolicy::immediate(1))
+        .deadline(2 * SECOND)
+        .workers(1)
+        .concurrency(2)
+        .layer(ConcurrencyLimitLayer::new(1))
+        .layer(Reluctant::default())
+        .on(noting);
+    let _consumer = test.spawn(consumer).await;
+    // It gets the only permit, and waits in vain for the layer below.
+    test.publish(order(1)).await.unwrap();
+    test.advance(SECOND).await;
+    test.publish(order(2)).await.unwrap();
+    test.run_out().await;
+    assert!(calls.attempts(1).is_empty(), "it ran into its deadline");
+    assert_eq!(calls.attempts(2), [1]);
+}
+
+/// Lets all runs share one service.
+#[derive(Clone, Debug)]
+struct Share;
+
+#[derive(Clone, Debug)]
+struct Shared<V>(Arc<Mutex<V>>);
+
+impl<V> Layer<V> for Share {
+    type Service = Shared<V>;
+
+    fn layer(&self, inner: V) -> Shared<V> {
+        Shared(Arc::new(Mutex::new(inner)))
+    }
+}
+
+impl<V: Service<Request>> Service<Request> for Shared<V> {
+    type Response = V::Response;
+    type Error = V::Error;
+    type Future = V::Future;
+
+    fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), V::Error>> {
+        self.0.lock().unwrap().poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request) -> V::Future {
+        self.0.lock().unwrap().call(request)
+    }
+}
+
+#[tokio::test]
+async fn runs_that_share_one_service_overlap_all_the_same() {
+    let test = TestBus::new();
+    let gauge = Arc::new(Gauge::default());
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(&gauge))
+        .layer(Share)
+        .concurrency(5)
+        .workers(1)
+        .on(async |_: OrderCreated, cx: Context<Gauge>| {
+            let now = cx.state().now.fetch_add(1, Ordering::SeqCst) + 1;
+            cx.state().most.fetch_max(now, Ordering::SeqCst);
+            tokio::time::sleep(SECOND).await;
+            cx.state().now.fetch_sub(1, Ordering::SeqCst);
+            Ok(())
+        });
+    let consumer = test.spawn(consumer).await;
+    for number in 1..=10 {
+        test.publish(order(number)).await.unwrap();
+    }
+    test.run_out().await;
+    assert_eq!(gauge.most.load(Ordering::SeqCst), 5);
+    assert_eq!(consumer.status().counts.handled, 10);
 }
 
 #[tokio::test]
