@@ -27,7 +27,7 @@ use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::handler::{BatchHandler, Handler};
 use crate::held_keys::no_key_state;
-use crate::message::{Group, Key, Topic};
+use crate::message::{Group, Key, Message, Topic};
 use crate::retry::RetryPolicy;
 use crate::topic::TopicSpec;
 use crate::unit_of_work::{NoUnit, Unit, UnitOfWork};
@@ -196,6 +196,21 @@ impl Runtime {
     pub(crate) fn worker_of_key(&self, key: &Key, workers: usize) -> usize {
         // The low bits choose among a worker's keys; these are independent of them.
         (self.hash_key(key) >> 32) as usize % workers
+    }
+
+    /// By what a message is queued.
+    #[inline]
+    pub(crate) fn key_hash(&self, message: &Message) -> Option<u64> {
+        message.key.as_ref().map(|key| self.hash_key(key))
+    }
+
+    /// Whether runs may hold several deliveries.
+    pub(crate) fn has_groups(&self) -> bool {
+        self.unit.as_ref().is_some_and(|unit| unit.group_max() > 1)
+            || self
+                .handlers
+                .iter()
+                .any(|handler| handler.batch_max.is_some())
     }
 
     #[inline]

@@ -104,8 +104,16 @@ impl Keys {
     }
 
     /// Takes in a delivery: ready at once, or behind the last of its key.
-    #[inline]
     pub(crate) fn push(&mut self, scope: Arc<Scope>, key: Option<u64>) -> NodeId {
+        let id = self.insert(scope, key);
+        if self.get(id).state == NodeState::Ready {
+            self.ready.push_back(id);
+        }
+        id
+    }
+
+    /// As [`push`](Self::push), for what the caller starts when nothing is before it.
+    pub(crate) fn insert(&mut self, scope: Arc<Scope>, key: Option<u64>) -> NodeId {
         self.sequence += 1;
         let node = Node {
             scope,
@@ -135,12 +143,9 @@ impl Keys {
             behind = self.unlink(key);
             self.link(id, key);
         }
-        match behind {
-            Some(tail) => {
-                self.get_mut(tail).next = Some(id);
-                self.get_mut(id).state = NodeState::Behind;
-            }
-            None => self.ready.push_back(id),
+        if let Some(tail) = behind {
+            self.get_mut(tail).next = Some(id);
+            self.get_mut(id).state = NodeState::Behind;
         }
         id
     }
@@ -173,6 +178,19 @@ impl Keys {
     fn bucket(&self, key: u64) -> usize {
         // Their number is a power of two.
         key as usize & (self.buckets.len() - 1)
+    }
+
+    /// Whether any of the deliveries there are is of this key; asked only when there are some.
+    pub(crate) fn has_key(&self, key: u64) -> bool {
+        let mut place = self.buckets[self.bucket(key)];
+        while let Some(id) = place {
+            let node = self.get(id);
+            if node.key == Some(key) {
+                return true;
+            }
+            place = node.chain;
+        }
+        false
     }
 
     /// Makes a delivery the last one of its key.

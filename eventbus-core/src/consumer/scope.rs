@@ -111,6 +111,7 @@ impl Scope {
         self.id = OnceLock::new();
         self.route = None;
         *self.attempt.get_mut() = 1;
+        *self.awaits_others.get_mut() = false;
         self.forget();
     }
 

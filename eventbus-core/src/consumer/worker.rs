@@ -10,7 +10,7 @@
 //! ```
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ use crate::clock::Timestamp;
 use crate::coalescer::{Coalescer, Mailbox};
 use crate::dead_letter::{Cause, Diagnosis};
 use crate::delivery::{Delivery, Lane, Receipt, Verdict};
-use crate::error::BoxError;
+use crate::error::{BoxError, Error, ErrorKind};
 use crate::key_state::{HeldMessage, HeldName, HoldEntry, KeyAction, Wait};
 use crate::retry::{NextAttempt, OnError, with_jitter};
 
@@ -142,6 +142,10 @@ pub(crate) struct Worker<V: Service<Request>> {
     slots: SlotSet<V>,
     /// What runs in each slot.
     running: Vec<Option<Running>>,
+    /// What has come and was not looked at yet, oldest first: behind everything in `keys`.
+    incoming: VecDeque<Delivery>,
+    /// The lane that was looked up last and its partition; none when it is closed.
+    place: Option<(Lane, Option<u32>)>,
     keys: Keys,
     /// Retries by time.
     timers: BinaryHeap<Reverse<(Instant, NodeId, u64)>>,
@@ -218,6 +222,8 @@ where
             settler,
             slots: SlotSet::new(slots, service),
             running: (0..slots).map(|_| None).collect(),
+            incoming: VecDeque::new(),
+            place: None,
             keys: Keys::default(),
             timers: BinaryHeap::new(),
             pool: Vec::new(),
@@ -309,7 +315,7 @@ where
         let progress = self.inbox.0.poll_take(cx, &mut received).is_ready();
         for item in received.drain(..) {
             match item {
-                Item::Deliveries(deliveries) => self.accept_all(deliveries),
+                Item::Deliveries(deliveries) => self.accept(deliveries),
                 Item::Held(held) => self.accept_held(*held),
                 Item::Revoke(revocation) => self.begin_revocation(revocation),
                 Item::Stop(stop) => self.begin_stop(stop, now),
@@ -320,30 +326,20 @@ where
         progress
     }
 
-    fn accept_all(&mut self, deliveries: Vec<Delivery>) {
+    fn accept(&mut self, deliveries: Vec<Delivery>) {
         if self.stop.as_ref().is_some_and(|stop| !stop.finish) {
             // Never started: the next owner gets them.
             return;
         }
-        let mut place = None;
-        let mut deliveries = deliveries.into_iter();
-        while let Some(delivery) = deliveries.as_slice().first() {
-            let lane = delivery.receipt.lane;
-            // Looked up once for all that come in a row.
-            let partition = match place {
-                Some((known, partition)) if known == lane => partition,
-                _ => self.runtime.lanes.partition(lane),
-            };
-            place = Some((lane, partition));
-            let Some(partition) = partition else {
-                // What comes on a lane that is closed already is the next owner's.
-                deliveries.next();
-                continue;
-            };
-            let key = delivery.message.key.as_ref();
-            let key = key.map(|key| self.runtime.hash_key(key));
-            let scope = self.fill_scope(&mut deliveries, partition);
-            self.keys.push(scope, key);
+        self.place = None;
+        match self.incoming.is_empty() {
+            // As they are: a delivery is large to be moved one by one.
+            true => self.incoming = deliveries.into(),
+            false => self.incoming.extend(deliveries),
+        }
+        if self.runtime.has_groups() {
+            // What is to be handled together is looked for in the queue.
+            self.queue_incoming();
         }
     }
 
@@ -359,8 +355,7 @@ where
             // It stays in the store, for the next owner.
             return;
         }
-        let key = delivery.message.key.as_ref();
-        let key = key.map(|key| self.runtime.hash_key(key));
+        let key = self.runtime.key_hash(&delivery.message);
         let scope = self.held_scope(delivery, partition);
         let id = self.keys.push(scope, key);
         self.prepare_held(id, held);
@@ -407,21 +402,48 @@ where
         node.held = Some(Box::new(held));
     }
 
-    /// Moves the next delivery into a scope; from one to the other, because it is large.
+    /// Puts everything that has come into the queue.
+    fn queue_incoming(&mut self) {
+        while let Some(partition) = self.next_partition() {
+            self.queue_next(partition);
+        }
+    }
+
+    fn queue_next(&mut self, partition: u32) {
+        let mut scope = self.take_scope();
+        own(&mut scope).fill(self.incoming.pop_front(), partition);
+        let key = self.runtime.key_hash(scope.message());
+        self.keys.push(scope, key);
+    }
+
+    /// The partition of what has come next; none when there is nothing.
     #[inline]
-    fn fill_scope(
-        &mut self,
-        deliveries: &mut std::vec::IntoIter<Delivery>,
-        partition: u32,
-    ) -> Arc<Scope> {
-        let mut scope = self
-            .pool
-            .pop()
-            .unwrap_or_else(|| Arc::new(Scope::new(Arc::clone(&self.runtime))));
-        Arc::get_mut(&mut scope)
-            .expect("a scope in the pool is nobody else's")
-            .fill(deliveries.next(), partition);
-        scope
+    fn next_partition(&mut self) -> Option<u32> {
+        while let Some(delivery) = self.incoming.front() {
+            let lane = delivery.receipt.lane;
+            // Looked up once for all that come in a row.
+            let partition = match self.place {
+                Some((known, partition)) if known == lane => partition,
+                _ => {
+                    let partition = self.runtime.lanes.partition(lane);
+                    self.place = Some((lane, partition));
+                    partition
+                }
+            };
+            if partition.is_some() {
+                return partition;
+            }
+            // What comes on a lane that is closed already is the next owner's.
+            self.incoming.pop_front();
+        }
+        None
+    }
+
+    /// A scope to be filled.
+    #[inline]
+    fn take_scope(&mut self) -> Arc<Scope> {
+        let spare = self.pool.pop();
+        spare.unwrap_or_else(|| Arc::new(Scope::new(Arc::clone(&self.runtime))))
     }
 
     #[inline]
@@ -453,50 +475,117 @@ where
         fired
     }
 
+    /// Starts what is ready: first what is in the queue, then what has just come.
     fn start_ready(&mut self) -> bool {
         let mut started = 0;
         self.held = false;
         self.probe_at = None;
-        while started < STARTS_MAX
-            && self.slots.has_room()
-            && let Some(mut id) = self.keys.pop_ready()
-        {
-            if self.keys.get(id).state == NodeState::Dropped {
-                let scope = self.keys.remove(id);
-                self.recycle(scope);
-                continue;
-            }
-            if self.runtime.gate.holds_for_failures() {
-                // Only a handler can show that handlers succeed again; dead letters wait till then.
-                self.keys.push_ready_first(id);
-                match self
-                    .keys
-                    .bring_handler_forward()
-                    .then(|| self.keys.pop_ready())
-                {
-                    Some(Some(handler)) => id = handler,
-                    _ => {
-                        self.held = true;
-                        break;
-                    }
-                }
-            }
-            let probe = match self.runtime.gate.admit(self.number) {
-                Admission::Yes => false,
-                Admission::Probe => true,
-                Admission::Wait(probe_at) => {
-                    self.keys.push_ready_first(id);
-                    self.held = true;
-                    self.probe_at = probe_at;
-                    break;
-                }
+        while started < STARTS_MAX && self.slots.has_room() {
+            let step = match self.keys.pop_ready() {
+                Some(id) => self.start_queued(id),
+                None => self.start_incoming(),
             };
-            self.keys.get_mut(id).probe = probe;
-            self.start_one(id);
-            started += 1;
+            match step {
+                Step::Started => started += 1,
+                Step::PassedOver => {}
+                Step::Stopped => break,
+            }
         }
         self.measure_ended_at_once();
         started > 0
+    }
+
+    fn start_queued(&mut self, mut id: NodeId) -> Step {
+        if self.keys.get(id).state == NodeState::Dropped {
+            let scope = self.keys.remove(id);
+            self.recycle(scope);
+            return Step::PassedOver;
+        }
+        if self.runtime.gate.holds_for_failures() {
+            // Only a handler can show that handlers succeed again; dead letters wait till then.
+            self.keys.push_ready_first(id);
+            self.queue_incoming();
+            let handler = self.keys.bring_handler_forward();
+            let Some(handler) = handler.then(|| self.keys.pop_ready()).flatten() else {
+                self.held = true;
+                return Step::Stopped;
+            };
+            id = handler;
+        }
+        let probe = match self.runtime.gate.admit(self.number) {
+            Admission::Yes => false,
+            Admission::Probe => true,
+            Admission::Wait(probe_at) => {
+                self.keys.push_ready_first(id);
+                self.held = true;
+                self.probe_at = probe_at;
+                return Step::Stopped;
+            }
+        };
+        self.keys.get_mut(id).probe = probe;
+        self.start_one(id);
+        Step::Started
+    }
+
+    /// Starts what has come next, past the queue where nothing of its key is there.
+    fn start_incoming(&mut self) -> Step {
+        let Some(partition) = self.next_partition() else {
+            return Step::Stopped;
+        };
+        if !self.runtime.gate.is_open() {
+            self.queue_incoming();
+            return Step::PassedOver;
+        }
+        if self.is_behind() {
+            self.queue_next(partition);
+            return Step::PassedOver;
+        }
+        self.start_next(partition);
+        Step::Started
+    }
+
+    /// Whether anything is before what has come next: in the queue, or put aside.
+    #[inline]
+    fn is_behind(&self) -> bool {
+        let Some(Delivery {
+            message, receipt, ..
+        }) = self.incoming.front()
+        else {
+            return false;
+        };
+        let held = self.runtime.held.as_ref();
+        if held.is_some_and(|held| held.holds(receipt.lane, message.key.as_ref())) {
+            return true;
+        }
+        // Mostly nothing is there, and no key has to be hashed.
+        let key = || self.runtime.key_hash(message);
+        !self.keys.is_empty() && key().is_some_and(|key| self.keys.has_key(key))
+    }
+
+    /// Starts what has come next. What is handled at once never gets into the queue.
+    #[inline]
+    fn start_next(&mut self, partition: u32) {
+        let mut scope = self.take_scope();
+        let inner = own(&mut scope);
+        inner.fill(self.incoming.pop_front(), partition);
+        if let Err(unhandled) = find_route(inner) {
+            let id = self.queue_started(scope);
+            return self.pass_over(id, unhandled);
+        }
+        let (slot, polled) = self.slots.start(Run::Handle(Arc::clone(&scope)));
+        if let Poll::Ready(Ok(Ended::Done)) = polled {
+            self.ended_at_once += 1;
+            self.tally.handled(true);
+            return self.settle_scope(scope);
+        }
+        let id = self.queue_started(scope);
+        self.follow(Nodes::One(id), slot, polled, true);
+    }
+
+    /// Gives what was started a place in the queue.
+    fn queue_started(&mut self, scope: Arc<Scope>) -> NodeId {
+        let key = self.runtime.key_hash(scope.message());
+        self.keys.insert(scope, key)
     }
 
     /// Those that ended at once share the time between them: reading the clock for each of them
@@ -521,13 +610,13 @@ where
                 self.end_probe(id, Probed::Nothing);
             }
         }
-        if self.keys.get(id).scope.route().is_none()
-            && matches!(self.keys.get(id).stage, Stage::Handle)
-            && !self.route(id)
-        {
-            return;
-        }
         let node = self.keys.get_mut(id);
+        if node.scope.route().is_none()
+            && matches!(node.stage, Stage::Handle)
+            && let Err(unhandled) = find_route(own(&mut node.scope))
+        {
+            return self.pass_over(id, unhandled);
+        }
         let run = match std::mem::replace(&mut node.stage, Stage::Handle) {
             Stage::Handle => return self.start_handler(id),
             Stage::Publish(messages) => {
@@ -556,43 +645,16 @@ where
         node.held.is_none() && held.holds(node.scope.lane(), node.scope.message().key.as_ref())
     }
 
-    /// Finds the handler; `false` when the message has none and was dealt with.
-    fn route(&mut self, id: NodeId) -> bool {
-        let scope = Arc::get_mut(&mut self.keys.get_mut(id).scope);
-        let scope = scope.expect("a delivery that was never started is nobody else's");
-        let routed =
-            catch_unwind(AssertUnwindSafe(|| scope.find_route())).unwrap_or_else(|panic| {
-                Routed::Undecodable(
-                    crate::Error::new(
-                        crate::ErrorKind::Internal,
-                        "read message",
-                        "the format panicked",
-                    )
-                    .with("panic", panic_text(panic.as_ref())),
-                )
-            });
-        let handed_out = scope.delivery().handed_out.unwrap_or(0);
-        let cause = match routed {
-            Routed::Handle if handed_out > self.runtime.settings.hand_outs_max => {
-                Cause::HandOuts(handed_out)
-            }
-            Routed::Handle => return true,
-            Routed::Skip(skip) => {
-                self.skip(id, skip);
-                return false;
-            }
-            Routed::NoHandler(event_type) => Cause::NoHandler(event_type),
-            Routed::Undecodable(error) => Cause::Undecodable(error),
-        };
+    /// Deals with a delivery that no handler can handle.
+    fn pass_over(&mut self, id: NodeId, unhandled: Unhandled) {
         self.end_probe(id, Probed::Nothing);
-        self.give_up(id, cause);
-        false
-    }
-
-    fn skip(&mut self, id: NodeId, skip: Skip) {
-        self.end_probe(id, Probed::Nothing);
-        self.tally.skipped(skip);
-        self.settle(id);
+        match unhandled {
+            Unhandled::Skip(skip) => {
+                self.tally.skipped(skip);
+                self.settle(id);
+            }
+            Unhandled::Poison(cause) => self.give_up(id, cause),
+        }
     }
 
     fn start_handler(&mut self, id: NodeId) {
@@ -680,11 +742,11 @@ where
 
     fn start_run(&mut self, nodes: Nodes, run: Run, is_handler: bool) {
         let (slot, polled) = self.slots.start(run);
-        // What nearly every run comes to, without the detours of the others.
-        if let (Nodes::One(id), Poll::Ready(Ok(Ended::Done))) = (&nodes, &polled) {
-            self.ended_at_once += u64::from(is_handler);
-            return self.done(*id);
-        }
+        self.follow(nodes, slot, polled, is_handler);
+    }
+
+    /// Notes what runs in a slot, or concludes it when it has ended already.
+    fn follow(&mut self, nodes: Nodes, slot: usize, polled: Poll<Caught<Ended>>, is_handler: bool) {
         for id in nodes.iter() {
             self.keys.get_mut(id).state = NodeState::Running(slot);
         }
@@ -822,9 +884,10 @@ where
                 if self.keys.get(id).held.is_some() {
                     return self.settle(id);
                 }
-                let receipt = self.keys.get(id).scope.delivery().receipt;
+                let scope = self.remove(id);
+                let receipt = scope.delivery().receipt;
                 self.runtime.lanes.settled(&[(receipt, Verdict::Done)]);
-                self.drop_settled(id);
+                self.recycle(scope);
             }
             Outcome::Duplicate => {
                 self.tally.duplicates += 1;
@@ -1096,14 +1159,12 @@ where
         }
     }
 
-    #[inline]
     fn settle(&mut self, id: NodeId) {
         if self.keys.get(id).held.is_some() {
             return self.advance(id);
         }
-        let receipt = self.keys.get(id).scope.delivery().receipt;
-        self.settled.push((receipt, Verdict::Done));
-        self.drop_settled(id);
+        let scope = self.remove(id);
+        self.settle_scope(scope);
     }
 
     /// Takes a held message that is done out of its store.
@@ -1121,12 +1182,23 @@ where
     }
 
     #[inline]
+    fn settle_scope(&mut self, scope: Arc<Scope>) {
+        let receipt = scope.delivery().receipt;
+        self.settled.push((receipt, Verdict::Done));
+        self.recycle(scope);
+    }
+
     fn drop_settled(&mut self, id: NodeId) {
+        let scope = self.remove(id);
+        self.recycle(scope);
+    }
+
+    /// Takes out of the queue what is done.
+    fn remove(&mut self, id: NodeId) -> Arc<Scope> {
         if self.keys.get(id).blocked {
             self.tally.blocked -= 1;
         }
-        let scope = self.keys.remove(id);
-        self.recycle(scope);
+        self.keys.remove(id)
     }
 
     // ---- lanes and the end
@@ -1161,6 +1233,9 @@ where
     }
 
     fn begin_revocation(&mut self, revocation: Arc<Revocation>) {
+        self.place = None;
+        self.incoming
+            .retain(|delivery| !revocation.lanes.contains(&delivery.receipt.lane));
         let of_lanes: Vec<_> = self
             .keys
             .ids()
@@ -1246,6 +1321,7 @@ where
 
     fn begin_stop(&mut self, stop: Arc<Stop>, now: Instant) {
         if !stop.finish {
+            self.incoming.clear();
             let idle: Vec<_> = self
                 .keys
                 .ids()
@@ -1268,6 +1344,7 @@ where
         if self.stop.as_ref().is_none_or(|stop| stop.deadline > now) {
             return;
         }
+        self.incoming.clear();
         for slot in 0..self.running.len() {
             if let Some(running) = self.running[slot].take() {
                 self.slots.cancel(slot);
@@ -1287,7 +1364,7 @@ where
     }
 
     fn is_finished(&self) -> bool {
-        self.stop.is_some() && self.keys.is_empty()
+        self.stop.is_some() && self.keys.is_empty() && self.incoming.is_empty()
     }
 
     // ---- time
@@ -1401,4 +1478,43 @@ fn log_parked(scope: &Scope, wait: &Wait) {
         cause = wait.error,
         "key parked"
     );
+}
+
+/// What starting the next delivery came to.
+enum Step {
+    Started,
+    /// It was queued, skipped or dropped: the next one may be started.
+    PassedOver,
+    /// Nothing may be started now, or nothing is there.
+    Stopped,
+}
+
+/// Why no handler gets a delivery.
+enum Unhandled {
+    Skip(Skip),
+    Poison(Cause),
+}
+
+/// The scope of a delivery that was never started.
+#[inline]
+fn own(scope: &mut Arc<Scope>) -> &mut Scope {
+    Arc::get_mut(scope).expect("before a delivery is started its scope is nobody else's")
+}
+
+/// Finds the handler of a delivery that was never started.
+#[inline(always)]
+fn find_route(scope: &mut Scope) -> Result<(), Unhandled> {
+    let routed = catch_unwind(AssertUnwindSafe(|| scope.find_route())).unwrap_or_else(|panic| {
+        let panic = panic_text(panic.as_ref());
+        let error = Error::new(ErrorKind::Internal, "read message", "the format panicked");
+        Routed::Undecodable(error.with("panic", panic))
+    });
+    let handed_out = scope.delivery().handed_out.unwrap_or(0);
+    Err(match routed {
+        Routed::Handle if handed_out <= scope.runtime().settings.hand_outs_max => return Ok(()),
+        Routed::Handle => Unhandled::Poison(Cause::HandOuts(handed_out)),
+        Routed::Skip(skip) => Unhandled::Skip(skip),
+        Routed::NoHandler(event_type) => Unhandled::Poison(Cause::NoHandler(event_type)),
+        Routed::Undecodable(error) => Unhandled::Poison(Cause::Undecodable(error)),
+    })
 }
