@@ -84,6 +84,20 @@ impl Request {
     }
 }
 
+/// A consumer's layers, down to its handlers.
+pub(crate) trait Layers:
+    Service<Request, Response = (), Error: Into<BoxError>, Future: Send> + Clone + Send + 'static
+{
+}
+
+impl<V> Layers for V where
+    V: Service<Request, Response = (), Error: Into<BoxError>, Future: Send>
+        + Clone
+        + Send
+        + 'static
+{
+}
+
 /// A handler whose event type is known only inside.
 pub(crate) trait ErasedHandler<S>: Send + Sync {
     fn event_type(&self) -> &'static str;

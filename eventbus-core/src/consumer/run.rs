@@ -7,10 +7,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use tower::Service;
 use tracing::Span;
 
-use super::dispatch::Request;
+use super::dispatch::{Layers, Request};
 use super::keys::Keep;
 use super::scope::{Failure, Scope};
 use crate::broker::PublishError;
@@ -91,7 +90,7 @@ pub(crate) enum Outcome {
 
 /// Does one [`Run`] after another with a clone of the consumer's layers that is its own, so that
 /// the run most deliveries need is neither moved nor allocated.
-pub(crate) struct Runner<V: Service<Request>> {
+pub(crate) struct Runner<V: Layers> {
     service: V,
     /// What is handled by a call of the layers.
     scope: Option<Arc<Scope>>,
@@ -102,18 +101,13 @@ pub(crate) struct Runner<V: Service<Request>> {
     span: Option<Span>,
 }
 
-impl<V: Service<Request>> fmt::Debug for Runner<V> {
+impl<V: Layers> fmt::Debug for Runner<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Runner").finish_non_exhaustive()
     }
 }
 
-impl<V> Runner<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+impl<V: Layers> Runner<V> {
     pub(crate) fn new(service: V) -> Self {
         Self {
             service,
@@ -248,11 +242,7 @@ fn enabled_span(scope: &Scope) -> Span {
     )
 }
 
-async fn call<V>(service: &mut V, request: Request) -> Result<(), BoxError>
-where
-    V: Service<Request, Response = ()>,
-    V::Error: Into<BoxError>,
-{
+async fn call<V: Layers>(service: &mut V, request: Request) -> Result<(), BoxError> {
     poll_fn(|cx| service.poll_ready(cx))
         .await
         .map_err(Into::into)?;
@@ -277,11 +267,11 @@ fn failure(scope: &Arc<Scope>, result: Result<(), BoxError>) -> Result<(), Cause
     }
 }
 
-async fn handle_in_unit<V>(mut service: V, unit: Arc<dyn UnitOfWork>, scope: Arc<Scope>) -> Ending
-where
-    V: Service<Request, Response = ()>,
-    V::Error: Into<BoxError>,
-{
+async fn handle_in_unit<V: Layers>(
+    mut service: V,
+    unit: Arc<dyn UnitOfWork>,
+    scope: Arc<Scope>,
+) -> Ending {
     let scopes = std::slice::from_ref(&scope);
     Ending::One(match in_transaction(&mut service, &unit, scopes).await {
         Transaction::Committed(mut outcomes) => outcomes.pop().unwrap_or(Outcome::Done),
@@ -300,11 +290,7 @@ async fn conclude(scope: &Arc<Scope>, result: Result<(), BoxError>) -> Outcome {
     publish(scope, outgoing).await
 }
 
-async fn handle_group<V>(mut service: V, scopes: Vec<Arc<Scope>>) -> Ending
-where
-    V: Service<Request, Response = ()>,
-    V::Error: Into<BoxError>,
-{
+async fn handle_group<V: Layers>(mut service: V, scopes: Vec<Arc<Scope>>) -> Ending {
     let Some(unit) = scopes[0].runtime().unit.clone() else {
         return handle_batch(&mut service, scopes).await;
     };
@@ -336,15 +322,11 @@ enum Transaction {
 }
 
 /// Handles deliveries one after another in one transaction and commits it with what they published.
-async fn in_transaction<V>(
+async fn in_transaction<V: Layers>(
     service: &mut V,
     unit: &Arc<dyn UnitOfWork>,
     scopes: &[Arc<Scope>],
-) -> Transaction
-where
-    V: Service<Request, Response = ()>,
-    V::Error: Into<BoxError>,
-{
+) -> Transaction {
     let first = &scopes[0];
     first.set_awaits_others(true);
     let entries: Vec<_> = scopes.iter().map(|scope| scope.inbox_entry()).collect();
@@ -396,11 +378,7 @@ where
 }
 
 /// Gives several deliveries to a batch handler and sends what the good ones published.
-async fn handle_batch<V>(service: &mut V, scopes: Vec<Arc<Scope>>) -> Ending
-where
-    V: Service<Request, Response = ()>,
-    V::Error: Into<BoxError>,
-{
+async fn handle_batch<V: Layers>(service: &mut V, scopes: Vec<Arc<Scope>>) -> Ending {
     let result = call(service, Request::batch(scopes.clone())).await;
     if result.is_err() && scopes.len() > 1 {
         return Ending::Split;

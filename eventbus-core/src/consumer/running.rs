@@ -7,10 +7,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
-use tower::Service;
 
 use super::Runtime;
-use super::dispatch::Request;
+use super::dispatch::Layers;
 use super::held::Keeper;
 use super::lanes::LaneStatus;
 use super::pump::Pump;
@@ -22,7 +21,7 @@ use crate::clock::FOREVER;
 use crate::coalescer::Coalescer;
 use crate::dead_letter::DeadLetters;
 use crate::delivery::Subscription;
-use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::message::{Group, Topic};
 
 /// A consumer that runs. Dropping it is a crash: handlers are dropped, nothing more is settled, and
@@ -113,16 +112,11 @@ pub struct ConsumerStatus {
 const ANSWER_MIN: Duration = Duration::from_secs(1);
 
 /// Joins and starts all tasks.
-pub(crate) async fn start<V>(
+pub(crate) async fn start<V: Layers>(
     runtime: Arc<Runtime>,
     subscription: Subscription,
     service: V,
-) -> Result<Consumer>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+) -> Result<Consumer> {
     let member = runtime.bus.broker().subscribe(subscription).await?;
     let activity = runtime.bus.shared_activity();
 

@@ -9,11 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
 use futures_util::task::AtomicWaker;
-use tower::Service;
 
-use super::dispatch::Request;
+use super::dispatch::Layers;
 use super::run::{Ended, Run, Runner};
-use crate::error::BoxError;
 
 thread_local! {
     static IN_HANDLER: Cell<bool> = const { Cell::new(false) };
@@ -46,14 +44,14 @@ pub(crate) type Caught<T> = Result<T, Box<dyn Any + Send>>;
 
 /// Places for runs.
 #[derive(Debug)]
-pub(crate) struct SlotSet<V: Service<Request>> {
+pub(crate) struct SlotSet<V: Layers> {
     slots: Vec<Slot<V>>,
     free: Vec<usize>,
     wakes: Arc<Wakes>,
 }
 
 #[derive(Debug)]
-struct Slot<V: Service<Request>> {
+struct Slot<V: Layers> {
     runner: Runner<V>,
     waker: Waker,
 }
@@ -88,12 +86,7 @@ impl Wakes {
     }
 }
 
-impl<V> SlotSet<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+impl<V: Layers> SlotSet<V> {
     /// So many places, each with a clone of `service`.
     pub(crate) fn new(count: usize, service: &V) -> Self {
         let wakes = Arc::new(Wakes {
@@ -172,12 +165,7 @@ where
     }
 }
 
-impl<V> Slot<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+impl<V: Layers> Slot<V> {
     #[inline(always)]
     fn poll(&mut self) -> Poll<Caught<Ended>> {
         let mut cx = Context::from_waker(&self.waker);

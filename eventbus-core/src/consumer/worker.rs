@@ -17,10 +17,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::{Instant, Sleep};
-use tower::Service;
 
 use super::Runtime;
-use super::dispatch::Request;
+use super::dispatch::Layers;
 use super::held::HeldDelivery;
 use super::keys::{Keys, NodeId};
 use super::run::Ended;
@@ -31,7 +30,6 @@ use super::telemetry::Tally;
 use crate::activity::Part;
 use crate::coalescer::{Coalescer, Mailbox};
 use crate::delivery::{Delivery, Lane, Receipt, Verdict};
-use crate::error::BoxError;
 
 mod aside;
 mod concluding;
@@ -81,7 +79,7 @@ impl Inbox {
 const PASSES_MAX: usize = 16;
 
 /// Runs handlers; one task.
-pub(crate) struct Worker<V: Service<Request>> {
+pub(crate) struct Worker<V: Layers> {
     runtime: Arc<Runtime>,
     /// Its number at the gate.
     number: usize,
@@ -147,12 +145,7 @@ impl Nodes {
     }
 }
 
-impl<V> Worker<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+impl<V: Layers> Worker<V> {
     pub(crate) fn new(
         runtime: Arc<Runtime>,
         inbox: Arc<Inbox>,

@@ -3,24 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tower::Service;
-
 use super::Worker;
 use crate::clock::Timestamp;
-use crate::consumer::dispatch::Request;
+use crate::consumer::dispatch::Layers;
 use crate::consumer::held::{Held, HeldDelivery};
 use crate::consumer::keys::{Keep, NodeId, Stage};
 use crate::consumer::scope::Scope;
 use crate::dead_letter::{Cause, Diagnosis};
 use crate::delivery::Delivery;
-use crate::error::BoxError;
 use crate::key_state::{HeldMessage, HeldName, HoldEntry, KeyAction, Wait};
-impl<V> Worker<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+
+impl<V: Layers> Worker<V> {
     /// Takes in the first message of a held name.
     pub(super) fn accept_held(&mut self, item: HeldDelivery) {
         let HeldDelivery { delivery, held } = item;

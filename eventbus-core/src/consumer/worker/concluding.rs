@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tower::Service;
 
 use super::{Nodes, Running, Worker};
 use crate::consumer::OnPoison;
-use crate::consumer::dispatch::Request;
+use crate::consumer::dispatch::Layers;
 use crate::consumer::gate::Probed;
 use crate::consumer::keys::{NodeId, NodeState, Stage};
 use crate::consumer::run::{Ended, Ending, Outcome};
@@ -17,17 +16,12 @@ use crate::consumer::scope::Scope;
 use crate::consumer::slots::{Caught, panic_text};
 use crate::dead_letter::{Cause, Diagnosis};
 use crate::delivery::Verdict;
-use crate::error::BoxError;
 use crate::retry::{NextAttempt, OnError, with_jitter};
+
 /// How long a run waits that found its lane claimed by somebody else.
 const RECLAIM: Duration = Duration::from_millis(100);
 
-impl<V> Worker<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+impl<V: Layers> Worker<V> {
     pub(super) fn conclude(&mut self) {
         if self.ended.is_empty() {
             return;

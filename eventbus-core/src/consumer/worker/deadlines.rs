@@ -5,19 +5,13 @@ use std::task::Context;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tower::Service;
 
 use super::{Nodes, Running, Worker};
-use crate::consumer::dispatch::Request;
+use crate::consumer::dispatch::Layers;
 use crate::consumer::run::Outcome;
 use crate::dead_letter::Cause;
-use crate::error::BoxError;
-impl<V> Worker<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+
+impl<V: Layers> Worker<V> {
     /// When time alone gives this worker something to do, apart from deadlines.
     pub(super) fn next_due(&self) -> Option<Instant> {
         let timer = self.timers.peek().map(|Reverse((due, ..))| *due);

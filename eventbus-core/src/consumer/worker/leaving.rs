@@ -5,16 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::time::Instant;
-use tower::Service;
 
 use super::Worker;
 use crate::coalescer::Coalescer;
-use crate::consumer::dispatch::Request;
+use crate::consumer::dispatch::Layers;
 use crate::consumer::gate::Probed;
 use crate::consumer::keys::{NodeId, NodeState};
 use crate::consumer::settler::SettleItem;
 use crate::delivery::Lane;
-use crate::error::BoxError;
+
 /// Lanes being taken away, until no worker runs a handler of theirs.
 #[derive(Debug)]
 pub(crate) struct Revocation {
@@ -62,12 +61,7 @@ pub(crate) struct Stop {
     pub(crate) finish: bool,
 }
 
-impl<V> Worker<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+impl<V: Layers> Worker<V> {
     pub(super) fn is_leaving(&self, id: NodeId) -> bool {
         if self.stop.as_ref().is_some_and(|stop| !stop.finish) {
             return true;

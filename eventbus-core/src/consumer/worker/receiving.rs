@@ -4,19 +4,13 @@ use std::sync::Arc;
 use std::task::Context;
 
 use tokio::time::Instant;
-use tower::Service;
 
 use super::{Item, Worker};
-use crate::consumer::dispatch::Request;
+use crate::consumer::dispatch::Layers;
 use crate::consumer::scope::Scope;
 use crate::delivery::Delivery;
-use crate::error::BoxError;
-impl<V> Worker<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+
+impl<V: Layers> Worker<V> {
     pub(super) fn receive(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
         let mut received = std::mem::take(&mut self.received);
         let progress = self.inbox.0.poll_take(cx, &mut received).is_ready();

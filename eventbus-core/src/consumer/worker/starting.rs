@@ -7,11 +7,10 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use tokio::time::Instant;
-use tower::Service;
 
 use super::receiving::own;
 use super::{Nodes, Running, Worker};
-use crate::consumer::dispatch::Request;
+use crate::consumer::dispatch::Layers;
 use crate::consumer::gate::{Admission, Probed};
 use crate::consumer::keys::{Keep, NodeId, NodeState, Stage};
 use crate::consumer::run::{Ended, Run};
@@ -19,8 +18,9 @@ use crate::consumer::scope::{Routed, Scope, Skip};
 use crate::consumer::slots::{Caught, panic_text};
 use crate::dead_letter::Cause;
 use crate::delivery::Delivery;
-use crate::error::{BoxError, Error, ErrorKind};
+use crate::error::{Error, ErrorKind};
 use crate::key_state::{HeldName, HoldEntry, Wait};
+
 /// How many runs a worker starts before it looks anew.
 const STARTS_MAX: usize = 64;
 
@@ -39,12 +39,7 @@ enum Unhandled {
     Poison(Cause),
 }
 
-impl<V> Worker<V>
-where
-    V: Service<Request, Response = ()> + Clone + Send + 'static,
-    V::Error: Into<BoxError>,
-    V::Future: Send,
-{
+impl<V: Layers> Worker<V> {
     pub(super) fn fire_timers(&mut self, now: Instant) -> bool {
         let mut fired = false;
         while let Some(Reverse((due, id, sequence))) = self.timers.peek().copied()
