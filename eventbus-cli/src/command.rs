@@ -9,12 +9,14 @@ pub(crate) mod tail;
 pub(crate) mod topics;
 pub(crate) mod whereabouts;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
+use eventbus::SqliteConfig;
 use eventbus::prelude::{Connect, ErrorKind, EventBus, Topic};
 
 use crate::Outcome;
 use crate::cli::{Cli, Command};
 use crate::output::Output;
+use topics::TopicsCommand;
 
 /// Connects, runs one subcommand and closes.
 pub(crate) async fn run(cli: Cli, out: &mut Output<'_>) -> anyhow::Result<Outcome> {
@@ -24,6 +26,7 @@ pub(crate) async fn run(cli: Cli, out: &mut Output<'_>) -> anyhow::Result<Outcom
     if url == "memory:" {
         eprintln!("eventbus: note: `memory:` is empty and ends with this command");
     }
+    require_file(&url, &cli.command)?;
     let bus = match EventBus::connect(&url).await {
         Err(error) if is_away(&error) && matches!(cli.command, Command::Health(_)) => {
             return health::away(&error, out);
@@ -42,6 +45,25 @@ pub(crate) async fn run(cli: Cli, out: &mut Output<'_>) -> anyhow::Result<Outcom
     }?;
     bus.close().await?;
     Ok(outcome)
+}
+
+/// Refuses a file that is not there, which connecting would create: a misspelt name is no empty bus.
+fn require_file(url: &str, command: &Command) -> anyhow::Result<()> {
+    let creates = match command {
+        Command::Publish(args) => args.create,
+        Command::Topics(TopicsCommand::Apply(_)) => true,
+        _ => false,
+    };
+    if creates || !url.starts_with("sqlite:") {
+        return Ok(());
+    }
+    let path = SqliteConfig::from_url(url)?.path;
+    ensure!(
+        path.exists(),
+        "there is no file {}: look at --url; `eventbus topics apply` and `eventbus publish --create` make one",
+        path.display()
+    );
+    Ok(())
 }
 
 /// Whether the broker is the problem, not what was asked.

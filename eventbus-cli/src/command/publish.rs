@@ -71,7 +71,7 @@ pub(crate) struct PublishArgs {
     lines: bool,
     /// Create the topic if there is none, with the broker's defaults
     #[arg(long)]
-    create: bool,
+    pub(crate) create: bool,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

@@ -1,3 +1,4 @@
 //! The program as a shell starts it.
 
+mod operating;
 mod usage;
