@@ -2,6 +2,7 @@
 //! summary that must add up.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,9 @@ use eventbus::prelude::EventBus;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::timeout;
 
-use crate::fake::FakeProcess;
+use crate::data_dir::DataDir;
+use crate::fake::{FakeProcess, ledger_of};
+use crate::service::gateway::Board;
 use crate::shop::{Service, Shop, Surroundings, connect, lives_in_process};
 
 mod checkout;
@@ -46,8 +49,15 @@ pub struct DemoArgs {
     #[arg(long)]
     json: bool,
     /// The broker on which the services meet; `memory:` lives inside this process
-    #[arg(long, default_value = "memory:")]
+    #[arg(long, value_name = "URL", default_value = "memory:")]
     broker: String,
+    /// A new directory for the services' files, to look into afterwards [default: a temporary one]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Places so many orders a second, whether earlier ones have ended or not; without it, the next
+    /// is placed when an earlier one ends
+    #[arg(long, value_name = "ORDERS", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    rate: Option<u32>,
 }
 
 /// Runs the demo; the exit code says whether it adds up.
@@ -56,22 +66,26 @@ pub struct DemoArgs {
 ///
 /// When something cannot be started or asked.
 pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
+    let data = data_dir(args.data.clone())?;
     let bus = connect(&broker_url(&args)).await?;
     let book = OrderBook::write(args.orders, args.seed, &run_name(&bus, args.seed));
     let book = Arc::new(book);
-    let (psp, mailer) = start_fakes(args.seed).await?;
+    let (psp, mailer) = start_fakes(args.seed, data.path()).await?;
     let surroundings = Surroundings {
+        data: data.path().to_owned(),
         port: 0,
-        psp_url: psp.url.clone(),
-        mailer_url: mailer.url.clone(),
+        psp_url: Some(psp.url.clone()),
+        mailer_url: Some(mailer.url.clone()),
         stock: book.stock.clone(),
     };
     let shop = Shop::start(&bus, Service::value_variants(), surroundings).await?;
 
     let bar = progress_bar(args.orders);
     let gateway = shop.gateway_url().context("the demo runs a gateway")?;
-    let checkout = Checkout::place_all(gateway, &book, &shop.board, &bar).await?;
-    let unfinished = wait_for_ends(&shop, &bar).await;
+    let board = shop.board.clone().context("the demo runs a gateway")?;
+    let warehouse = shop.warehouse.clone().context("the demo has stock")?;
+    let checkout = Checkout::place_all(gateway, &book, &board, args.rate, &bar).await?;
+    let unfinished = wait_for_ends(&board, &bar).await;
     bar.finish_and_clear();
 
     let history = History::read(&bus).await?;
@@ -80,12 +94,12 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         mailer: ask(&mailer, "calls").await?,
         unfinished,
         dead_letters: shop.dead_letters().await?,
-        board: shop.board.clone(),
-        on_shelf: shop.warehouse.on_shelf(),
-        set_aside: shop.warehouse.set_aside(),
+        orders: checkout.look_up(&board).await?,
+        on_shelf: warehouse.on_shelf().await?,
+        set_aside: warehouse.set_aside().await?,
     };
     let summary = Summary::of(&book, &checkout, &history, &findings);
-    let shown = checkout.one_of_each_end(&book, &shop.board);
+    let shown = checkout.one_of_each_end(&book, &findings.orders);
     shop.stop().await?;
 
     let mut out: Box<dyn Write + Send> = match args.json {
@@ -128,10 +142,27 @@ fn run_name(bus: &EventBus, seed: u64) -> String {
     }
 }
 
-async fn start_fakes(seed: u64) -> anyhow::Result<(FakeProcess, FakeProcess)> {
-    let seed = ["--seed".to_owned(), seed.to_string()];
-    let psp = FakeProcess::start("fake-psp", &seed);
-    let mailer = FakeProcess::start("fake-mailer", &[]);
+/// An empty directory: what a shop did before would not add up with this run.
+fn data_dir(path: Option<PathBuf>) -> anyhow::Result<DataDir> {
+    let Some(path) = path else {
+        return DataDir::temporary();
+    };
+    let data = DataDir::open(path)?;
+    let is_empty = std::fs::read_dir(data.path())?.next().is_none();
+    anyhow::ensure!(
+        is_empty,
+        "{} is not empty: the demo needs a directory of its own, to be able to add up",
+        data.path().display()
+    );
+    Ok(data)
+}
+
+async fn start_fakes(seed: u64, data: &Path) -> anyhow::Result<(FakeProcess, FakeProcess)> {
+    let mut psp = ledger_of("fake-psp", data).to_vec();
+    psp.extend(["--seed".into(), seed.to_string().into()]);
+    let psp = FakeProcess::start("fake-psp", &psp);
+    let mailer = ledger_of("fake-mailer", data);
+    let mailer = FakeProcess::start("fake-mailer", &mailer);
     tokio::try_join!(psp, mailer)
 }
 
@@ -144,8 +175,8 @@ async fn ask<T: serde::de::DeserializeOwned>(fake: &FakeProcess, what: &str) -> 
 }
 
 /// Waits until every order on the board is over, and counts those that are not.
-async fn wait_for_ends(shop: &Shop, bar: &ProgressBar) -> usize {
-    let mut open = shop.board.open();
+async fn wait_for_ends(board: &Board, bar: &ProgressBar) -> usize {
+    let mut open = board.count_open();
     bar.set_message("waiting for the ends");
     loop {
         let left = *open.borrow_and_update();
@@ -153,7 +184,7 @@ async fn wait_for_ends(shop: &Shop, bar: &ProgressBar) -> usize {
             return 0;
         }
         if timeout(PATIENCE, open.changed()).await.is_err() {
-            return left;
+            return usize::try_from(left).unwrap_or(0);
         }
     }
 }

@@ -1,13 +1,17 @@
 //! Stand-ins for the providers the shop depends on: each a process of its own that speaks HTTP on
-//! loopback, remembers every call, and lives no longer than the process that started it.
+//! loopback, remembers every call, in a file if there is one, and lives no longer than the process
+//! that started it.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::Context as _;
 use axum::Router;
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse as _, Response};
 use clap::Args;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::TcpListener;
@@ -26,6 +30,9 @@ pub struct FakeArgs {
     /// The port on loopback; 0 takes a free one. The address is the first line on stdout
     #[arg(long, default_value_t = 0)]
     port: u16,
+    /// The file in which it remembers what it was asked; without one, it forgets with its end
+    #[arg(long, value_name = "FILE")]
+    ledger: Option<PathBuf>,
 }
 
 /// A fake running as a child process; killed when dropped, and ends itself when we end.
@@ -43,7 +50,7 @@ impl FakeProcess {
     /// # Errors
     ///
     /// When this program cannot start itself, or the child says no address.
-    pub async fn start(command: &str, args: &[String]) -> anyhow::Result<Self> {
+    pub async fn start(command: &str, args: &[OsString]) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("find this program's own file")?;
         let mut child = Command::new(program)
             .arg(command)
@@ -64,17 +71,28 @@ impl FakeProcess {
         })
     }
 
-    /// The provider at `url` if there is one, otherwise `ecommerce <command>`.
+    /// The provider at `url` if there is one, otherwise `ecommerce <command>` with its ledger in
+    /// the data directory.
     ///
     /// # Errors
     ///
     /// As [`start`](Self::start).
-    pub async fn unless_given(url: Option<String>, command: &str) -> anyhow::Result<Self> {
+    pub async fn unless_given(
+        url: Option<String>,
+        command: &str,
+        data: &Path,
+    ) -> anyhow::Result<Self> {
         match url {
             Some(url) => Ok(Self { url, _child: None }),
-            None => Self::start(command, &[]).await,
+            None => Self::start(command, &ledger_of(command, data)).await,
         }
     }
+}
+
+/// The arguments that let a fake keep its ledger in the data directory.
+pub fn ledger_of(command: &str, data: &Path) -> [OsString; 2] {
+    let ledger = data.join(format!("{command}.ledger"));
+    ["--ledger".into(), ledger.into()]
 }
 
 /// Serves `routes` on loopback until stdin closes, or ctrl-c when a person started it.
@@ -116,6 +134,12 @@ async fn told_to_stop() {
         _ = closing => {}
         () = interrupted => {}
     }
+}
+
+/// The answer when the ledger cannot be written: nothing happened, and the caller may come again.
+fn not_written(error: &std::io::Error) -> Response {
+    let text = format!("the ledger cannot be written: {error}");
+    (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
 }
 
 /// The idempotency key of a call; providers insist on one.

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -15,12 +16,15 @@ use tracing_subscriber::EnvFilter;
 
 mod catalogue;
 mod client;
+mod data_dir;
 mod demo;
 mod events;
 mod fake;
 mod service;
 mod shop;
+mod store;
 
+use data_dir::DataDir;
 use demo::DemoArgs;
 use fake::FakeProcess;
 use fake::mailer::MailerArgs;
@@ -74,8 +78,12 @@ enum Command {
 /// How the services run.
 #[derive(Args, Debug)]
 struct RunArgs {
-    /// The broker on which the services meet; `memory:` lives inside this process
-    #[arg(long, default_value = "memory:")]
+    /// Where the services and the fake providers keep their files [default: ./ecommerce-data, or
+    /// with `memory:` a temporary directory]
+    #[arg(long, value_name = "DIR", verbatim_doc_comment)]
+    data: Option<PathBuf>,
+    /// The broker on which the services meet; `memory:` lives and dies with this process
+    #[arg(long, value_name = "URL", default_value = "memory:")]
     broker: String,
     /// The gateway's port on loopback; 0 takes a free one
     #[arg(long, default_value_t = 8080)]
@@ -130,13 +138,26 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         true => Service::value_variants().to_vec(),
         false => args.only,
     };
+    let data = match args.data {
+        Some(data) => DataDir::open(data)?,
+        // What is on the broker ends with the process, so the rest may not outlive it.
+        None if lives_in_process(&bus) => DataDir::temporary()?,
+        None => DataDir::open("ecommerce-data".into())?,
+    };
+    let fake = async |service, url, command| match services.contains(&service) {
+        true => FakeProcess::unless_given(url, command, data.path())
+            .await
+            .map(Some),
+        false => Ok(None),
+    };
     // The fakes are kept until the services have stopped.
-    let psp = FakeProcess::unless_given(args.psp, "fake-psp").await?;
-    let mailer = FakeProcess::unless_given(args.mailer, "fake-mailer").await?;
+    let psp = fake(Service::Payment, args.psp, "fake-psp").await?;
+    let mailer = fake(Service::Notification, args.mailer, "fake-mailer").await?;
     let surroundings = Surroundings {
+        data: data.path().to_owned(),
         port: args.port,
-        psp_url: psp.url.clone(),
-        mailer_url: mailer.url.clone(),
+        psp_url: psp.as_ref().map(|psp| psp.url.clone()),
+        mailer_url: mailer.as_ref().map(|mailer| mailer.url.clone()),
         stock: usual_stock(),
     };
     let mut shop = Shop::start(&bus, &services, surroundings).await?;

@@ -8,7 +8,7 @@ pub mod payment;
 pub mod shipping;
 
 #[cfg(test)]
-mod sample;
+pub mod sample;
 
 #[cfg(test)]
 mod tests;

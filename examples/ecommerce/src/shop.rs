@@ -2,6 +2,7 @@
 //! that nobody would handle, then the consumers.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -60,23 +61,25 @@ impl Service {
 /// What the services need from outside.
 #[derive(Clone, Debug)]
 pub struct Surroundings {
+    /// The directory in which each service has its database.
+    pub data: PathBuf,
     /// The gateway's port.
     pub port: u16,
-    /// The payment provider.
-    pub psp_url: String,
-    /// The mail provider.
-    pub mailer_url: String,
-    /// What is on the shelves in the beginning.
+    /// The payment provider, for the payment service.
+    pub psp_url: Option<String>,
+    /// The mail provider, for the notification service.
+    pub mailer_url: Option<String>,
+    /// What is on the shelves when the shop opens for the first time.
     pub stock: BTreeMap<String, u32>,
 }
 
 /// Services at work.
 #[derive(Debug)]
 pub struct Shop {
-    /// What the gateway knows of the orders.
-    pub board: Board,
-    /// What the inventory holds.
-    pub warehouse: Warehouse,
+    /// What the gateway knows of the orders, if it is among the services.
+    pub board: Option<Board>,
+    /// What the inventory holds, if it is among the services.
+    pub warehouse: Option<Warehouse>,
     gateway: Option<Gateway>,
     buses: Vec<(Service, EventBus)>,
     dead_letters: Vec<DeadLetters>,
@@ -99,8 +102,8 @@ impl Shop {
     ) -> anyhow::Result<Self> {
         apply_topics(bus).await?;
         let mut shop = Self {
-            board: Board::default(),
-            warehouse: Warehouse::new(surroundings.stock.clone()),
+            board: None,
+            warehouse: None,
             gateway: None,
             buses: Vec::new(),
             dead_letters: Vec::new(),
@@ -114,8 +117,9 @@ impl Shop {
             shop.buses.push((*service, bus));
         }
         let mut buses = shop.buses.iter();
-        if let Some((_, bus)) = buses.find(|(service, _)| *service == Service::Gateway) {
-            let started = Gateway::start(bus.clone(), shop.board.clone(), surroundings.port);
+        let gateway = buses.find(|(service, _)| *service == Service::Gateway);
+        if let (Some((_, bus)), Some(board)) = (gateway, &shop.board) {
+            let started = Gateway::start(bus.clone(), board.clone(), surroundings.port);
             shop.gateway = Some(started.await?);
         }
         Ok(shop)
@@ -128,30 +132,38 @@ impl Shop {
         bus: &EventBus,
         surroundings: &Surroundings,
     ) -> anyhow::Result<()> {
-        let board = self.board.clone();
-        let warehouse = self.warehouse.clone();
+        let data = &surroundings.data;
         match service {
-            Service::Gateway => self.spawn(service, gateway::consumer(bus, board)).await,
+            Service::Gateway => {
+                let board = self.board.insert(Board::open(data).await?).clone();
+                self.spawn(service, gateway::consumer(bus, board)).await
+            }
             Service::Order => {
-                let orders = Orders::default();
+                let orders = Orders::open(data).await?;
                 self.spawn(service, order::consumer(bus, orders)).await
             }
             Service::Inventory => {
-                let consumer = inventory::consumer(bus, warehouse);
-                self.spawn(service, consumer).await
+                let warehouse = Warehouse::open(data, &surroundings.stock).await?;
+                let warehouse = self.warehouse.insert(warehouse).clone();
+                self.spawn(service, inventory::consumer(bus, warehouse))
+                    .await
             }
             Service::Payment => {
-                let payments = Payments::new(HttpPsp::new(&surroundings.psp_url)?);
+                let url = surroundings.psp_url.as_deref();
+                let psp = HttpPsp::new(url.context("payment needs a provider")?)?;
+                let payments = Payments::open(data, psp).await?;
                 self.spawn(service, payment::consumer(bus, payments)).await
             }
             Service::Shipping => {
-                let labels = Labels::default();
+                let labels = Labels::open(data).await?;
                 self.spawn(service, shipping::consumer(bus, labels)).await
             }
             Service::Notification => {
-                let mailer = HttpMailer::new(&surroundings.mailer_url)?;
-                let consumer = notification::consumer(bus, Notifications::new(mailer));
-                self.spawn(service, consumer).await
+                let url = surroundings.mailer_url.as_deref();
+                let mailer = HttpMailer::new(url.context("notification needs a provider")?)?;
+                let notifications = Notifications::open(data, mailer).await?;
+                self.spawn(service, notification::consumer(bus, notifications))
+                    .await
             }
         }
     }
@@ -226,8 +238,8 @@ impl Shop {
     pub async fn stop(mut self) -> anyhow::Result<()> {
         if let Some(gateway) = self.gateway.take() {
             gateway.stop().await;
-            if self.loses_orders {
-                wait_for_orders(&self.board).await;
+            if let Some(board) = self.board.filter(|_| self.loses_orders) {
+                wait_for_orders(&board).await;
             }
         }
         self.stop.send_replace(true);
@@ -274,10 +286,10 @@ async fn apply_topics(bus: &EventBus) -> anyhow::Result<()> {
 }
 
 async fn wait_for_orders(board: &Board) {
-    let mut open = board.open();
+    let mut open = board.count_open();
     let over = timeout(FINISH_WITHIN, open.wait_for(|open| *open == 0)).await;
     if over.is_err() {
-        let orders = *board.open().borrow();
+        let orders = *board.count_open().borrow();
         warn!(
             orders,
             "orders under way are lost: this broker ends with the process"

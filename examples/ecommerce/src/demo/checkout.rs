@@ -1,7 +1,8 @@
 //! Places the order book over HTTP, many at a time, and keeps what the gateway answered.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use indicatif::ProgressBar;
@@ -9,18 +10,18 @@ use reqwest::header::CONTENT_TYPE;
 use reqwest::{Client, StatusCode};
 use serde::Deserialize;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::PATIENCE;
 use super::order_book::{End, OrderBook, Post};
 use crate::events::{CancelReason, OrderId};
-use crate::service::gateway::{Board, Status};
+use crate::service::gateway::{Board, OrderView, Status};
 
 /// How many requests are under way at a time.
 const CONCURRENCY: usize = 64;
 /// How many orders may be on their way before the next is placed, so that what is measured is the
 /// shop and not a queue in front of it.
-const OPEN_MAX: usize = 64;
+const OPEN_MAX: i64 = 64;
 
 /// What became of the posts.
 #[derive(Debug)]
@@ -40,8 +41,8 @@ pub struct Placed {
     pub post: usize,
     /// What the gateway called it.
     pub order_id: OrderId,
-    /// When it was posted.
-    pub posted_at: Instant,
+    /// When it was posted, or had to be posted to keep the rate.
+    pub posted_at: SystemTime,
 }
 
 /// What the gateway answered to one post.
@@ -52,7 +53,7 @@ enum Answer {
 }
 
 impl Checkout {
-    /// Posts the orders of the book, as long as orders end.
+    /// Posts the orders of the book: so many a second, or as earlier ones end.
     ///
     /// # Errors
     ///
@@ -61,8 +62,10 @@ impl Checkout {
         url: &str,
         book: &Arc<OrderBook>,
         board: &Board,
+        rate: Option<u32>,
         bar: &ProgressBar,
     ) -> anyhow::Result<Self> {
+        let mut pace = Pace::new(rate, board);
         let gateway = GatewayClient {
             client: Client::builder()
                 .no_proxy()
@@ -77,18 +80,21 @@ impl Checkout {
         };
         let mut answers = JoinSet::new();
         for index in 0..book.posts.len() {
-            if !has_room(board).await {
+            let Some(posted_at) = pace.next().await else {
                 let stopped = format!("placing stopped at {index}: no order ended for too long");
                 checkout.surprises.push(stopped);
                 break;
-            }
+            };
             if answers.len() == CONCURRENCY
                 && let Some(answer) = answers.join_next().await
             {
                 checkout.note(answer??, bar);
             }
             let (gateway, book) = (gateway.clone(), Arc::clone(book));
-            answers.spawn(async move { gateway.place(index, &book.posts[index]).await });
+            answers.spawn(async move {
+                let post = &book.posts[index];
+                gateway.place(index, post, posted_at).await
+            });
         }
         while let Some(answer) = answers.join_next().await {
             checkout.note(answer??, bar);
@@ -107,8 +113,27 @@ impl Checkout {
         }
     }
 
+    /// Where the gateway sees the orders that it took.
+    ///
+    /// # Errors
+    ///
+    /// When the board cannot be read.
+    pub async fn look_up(&self, board: &Board) -> anyhow::Result<HashMap<OrderId, OrderView>> {
+        let mut orders = HashMap::with_capacity(self.placed.len());
+        for placed in &self.placed {
+            if let Some(order) = board.find(placed.order_id).await? {
+                orders.insert(placed.order_id, order);
+            }
+        }
+        Ok(orders)
+    }
+
     /// An order that was shipped and one that was declined, as far as there are any.
-    pub fn one_of_each_end(&self, book: &OrderBook, board: &Board) -> Vec<(&'static str, OrderId)> {
+    pub fn one_of_each_end(
+        &self,
+        book: &OrderBook,
+        board: &HashMap<OrderId, OrderView>,
+    ) -> Vec<(&'static str, OrderId)> {
         let find = |status, reason: Option<CancelReason>| {
             let mut orders: Vec<&Placed> = self.placed.iter().collect();
             orders.sort_by_key(|placed| placed.post);
@@ -117,7 +142,7 @@ impl Checkout {
                 .filter(|placed| !book.posts[placed.post].twice);
             once.map(|placed| placed.order_id).find(|order_id| {
                 board
-                    .find(*order_id)
+                    .get(order_id)
                     .is_some_and(|order| order.status == status && order.reason == reason)
             })
         };
@@ -129,9 +154,42 @@ impl Checkout {
     }
 }
 
+/// When the next order is to be posted.
+enum Pace<'a> {
+    /// When few enough are on their way.
+    AsOrdersEnd(&'a Board),
+    /// At its time, however the shop keeps up: whoever waits for it waits from then on.
+    AtRate { due: Instant, between: Duration },
+}
+
+impl<'a> Pace<'a> {
+    fn new(rate: Option<u32>, board: &'a Board) -> Self {
+        match rate {
+            None => Self::AsOrdersEnd(board),
+            Some(rate) => Self::AtRate {
+                due: Instant::now(),
+                between: Duration::from_secs(1) / rate,
+            },
+        }
+    }
+
+    /// Waits for the time of the next order; none when no order ended for too long.
+    async fn next(&mut self) -> Option<SystemTime> {
+        match self {
+            Self::AsOrdersEnd(board) => has_room(board).await.then(SystemTime::now),
+            Self::AtRate { due, between } => {
+                sleep_until(*due).await;
+                let posted_at = SystemTime::now() - due.elapsed();
+                *due += *between;
+                Some(posted_at)
+            }
+        }
+    }
+}
+
 /// Waits until few enough orders are on their way; false when none ended for too long.
 async fn has_room(board: &Board) -> bool {
-    let mut open = board.open();
+    let mut open = board.count_open();
     loop {
         if *open.borrow_and_update() < OPEN_MAX {
             return true;
@@ -151,8 +209,12 @@ struct GatewayClient {
 
 impl GatewayClient {
     /// Posts one order, and again where the book says so.
-    async fn place(&self, index: usize, post: &Post) -> anyhow::Result<Answer> {
-        let posted_at = Instant::now();
+    async fn place(
+        &self,
+        index: usize,
+        post: &Post,
+        posted_at: SystemTime,
+    ) -> anyhow::Result<Answer> {
         let (status, first) = self.send(post).await?;
         if let End::Refused(expected) = post.end {
             return Ok(match status.as_u16() == expected {

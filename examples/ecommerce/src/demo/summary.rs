@@ -1,6 +1,6 @@
 //! The summary of a demo: counts from several independent witnesses, which must add up.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use serde::ser::{Serialize, SerializeMap as _, Serializer};
@@ -8,10 +8,10 @@ use serde::ser::{Serialize, SerializeMap as _, Serializer};
 use super::checkout::Checkout;
 use super::history::History;
 use super::order_book::{Ends, OrderBook};
-use crate::events::{self, CancelReason, Cents};
+use crate::events::{self, CancelReason, Cents, OrderId};
 use crate::fake::mailer::MailerCalls;
 use crate::fake::psp::PspCalls;
-use crate::service::gateway::{Board, Status};
+use crate::service::gateway::{OrderView, Status};
 
 /// What the witnesses say.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub struct Findings {
     /// What the services could not handle.
     pub dead_letters: Vec<String>,
     /// Where the gateway sees each order.
-    pub board: Board,
+    pub orders: HashMap<OrderId, OrderView>,
     /// What the inventory has on its shelves.
     pub on_shelf: BTreeMap<String, u32>,
     /// What the inventory has set aside.
@@ -74,7 +74,7 @@ impl Summary {
         let mut parcels: BTreeMap<String, u32> = BTreeMap::new();
         for placed in &checkout.placed {
             let post = &book.posts[placed.post];
-            let Some(order) = findings.board.find(placed.order_id) else {
+            let Some(order) = findings.orders.get(&placed.order_id) else {
                 continue;
             };
             match (order.status, order.reason) {
@@ -88,7 +88,9 @@ impl Summary {
                 _ => {}
             }
             if let Some(ended_at) = order.ended_at {
-                let latency = ended_at.saturating_duration_since(placed.posted_at);
+                let latency = ended_at
+                    .duration_since(placed.posted_at)
+                    .unwrap_or_default();
                 latencies.push(latency.as_secs_f64() * 1000.0);
             }
         }

@@ -1,6 +1,7 @@
 //! A mail provider that keeps every mail to itself and sends once per idempotency key.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::State;
@@ -12,7 +13,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::ledger::Ledger;
-use super::{FakeArgs, idempotency_key, serve};
+use super::{FakeArgs, idempotency_key, not_written, serve};
 use crate::client::mailer::Mail;
 
 /// How the fake mail provider behaves.
@@ -25,8 +26,12 @@ pub struct MailerArgs {
 /// The provider's outbox.
 #[derive(Debug, Default)]
 pub struct FakeMailer {
-    ledger: Ledger<()>,
+    ledger: Ledger<Sent>,
 }
+
+/// All that the provider says of a mail: it went out.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Sent;
 
 /// What `GET /calls` answers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -45,10 +50,15 @@ pub struct MailerCalls {
 
 impl FakeMailer {
     /// Sends a mail once per key.
-    pub fn call(&mut self, key: &str, mail: &Mail) {
-        if self.ledger.called(key) {
-            self.ledger.answered(key, ());
-            self.ledger.served(mail.order_id);
+    ///
+    /// # Errors
+    ///
+    /// When the ledger cannot be written.
+    pub fn call(&mut self, key: &str, mail: &Mail) -> io::Result<()> {
+        self.ledger.called(key)?;
+        match self.ledger.answer(key) {
+            Some(Sent) => Ok(()),
+            None => self.ledger.answered(key, mail.order_id, Sent),
         }
     }
 
@@ -58,8 +68,8 @@ impl FakeMailer {
         MailerCalls {
             calls,
             repeats,
-            mails: calls - repeats,
-            mails_twice: self.ledger.served_twice(),
+            mails: self.ledger.answers().count() as u64,
+            mails_twice: self.ledger.served_twice(|Sent| true),
             keys: self.ledger.calls().clone(),
         }
     }
@@ -69,9 +79,11 @@ impl FakeMailer {
 ///
 /// # Errors
 ///
-/// When the port is taken.
+/// When the port is taken, or the ledger in use.
 pub async fn run(args: MailerArgs) -> anyhow::Result<()> {
-    let mailer = Arc::new(Mutex::new(FakeMailer::default()));
+    let mailer = Arc::new(Mutex::new(FakeMailer {
+        ledger: Ledger::open(args.fake.ledger.as_deref())?,
+    }));
     let routes = Router::new()
         .route("/mails", post(take_mail))
         .route("/calls", get(show_calls))
@@ -88,8 +100,10 @@ async fn take_mail(
         let text = "name the call with an Idempotency-Key header";
         return (StatusCode::BAD_REQUEST, text).into_response();
     };
-    lock(&mailer).call(&key, &mail);
-    StatusCode::ACCEPTED.into_response()
+    match lock(&mailer).call(&key, &mail) {
+        Ok(()) => StatusCode::ACCEPTED.into_response(),
+        Err(error) => not_written(&error),
+    }
 }
 
 async fn show_calls(State(mailer): State<Arc<Mutex<FakeMailer>>>) -> Json<MailerCalls> {
@@ -116,10 +130,10 @@ mod tests {
             text: String::new(),
         };
         let mut mailer = FakeMailer::default();
-        mailer.call("a", &mail);
-        mailer.call("a", &mail);
+        mailer.call("a", &mail).unwrap();
+        mailer.call("a", &mail).unwrap();
         assert_eq!((mailer.calls().mails, mailer.calls().mails_twice), (1, 0));
-        mailer.call("b", &mail);
+        mailer.call("b", &mail).unwrap();
         assert_eq!((mailer.calls().mails, mailer.calls().mails_twice), (2, 1));
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,8 +17,9 @@ use foldhash::fast::FixedState;
 use serde::{Deserialize, Serialize};
 
 use super::ledger::Ledger;
-use super::{FakeArgs, idempotency_key, serve};
+use super::{FakeArgs, idempotency_key, not_written, serve};
 use crate::client::psp::{Charge, ChargeOutcome};
+use crate::events::Cents;
 
 /// How the fake payment provider behaves.
 #[derive(Args, Clone, Debug)]
@@ -54,9 +56,22 @@ pub enum Reaction {
 pub struct FakePsp {
     faults: FixedState,
     decline: String,
-    ledger: Ledger<ChargeOutcome>,
-    charged_cents: u64,
-    declined: u64,
+    ledger: Ledger<Entry>,
+}
+
+/// What the books say of one key.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Entry {
+    outcome: ChargeOutcome,
+    amount: Cents,
+}
+
+impl Entry {
+    /// What was taken.
+    fn charged(&self) -> Option<Cents> {
+        let charged = matches!(self.outcome, ChargeOutcome::Charged { .. });
+        charged.then_some(self.amount)
+    }
 }
 
 /// What `GET /calls` answers.
@@ -79,59 +94,65 @@ pub struct PspCalls {
 }
 
 impl FakePsp {
-    /// A provider without customers yet.
-    pub fn new(seed: u64, decline: &str) -> Self {
+    /// A provider with the books of `ledger`.
+    fn new(seed: u64, decline: &str, ledger: Ledger<Entry>) -> Self {
         Self {
             faults: FixedState::with_seed(seed),
             decline: decline.to_owned(),
-            ledger: Ledger::default(),
-            charged_cents: 0,
-            declined: 0,
+            ledger,
         }
     }
 
     /// Takes a call: the first with its key may meet a busy or slow provider.
-    pub fn call(&mut self, key: &str, charge: &Charge) -> Reaction {
-        let first = self.ledger.called(key);
+    ///
+    /// # Errors
+    ///
+    /// When the ledger cannot be written.
+    pub fn call(&mut self, key: &str, charge: &Charge) -> io::Result<Reaction> {
+        let first = self.ledger.called(key)?;
         let roll = self.faults.hash_one(key) % 1000;
-        match (first, roll) {
+        Ok(match (first, roll) {
             (true, 0..15) => Reaction::Busy,
-            (true, 15..20) => Reaction::AnswerLate(self.charge(key, charge)),
-            _ => Reaction::Answer(self.charge(key, charge)),
-        }
+            (true, 15..20) => Reaction::AnswerLate(self.charge(key, charge)?),
+            _ => Reaction::Answer(self.charge(key, charge)?),
+        })
     }
 
     /// Charges once per key.
-    fn charge(&mut self, key: &str, charge: &Charge) -> ChargeOutcome {
-        if let Some(outcome) = self.ledger.answer(key) {
-            return outcome;
+    fn charge(&mut self, key: &str, charge: &Charge) -> io::Result<ChargeOutcome> {
+        if let Some(entry) = self.ledger.answer(key) {
+            return Ok(entry.outcome);
         }
         let outcome = if charge.card.ends_with(&self.decline) {
-            self.declined += 1;
             ChargeOutcome::Declined {
                 reason: "insufficient funds".to_owned(),
             }
         } else {
-            self.charged_cents += charge.amount.0;
-            self.ledger.served(charge.order_id);
             ChargeOutcome::Charged {
                 charge_id: format!("ch_{:016x}", self.faults.hash_one(key)),
             }
         };
-        self.ledger.answered(key, outcome.clone());
-        outcome
+        let entry = Entry {
+            outcome: outcome.clone(),
+            amount: charge.amount,
+        };
+        self.ledger.answered(key, charge.order_id, entry)?;
+        Ok(outcome)
     }
 
     /// Everything it was asked.
     pub fn calls(&self) -> PspCalls {
         let (calls, repeats) = self.ledger.totals();
+        let entries = self.ledger.answers().map(|(_, entry)| entry);
+        let charged: Vec<Cents> = entries.filter_map(Entry::charged).collect();
+        let declined = self.ledger.answers().count() - charged.len();
         PspCalls {
             calls,
             repeats,
-            charged_cents: self.charged_cents,
+            charged_cents: charged.into_iter().sum::<Cents>().0,
             refunded_cents: 0,
-            declined: self.declined,
-            charges_twice: self.ledger.served_twice(),
+            declined: declined as u64,
+            charges_twice: self.ledger.served_twice(|entry| entry.charged().is_some()),
             keys: self.ledger.calls().clone(),
         }
     }
@@ -141,9 +162,11 @@ impl FakePsp {
 ///
 /// # Errors
 ///
-/// When the port is taken.
+/// When the port is taken, or the ledger in use.
 pub async fn run(args: PspArgs) -> anyhow::Result<()> {
-    let psp = Arc::new(Mutex::new(FakePsp::new(args.seed, &args.decline)));
+    let ledger = Ledger::open(args.fake.ledger.as_deref())?;
+    let psp = FakePsp::new(args.seed, &args.decline, ledger);
+    let psp = Arc::new(Mutex::new(psp));
     let routes = Router::new()
         .route("/charges", post(take_charge))
         .route("/calls", get(show_calls))
@@ -162,12 +185,13 @@ async fn take_charge(
     };
     let reaction = lock(&psp).call(&key, &charge);
     match reaction {
-        Reaction::Answer(outcome) => answer(outcome),
-        Reaction::AnswerLate(outcome) => {
+        Err(error) => not_written(&error),
+        Ok(Reaction::Answer(outcome)) => answer(outcome),
+        Ok(Reaction::AnswerLate(outcome)) => {
             tokio::time::sleep(HANG).await;
             answer(outcome)
         }
-        Reaction::Busy => {
+        Ok(Reaction::Busy) => {
             let retry = [(header::RETRY_AFTER, "0")];
             (StatusCode::SERVICE_UNAVAILABLE, retry, "busy").into_response()
         }
@@ -195,7 +219,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::events::{Cents, OrderId};
+    use crate::events::OrderId;
 
     fn charge(number: u128, card: &str) -> Charge {
         Charge {
@@ -205,21 +229,25 @@ mod tests {
         }
     }
 
+    fn new_psp() -> FakePsp {
+        FakePsp::new(1, DECLINED, Ledger::default())
+    }
+
     /// A key that the seed lets through, and one that it meets with `wanted`.
     fn key_met_with(psp: &mut FakePsp, wanted: impl Fn(&Reaction) -> bool) -> String {
         (0..10_000)
             .map(|number| format!("search/{number}"))
-            .find(|key| wanted(&FakePsp::new(1, DECLINED).call(key, &charge(0, "tok_1"))))
+            .find(|key| wanted(&new_psp().call(key, &charge(0, "tok_1")).unwrap()))
             .inspect(|key| assert!(!psp.ledger.calls().contains_key(key)))
             .expect("one key in a thousand is enough")
     }
 
     #[test]
     fn a_repeated_key_charges_nothing() {
-        let mut psp = FakePsp::new(1, DECLINED);
+        let mut psp = new_psp();
         let key = key_met_with(&mut psp, |reaction| matches!(reaction, Reaction::Answer(_)));
-        let first = psp.call(&key, &charge(1, "tok_4242"));
-        assert_eq!(psp.call(&key, &charge(1, "tok_4242")), first);
+        let first = psp.call(&key, &charge(1, "tok_4242")).unwrap();
+        assert_eq!(psp.call(&key, &charge(1, "tok_4242")).unwrap(), first);
         let calls = psp.calls();
         assert_eq!((calls.calls, calls.repeats), (2, 1));
         assert_eq!((calls.charged_cents, calls.charges_twice), (500, 0));
@@ -228,9 +256,9 @@ mod tests {
 
     #[test]
     fn an_order_charged_under_two_keys_is_charged_twice() {
-        let mut psp = FakePsp::new(1, DECLINED);
+        let mut psp = new_psp();
         for key in ["a", "b", "a", "b"] {
-            psp.call(key, &charge(1, "tok_4242"));
+            psp.call(key, &charge(1, "tok_4242")).unwrap();
         }
         assert_eq!(psp.calls().charges_twice, 1);
         assert_eq!(psp.calls().charged_cents, 1000);
@@ -238,30 +266,36 @@ mod tests {
 
     #[test]
     fn a_busy_provider_charges_nothing_and_a_slow_one_once() {
-        let mut psp = FakePsp::new(1, DECLINED);
+        let mut psp = new_psp();
         let busy = key_met_with(&mut psp, |reaction| *reaction == Reaction::Busy);
-        assert_eq!(psp.call(&busy, &charge(1, "tok_1")), Reaction::Busy);
+        assert_eq!(
+            psp.call(&busy, &charge(1, "tok_1")).unwrap(),
+            Reaction::Busy
+        );
         assert_eq!(psp.calls().charged_cents, 0);
         assert!(matches!(
-            psp.call(&busy, &charge(1, "tok_1")),
+            psp.call(&busy, &charge(1, "tok_1")).unwrap(),
             Reaction::Answer(_)
         ));
 
         let slow = key_met_with(&mut psp, |reaction| {
             matches!(reaction, Reaction::AnswerLate(_))
         });
-        let Reaction::AnswerLate(late) = psp.call(&slow, &charge(2, "tok_1")) else {
+        let Reaction::AnswerLate(late) = psp.call(&slow, &charge(2, "tok_1")).unwrap() else {
             panic!("the same seed reacts in the same way");
         };
-        assert_eq!(psp.call(&slow, &charge(2, "tok_1")), Reaction::Answer(late));
+        assert_eq!(
+            psp.call(&slow, &charge(2, "tok_1")).unwrap(),
+            Reaction::Answer(late)
+        );
         assert_eq!(psp.calls().charged_cents, 1000);
     }
 
     #[test]
     fn a_declined_card_stays_declined() {
-        let mut psp = FakePsp::new(1, DECLINED);
+        let mut psp = new_psp();
         for _ in 0..2 {
-            let reaction = psp.call("a", &charge(1, "tok_0002"));
+            let reaction = psp.call("a", &charge(1, "tok_0002")).unwrap();
             assert!(matches!(
                 reaction,
                 Reaction::Answer(ChargeOutcome::Declined { .. })

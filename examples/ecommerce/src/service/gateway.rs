@@ -17,7 +17,6 @@ use axum::{Json, Router};
 use eventbus::prelude::{ConsumerBuilder, Context, EventBus, EventId, Outgoing};
 use serde_json::json;
 use tokio::time::timeout;
-use tracing::error;
 use uuid::Uuid;
 
 use crate::events::{
@@ -33,7 +32,7 @@ mod order_form;
 mod problem;
 mod server;
 
-pub use board::{Board, Status};
+pub use board::{Board, OrderView, Status};
 use caller::Caller;
 use keys::Keys;
 use order_form::OrderForm;
@@ -52,11 +51,8 @@ struct Desk {
 }
 
 fn routes(bus: EventBus, board: Board) -> Router {
-    let desk = Desk {
-        bus,
-        board,
-        keys: Keys::default(),
-    };
+    let keys = board.keys();
+    let desk = Desk { bus, board, keys };
     Router::new()
         .route("/orders", post(take_order))
         .route("/orders/{id}", get(show_order))
@@ -91,11 +87,12 @@ impl Desk {
         let form = OrderForm::read(headers, body).await?;
         form.check()?;
         let order_id = match &caller.idempotency_key {
-            Some(key) => self.keys.order_id(&caller.user_id, key, &form)?,
+            Some(key) => self.keys.order_id(&caller.user_id, key, &form).await?,
             None => OrderId(Uuid::now_v7()),
         };
         self.publish(form.into_order(order_id), &caller).await?;
-        self.board.placed(order_id);
+        let placed = self.board.placed(order_id).await;
+        placed.map_err(|cause| Problem::unknown_outcome(order_id, &cause))?;
         Ok(order_id)
     }
 
@@ -106,17 +103,23 @@ impl Desk {
         let event = Outgoing::new(order)
             .with_id(EventId::from_name(&format!("OrderCreated/{order_id}")))
             .with_origin(caller.origin());
-        match timeout(PUBLISH_WITHIN, self.bus.publish(event)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(cause)) => {
-                error!(%order_id, error = ?cause, "the order could not be published");
-                Err(Problem::come_again())
-            }
-            Err(_) => {
-                error!(%order_id, "the event bus did not answer in time");
-                Err(Problem::come_again())
-            }
-        }
+        let published = timeout(PUBLISH_WITHIN, self.bus.publish(event)).await;
+        let published = match published {
+            Ok(published) => published.map_err(anyhow::Error::new),
+            Err(late) => Err(anyhow::Error::new(late)),
+        };
+        published.map_err(|cause| Problem::unknown_outcome(order_id, &cause))?;
+        Ok(())
+    }
+
+    /// The order on the board that a client calls `id`.
+    async fn find(&self, id: &str) -> Result<(OrderId, OrderView), Problem> {
+        let order_id = Uuid::parse_str(id).map(OrderId);
+        let order_id = order_id.map_err(|_| Problem::no_such_order(id))?;
+        let found = self.board.find(order_id).await;
+        let found = found.map_err(|cause| Problem::unknown_outcome(order_id, &cause))?;
+        let order = found.ok_or_else(|| Problem::no_such_order(id))?;
+        Ok((order_id, order))
     }
 }
 
@@ -125,18 +128,16 @@ async fn show_order(
     uri: Uri,
     Path(id): Path<String>,
 ) -> Result<Response, Problem> {
-    let order_id = Uuid::parse_str(&id).ok().map(OrderId);
-    let found = order_id.and_then(|order_id| Some((order_id, desk.board.find(order_id)?)));
-    match found {
-        Some((order_id, order)) => Ok(Json(json!({
-            "order_id": order_id,
-            "status": order.status,
-            "reason": order.reason,
-            "tracking": order.tracking,
-        }))
-        .into_response()),
-        None => Err(Problem::no_such_order(&id).at(&uri)),
-    }
+    let found = desk.find(&id).await;
+    let (order_id, order) = found.map_err(|problem| problem.at(&uri))?;
+    Ok(Json(json!({
+        "order_id": order_id,
+        "status": order.status,
+        "reason": order.reason,
+        "tracking": order.tracking,
+        "is_over": order.is_over(),
+    }))
+    .into_response())
 }
 
 async fn show_health() -> Json<serde_json::Value> {
@@ -156,47 +157,62 @@ pub fn consumer(bus: &EventBus, board: Board) -> ConsumerBuilder<Board> {
     bus.consumer("gateway")
         .state(board)
         .on(async |order: OrderCreated, cx: Context<Board>| {
-            cx.state().reached(order.order_id, Status::Placed);
-            Ok(())
+            let change = |order: &mut OrderView| order.reach(Status::Placed);
+            Ok(cx.state().hear(&order, &cx, order.order_id, change).await?)
         })
         .on(async |reserved: InventoryReserved, cx: Context<Board>| {
-            cx.state().reached(reserved.order_id, Status::Reserved);
-            Ok(())
+            let change = |order: &mut OrderView| order.reach(Status::Reserved);
+            Ok(cx
+                .state()
+                .hear(&reserved, &cx, reserved.order_id, change)
+                .await?)
         })
         .on(async |short: InventoryShort, cx: Context<Board>| {
-            let reason = CancelReason::OutOfStock;
-            cx.state().failed(short.order_id, reason);
-            Ok(())
+            let change = |order: &mut OrderView| order.fail(CancelReason::OutOfStock);
+            Ok(cx.state().hear(&short, &cx, short.order_id, change).await?)
         })
         .on(async |released: InventoryReleased, cx: Context<Board>| {
-            cx.state().released(released.order_id);
-            Ok(())
+            let change = OrderView::release;
+            Ok(cx
+                .state()
+                .hear(&released, &cx, released.order_id, change)
+                .await?)
         })
         .on(async |paid: PaymentProcessed, cx: Context<Board>| {
-            cx.state().reached(paid.order_id, Status::Paid);
-            Ok(())
+            let change = |order: &mut OrderView| order.reach(Status::Paid);
+            Ok(cx.state().hear(&paid, &cx, paid.order_id, change).await?)
         })
         .on(async |failed: PaymentFailed, cx: Context<Board>| {
-            let reason = CancelReason::PaymentDeclined;
-            cx.state().failed(failed.order_id, reason);
-            Ok(())
+            let change = |order: &mut OrderView| order.fail(CancelReason::PaymentDeclined);
+            Ok(cx
+                .state()
+                .hear(&failed, &cx, failed.order_id, change)
+                .await?)
         })
         .on(async |parcel: ShippingCreated, cx: Context<Board>| {
-            cx.state().packed(parcel.order_id, parcel.tracking);
-            Ok(())
+            let change = |order: &mut OrderView| order.pack(&parcel.tracking);
+            Ok(cx
+                .state()
+                .hear(&parcel, &cx, parcel.order_id, change)
+                .await?)
         })
         .on(async |sent: NotificationSent, cx: Context<Board>| {
-            cx.state().told(sent.order_id);
-            Ok(())
+            let change = OrderView::tell;
+            Ok(cx.state().hear(&sent, &cx, sent.order_id, change).await?)
         })
         .on(async |order: OrderShipped, cx: Context<Board>| {
-            cx.state().reached(order.order_id, Status::Shipped);
-            Ok(())
+            let change = |order: &mut OrderView| order.reach(Status::Shipped);
+            Ok(cx.state().hear(&order, &cx, order.order_id, change).await?)
         })
-        .on(async |order: OrderCancelled, cx: Context<Board>| {
-            cx.state().failed(order.order_id, order.reason);
-            cx.state().reached(order.order_id, Status::Cancelled);
-            Ok(())
+        .on(async |cancelled: OrderCancelled, cx: Context<Board>| {
+            let change = |order: &mut OrderView| {
+                order.fail(cancelled.reason);
+                order.reach(Status::Cancelled);
+            };
+            Ok(cx
+                .state()
+                .hear(&cancelled, &cx, cancelled.order_id, change)
+                .await?)
         })
 }
 

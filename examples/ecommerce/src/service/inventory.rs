@@ -2,30 +2,38 @@
 //!
 //! Stock is conserved: what there was in the beginning is on the shelf or set aside for an order.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
 
 use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus};
+use serde::{Deserialize, Serialize};
+use sqlx::types::Json;
 
 use crate::events::{
     InventoryReleased, InventoryReserved, InventoryShort, Line, OrderCreated, OrderId,
     PaymentFailed,
 };
+use crate::store::{Store, Work};
 
-/// The shelves and what is set aside, shared by the handlers.
+const MIGRATIONS: &[&str] = &["
+    CREATE TABLE shelf (
+        product TEXT PRIMARY KEY,
+        pieces  INTEGER NOT NULL CHECK (pieces >= 0)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE reservations (
+        order_id    TEXT PRIMARY KEY,
+        reservation TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID"];
+
+/// The shelves, and what became of each order: asked again, the warehouse answers the same and
+/// moves nothing.
 #[derive(Clone, Debug)]
-pub struct Warehouse(Arc<Mutex<Stock>>);
-
-#[derive(Debug)]
-struct Stock {
-    shelf: BTreeMap<String, u32>,
-    /// What became of each order: asked again, the warehouse answers the same and moves nothing.
-    orders: HashMap<OrderId, Reservation>,
-}
+pub struct Warehouse(Store);
 
 /// What the warehouse did for an order.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Reservation {
     /// Everything is set aside.
     Held(Vec<Line>),
@@ -40,87 +48,142 @@ enum Reservation {
 pub struct NothingHeld(OrderId);
 
 impl Warehouse {
-    /// A warehouse with so many pieces of each product on its shelves.
-    pub fn new(shelf: BTreeMap<String, u32>) -> Self {
-        Self(Arc::new(Mutex::new(Stock {
-            shelf,
-            orders: HashMap::new(),
-        })))
+    /// The warehouse in the data directory; a product it does not know yet gets as many pieces on
+    /// the shelf as `delivered` says.
+    ///
+    /// # Errors
+    ///
+    /// When the service's database cannot be opened.
+    pub async fn open(data: &Path, delivered: &BTreeMap<String, u32>) -> anyhow::Result<Self> {
+        let store = Store::open(data, "inventory", MIGRATIONS).await?;
+        let mut work = store.begin().await?;
+        for (product, pieces) in delivered {
+            sqlx::query("INSERT INTO shelf (product, pieces) VALUES (?, ?) ON CONFLICT DO NOTHING")
+                .bind(product)
+                .bind(pieces)
+                .execute(&mut *work)
+                .await?;
+        }
+        work.commit().await?;
+        Ok(Self(store))
     }
 
     /// What is on the shelves.
-    pub fn on_shelf(&self) -> BTreeMap<String, u32> {
-        self.lock().shelf.clone()
+    pub async fn on_shelf(&self) -> anyhow::Result<BTreeMap<String, u32>> {
+        let mut reader = self.0.reader().await;
+        let shelf: Vec<(String, u32)> = sqlx::query_as("SELECT product, pieces FROM shelf")
+            .fetch_all(&mut *reader)
+            .await?;
+        Ok(shelf.into_iter().collect())
     }
 
     /// What is set aside, over all orders.
-    pub fn set_aside(&self) -> BTreeMap<String, u32> {
+    pub async fn set_aside(&self) -> anyhow::Result<BTreeMap<String, u32>> {
+        let mut reader = self.0.reader().await;
+        let reservations: Vec<Json<Reservation>> =
+            sqlx::query_scalar("SELECT reservation FROM reservations")
+                .fetch_all(&mut *reader)
+                .await?;
         let mut pieces = BTreeMap::new();
-        for reservation in self.lock().orders.values() {
+        for Json(reservation) in reservations {
             if let Reservation::Held(lines) = reservation {
-                add(&mut pieces, lines);
+                add(&mut pieces, &lines);
             }
         }
-        pieces
+        Ok(pieces)
     }
 
     /// Sets everything aside or nothing, once per order.
-    fn reserve(&self, order_id: OrderId, lines: &[Line]) -> Reservation {
-        let mut stock = self.lock();
-        if let Some(before) = stock.orders.get(&order_id) {
-            return before.clone();
-        }
-        let mut wanted = BTreeMap::new();
-        add(&mut wanted, lines);
-        let reservation = match stock.short_of(&wanted) {
-            Some(product) => Reservation::Short(product),
+    async fn reserve(
+        &self,
+        order: &OrderCreated,
+        cx: &Context<Self>,
+    ) -> anyhow::Result<Reservation> {
+        let mut work = self.0.handling(order, cx).await?;
+        let reservation = match find(&mut work, order.order_id).await? {
+            Some(before) => before,
             None => {
-                stock.take(&wanted);
-                Reservation::Held(lines.to_vec())
+                let reservation = take(&mut work, &order.lines).await?;
+                keep(&mut work, order.order_id, &reservation).await?;
+                reservation
             }
         };
-        stock.orders.insert(order_id, reservation.clone());
-        reservation
+        work.commit().await?;
+        Ok(reservation)
     }
 
     /// Puts back what is set aside for an order, once.
-    fn release(&self, order_id: OrderId) -> Result<Vec<Line>, NothingHeld> {
-        let mut stock = self.lock();
-        match stock.orders.get(&order_id).cloned() {
+    async fn release(
+        &self,
+        failed: &PaymentFailed,
+        cx: &Context<Self>,
+    ) -> Result<Vec<Line>, BoxError> {
+        let mut work = self.0.handling(failed, cx).await?;
+        let lines = match find(&mut work, failed.order_id).await? {
             Some(Reservation::Held(lines)) => {
-                add(&mut stock.shelf, &lines);
+                put(&mut work, &lines).await?;
                 let released = Reservation::Released(lines.clone());
-                stock.orders.insert(order_id, released);
-                Ok(lines)
+                keep(&mut work, failed.order_id, &released).await?;
+                lines
             }
-            Some(Reservation::Released(lines)) => Ok(lines),
-            Some(Reservation::Short(_)) | None => Err(NothingHeld(order_id)),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Stock> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+            Some(Reservation::Released(lines)) => lines,
+            Some(Reservation::Short(_)) | None => return Err(NothingHeld(failed.order_id).into()),
+        };
+        work.commit().await?;
+        Ok(lines)
     }
 }
 
-impl Stock {
-    /// The first product of which there is not enough.
-    fn short_of(&self, wanted: &BTreeMap<String, u32>) -> Option<String> {
-        let there = |product: &str| self.shelf.get(product).copied().unwrap_or(0);
-        wanted
-            .iter()
-            .find(|(product, quantity)| there(product) < **quantity)
-            .map(|(product, _)| product.clone())
-    }
+/// What was done for an order before.
+async fn find(work: &mut Work, order_id: OrderId) -> sqlx::Result<Option<Reservation>> {
+    let found = sqlx::query_scalar("SELECT reservation FROM reservations WHERE order_id = ?")
+        .bind(order_id.to_string())
+        .fetch_optional(&mut **work);
+    Ok(found.await?.map(|Json(reservation)| reservation))
+}
 
-    /// Takes from the shelves what is known to be there.
-    fn take(&mut self, wanted: &BTreeMap<String, u32>) {
-        for (product, quantity) in wanted {
-            if let Some(there) = self.shelf.get_mut(product) {
-                *there -= quantity;
-            }
+async fn keep(work: &mut Work, order_id: OrderId, reservation: &Reservation) -> sqlx::Result<()> {
+    sqlx::query("INSERT OR REPLACE INTO reservations (order_id, reservation) VALUES (?, ?)")
+        .bind(order_id.to_string())
+        .bind(Json(reservation))
+        .execute(&mut **work)
+        .await?;
+    Ok(())
+}
+
+/// Takes everything from the shelves, or nothing when a product is short.
+async fn take(work: &mut Work, lines: &[Line]) -> sqlx::Result<Reservation> {
+    let mut wanted = BTreeMap::new();
+    add(&mut wanted, lines);
+    for (product, quantity) in &wanted {
+        let there: Option<u32> = sqlx::query_scalar("SELECT pieces FROM shelf WHERE product = ?")
+            .bind(product)
+            .fetch_optional(&mut **work)
+            .await?;
+        if there.unwrap_or(0) < *quantity {
+            return Ok(Reservation::Short(product.clone()));
         }
     }
+    for (product, quantity) in &wanted {
+        sqlx::query("UPDATE shelf SET pieces = pieces - ? WHERE product = ?")
+            .bind(quantity)
+            .bind(product)
+            .execute(&mut **work)
+            .await?;
+    }
+    Ok(Reservation::Held(lines.to_vec()))
+}
+
+/// Puts everything on the shelves.
+async fn put(work: &mut Work, lines: &[Line]) -> sqlx::Result<()> {
+    for line in lines {
+        sqlx::query("UPDATE shelf SET pieces = pieces + ? WHERE product = ?")
+            .bind(line.quantity)
+            .bind(&line.product)
+            .execute(&mut **work)
+            .await?;
+    }
+    Ok(())
 }
 
 fn add(pieces: &mut BTreeMap<String, u32>, lines: &[Line]) {
@@ -130,7 +193,7 @@ fn add(pieces: &mut BTreeMap<String, u32>, lines: &[Line]) {
 }
 
 async fn reserve(order: OrderCreated, cx: Context<Warehouse>) -> Result<(), BoxError> {
-    match cx.state().reserve(order.order_id, &order.lines) {
+    match cx.state().reserve(&order, &cx).await? {
         Reservation::Held(lines) | Reservation::Released(lines) => {
             cx.publish(InventoryReserved {
                 order_id: order.order_id,
@@ -152,8 +215,8 @@ async fn reserve(order: OrderCreated, cx: Context<Warehouse>) -> Result<(), BoxE
 }
 
 async fn put_back(failed: PaymentFailed, cx: Context<Warehouse>) -> Result<(), BoxError> {
+    let lines = cx.state().release(&failed, &cx).await?;
     let order_id = failed.order_id;
-    let lines = cx.state().release(order_id)?;
     cx.publish(InventoryReleased { order_id, lines })?;
     Ok(())
 }

@@ -6,23 +6,34 @@
 //!                            └── PaymentFailed ───────────────▶ cancelled  ▶ OrderCancelled
 //! ```
 
-use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
 
-use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus, OnError, RetryPolicy};
+use eventbus::prelude::{
+    BoxError, ConsumerBuilder, Context, Event, EventBus, OnError, RetryPolicy,
+};
+use serde::{Deserialize, Serialize};
+use sqlx::types::Json;
 
 use crate::events::{
     CancelReason, InventoryShort, Notice, NotificationSent, OrderCancelled, OrderCreated, OrderId,
     OrderShipped, PaymentFailed,
 };
+use crate::store::{Store, Work};
 
-/// All orders, shared by the handlers.
-#[derive(Clone, Debug, Default)]
-pub struct Orders(Arc<Mutex<HashMap<OrderId, Standing>>>);
+const MIGRATIONS: &[&str] = &["
+    CREATE TABLE orders (
+        order_id TEXT PRIMARY KEY,
+        standing TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID"];
+
+/// All orders.
+#[derive(Clone, Debug)]
+pub struct Orders(Store);
 
 /// Where an order stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Standing {
     /// It is under way.
     Open,
@@ -41,42 +52,76 @@ pub struct Contradiction {
 }
 
 impl Orders {
-    /// Opens an order, unless it is known: news of its end may have come first.
-    fn open(&self, order_id: OrderId) {
-        self.lock().entry(order_id).or_insert(Standing::Open);
+    /// The orders in the data directory.
+    ///
+    /// # Errors
+    ///
+    /// When the service's database cannot be opened.
+    pub async fn open(data: &Path) -> anyhow::Result<Self> {
+        Ok(Self(Store::open(data, "order", MIGRATIONS).await?))
     }
 
-    /// Ends an order; ending it again in the same way changes nothing.
-    fn end(&self, order_id: OrderId, told: Standing) -> Result<(), Contradiction> {
-        let mut orders = self.lock();
-        let stands = orders.entry(order_id).or_insert(Standing::Open);
-        if *stands != Standing::Open && *stands != told {
-            return Err(Contradiction {
-                order_id,
-                stands: *stands,
-                told,
-            });
+    /// Takes an order up, unless it is known: news of its end may have come first.
+    async fn take_up(&self, order: &OrderCreated, cx: &Context<Self>) -> Result<(), BoxError> {
+        let mut work = self.0.handling(order, cx).await?;
+        if standing(&mut work, order.order_id).await?.is_none() {
+            set_standing(&mut work, order.order_id, Standing::Open).await?;
         }
-        *stands = told;
+        work.commit().await?;
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<OrderId, Standing>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Ends an order as `news` tells; ending it again in the same way changes nothing.
+    async fn end<E: Event + Sync>(
+        &self,
+        news: &E,
+        cx: &Context<Self>,
+        order_id: OrderId,
+        told: Standing,
+    ) -> Result<(), BoxError> {
+        let mut work = self.0.handling(news, cx).await?;
+        let stands = standing(&mut work, order_id).await?;
+        let stands = stands.unwrap_or(Standing::Open);
+        if stands != Standing::Open && stands != told {
+            let contradiction = Contradiction {
+                order_id,
+                stands,
+                told,
+            };
+            return Err(contradiction.into());
+        }
+        set_standing(&mut work, order_id, told).await?;
+        work.commit().await?;
+        Ok(())
     }
 }
 
-async fn created(order: OrderCreated, cx: Context<Orders>) -> Result<(), BoxError> {
-    cx.state().open(order.order_id);
+async fn standing(work: &mut Work, order_id: OrderId) -> sqlx::Result<Option<Standing>> {
+    let found = sqlx::query_scalar("SELECT standing FROM orders WHERE order_id = ?")
+        .bind(order_id.to_string())
+        .fetch_optional(&mut **work);
+    Ok(found.await?.map(|Json(standing)| standing))
+}
+
+async fn set_standing(work: &mut Work, order_id: OrderId, standing: Standing) -> sqlx::Result<()> {
+    sqlx::query("INSERT OR REPLACE INTO orders (order_id, standing) VALUES (?, ?)")
+        .bind(order_id.to_string())
+        .bind(Json(standing))
+        .execute(&mut **work)
+        .await?;
     Ok(())
 }
 
+async fn created(order: OrderCreated, cx: Context<Orders>) -> Result<(), BoxError> {
+    cx.state().take_up(&order, &cx).await
+}
+
 async fn short(short: InventoryShort, cx: Context<Orders>) -> Result<(), BoxError> {
-    let reason = CancelReason::OutOfStock;
-    cx.state()
-        .end(short.order_id, Standing::Cancelled(reason))?;
+    let (order_id, reason) = (short.order_id, CancelReason::OutOfStock);
+    let end = Standing::Cancelled(reason);
+    cx.state().end(&short, &cx, order_id, end).await?;
     cx.publish(OrderCancelled {
-        order_id: short.order_id,
+        order_id,
         customer: short.customer,
         reason,
     })?;
@@ -84,11 +129,11 @@ async fn short(short: InventoryShort, cx: Context<Orders>) -> Result<(), BoxErro
 }
 
 async fn unpaid(failed: PaymentFailed, cx: Context<Orders>) -> Result<(), BoxError> {
-    let reason = CancelReason::PaymentDeclined;
-    cx.state()
-        .end(failed.order_id, Standing::Cancelled(reason))?;
+    let (order_id, reason) = (failed.order_id, CancelReason::PaymentDeclined);
+    let end = Standing::Cancelled(reason);
+    cx.state().end(&failed, &cx, order_id, end).await?;
     cx.publish(OrderCancelled {
-        order_id: failed.order_id,
+        order_id,
         customer: failed.customer,
         reason,
     })?;
@@ -98,7 +143,8 @@ async fn unpaid(failed: PaymentFailed, cx: Context<Orders>) -> Result<(), BoxErr
 async fn told(sent: NotificationSent, cx: Context<Orders>) -> Result<(), BoxError> {
     if sent.notice == Notice::Shipped {
         let order_id = sent.order_id;
-        cx.state().end(order_id, Standing::Shipped)?;
+        let end = Standing::Shipped;
+        cx.state().end(&sent, &cx, order_id, end).await?;
         cx.publish(OrderShipped { order_id })?;
     }
     Ok(())

@@ -1,7 +1,11 @@
 //! Sample events for the tests of the services, and their delivery as it may happen.
 
+use std::path::Path;
+use std::sync::mpsc;
+
 use eventbus::prelude::{Event, EventId, Outgoing};
 use eventbus_testkit::TestBus;
+use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::events::{
@@ -9,6 +13,32 @@ use crate::events::{
     NotificationSent, OrderCancelled, OrderCreated, OrderId, PaymentFailed, PaymentProcessed,
     ShippingCreated,
 };
+
+/// A data directory that goes with its test.
+///
+/// While it is there, the clock of a test bus moves only when the test moves it: tokio lets time
+/// jump when nothing but timers is left, and does not see that a database is at work. A blocking
+/// task that waits keeps it from jumping.
+pub struct TestData {
+    directory: TempDir,
+    _waited_for: mpsc::Sender<()>,
+}
+
+impl TestData {
+    pub fn new() -> Self {
+        let (waited_for, waiting) = mpsc::channel::<()>();
+        // It ends with its sender, which is what the error says.
+        drop(tokio::task::spawn_blocking(move || waiting.recv()));
+        Self {
+            directory: TempDir::new().expect("a temporary directory is to be had"),
+            _waited_for: waited_for,
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
 
 pub fn order_id(number: u128) -> OrderId {
     OrderId(Uuid::from_u128(number))

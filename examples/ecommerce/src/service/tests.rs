@@ -11,7 +11,7 @@ use super::inventory::{self, Warehouse};
 use super::notification::{self, Notifications};
 use super::order::{self, Orders};
 use super::payment::{self, Payments};
-use super::sample::{created, line};
+use super::sample::{TestData, created, line};
 use super::shipping::{self, Labels};
 use crate::client::ProviderError;
 use crate::client::mailer::{Mail, Mailer};
@@ -49,14 +49,20 @@ async fn run_through(
     order: Outgoing<OrderCreated>,
     declines: bool,
 ) -> Vec<Envelope> {
-    let stock = Warehouse::new(BTreeMap::from([("teapot".to_owned(), 3)]));
-    let payments = Payments::new(Providers { declines });
-    let notifications = Notifications::new(Providers { declines });
+    let data = TestData::new();
+    let data = data.path();
+    let orders = Orders::open(data).await.unwrap();
+    let stock = BTreeMap::from([("teapot".to_owned(), 3)]);
+    let stock = Warehouse::open(data, &stock).await.unwrap();
+    let payments = Payments::open(data, Providers { declines }).await.unwrap();
+    let labels = Labels::open(data).await.unwrap();
+    let notifications = Notifications::open(data, Providers { declines }).await;
+    let notifications = notifications.unwrap();
     let _consumers = (
-        bus.spawn(order::consumer(bus, Orders::default())).await,
+        bus.spawn(order::consumer(bus, orders)).await,
         bus.spawn(inventory::consumer(bus, stock)).await,
         bus.spawn(payment::consumer(bus, payments)).await,
-        bus.spawn(shipping::consumer(bus, Labels::default())).await,
+        bus.spawn(shipping::consumer(bus, labels)).await,
         bus.spawn(notification::consumer(bus, notifications)).await,
     );
     bus.publish(order).await.unwrap();

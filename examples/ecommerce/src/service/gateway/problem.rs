@@ -3,6 +3,9 @@
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use tracing::error;
+
+use crate::events::OrderId;
 
 /// Says what a path takes (LDP 1.0, section 7.1).
 const ACCEPT_POST: HeaderName = HeaderName::from_static("accept-post");
@@ -139,14 +142,15 @@ impl Problem {
         )
     }
 
-    /// The event bus is away: the outcome is unknown, and posting again is safe.
-    pub fn come_again() -> Self {
+    /// The event bus or the database is away: the outcome is unknown, and asking again is safe.
+    pub fn unknown_outcome(order_id: OrderId, cause: &anyhow::Error) -> Self {
+        error!(%order_id, error = ?cause, "the order could not be looked after");
         let problem = Self::new(
             StatusCode::SERVICE_UNAVAILABLE,
             "come-again",
-            "The order could not be taken now",
-            "post it again after the time in Retry-After, with the same Idempotency-Key: \
-             it will be one order",
+            "The shop cannot answer now",
+            "come again after the time in Retry-After; an order posted with the same \
+             Idempotency-Key will be one order",
         );
         problem.with_header(header::RETRY_AFTER, "1")
     }

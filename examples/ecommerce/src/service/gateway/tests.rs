@@ -9,11 +9,13 @@ use serde_json::{Value, json};
 
 use super::{Board, Gateway, consumer};
 use crate::events::{Cents, OrderCreated};
-use crate::service::sample::{order_id, reserved};
+use crate::service::sample::{TestData, order_id, reserved};
 
 struct Counter {
     gateway: Gateway,
+    board: Board,
     bus: EventBus,
+    _data: TestData,
     client: Client,
 }
 
@@ -22,13 +24,16 @@ impl Counter {
         let bus = EventBus::builder(MemoryBroker::new())
             .source("gateway")
             .build();
-        let gateway = Gateway::start(bus.clone(), Board::default(), 0)
-            .await
-            .unwrap();
+        let data = TestData::new();
+        let board = Board::open(data.path()).await.unwrap();
+        let gateway = Gateway::start(bus.clone(), board.clone(), 0).await;
+        let gateway = gateway.unwrap();
         let client = Client::builder().no_proxy().build().unwrap();
         Self {
             gateway,
+            board,
             bus,
+            _data: data,
             client,
         }
     }
@@ -118,18 +123,14 @@ async fn an_order_is_accepted_and_published_with_its_origin() {
 #[tokio::test]
 async fn the_board_follows_the_events() {
     let shop = Counter::open().await;
-    let board = Board::default();
-    let watched = Gateway::start(shop.bus.clone(), board.clone(), 0)
-        .await
-        .unwrap();
-    let following = consumer(&shop.bus, board.clone()).spawn().await.unwrap();
-    let mut open = board.open();
+    let following = consumer(&shop.bus, shop.board.clone()).spawn().await;
+    let following = following.unwrap();
+    let mut open = shop.board.count_open();
     shop.bus.publish(reserved(1)).await.unwrap();
     let heard = open.wait_for(|open| *open == 1);
     let heard = tokio::time::timeout(Duration::from_secs(10), heard).await;
     heard.unwrap().unwrap();
-    let url = format!("{}/orders/{}", watched.url, order_id(1));
-    let shown = shop.client.get(url).send().await.unwrap();
+    let shown = shop.get(&format!("/orders/{}", order_id(1))).await;
     let shown: Value = shown.json().await.unwrap();
     assert_eq!(shown["status"], "reserved");
     following.shutdown().await.unwrap();

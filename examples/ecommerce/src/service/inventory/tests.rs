@@ -6,11 +6,11 @@ use eventbus_testkit::TestBus;
 
 use super::{Warehouse, consumer};
 use crate::events::{InventoryReleased, InventoryReserved, InventoryShort};
-use crate::service::sample::{created, line, order_id, publish_twice, unpaid};
+use crate::service::sample::{TestData, created, line, order_id, publish_twice, unpaid};
 
-fn warehouse(teapots: u32, mugs: u32) -> Warehouse {
-    let shelf = [("teapot", teapots), ("mug-blue", mugs)];
-    Warehouse::new(pieces(&shelf))
+async fn warehouse(data: &TestData, teapots: u32, mugs: u32) -> Warehouse {
+    let shelf = pieces(&[("teapot", teapots), ("mug-blue", mugs)]);
+    Warehouse::open(data.path(), &shelf).await.unwrap()
 }
 
 fn pieces(of: &[(&str, u32)]) -> BTreeMap<String, u32> {
@@ -22,8 +22,8 @@ fn pieces(of: &[(&str, u32)]) -> BTreeMap<String, u32> {
 
 #[tokio::test]
 async fn what_is_there_is_set_aside() {
-    let bus = TestBus::new();
-    let stock = warehouse(5, 5);
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let stock = warehouse(&data, 5, 5).await;
     let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
     let order = created(1, vec![line("teapot", 2), line("mug-blue", 5)]);
     bus.publish(order.clone()).await.unwrap();
@@ -34,14 +34,20 @@ async fn what_is_there_is_set_aside() {
         (&reserved[0].lines, reserved[0].total),
         (&order.lines, order.total)
     );
-    assert_eq!(stock.on_shelf(), pieces(&[("teapot", 3), ("mug-blue", 0)]));
-    assert_eq!(stock.set_aside(), pieces(&[("teapot", 2), ("mug-blue", 5)]));
+    assert_eq!(
+        stock.on_shelf().await.unwrap(),
+        pieces(&[("teapot", 3), ("mug-blue", 0)])
+    );
+    assert_eq!(
+        stock.set_aside().await.unwrap(),
+        pieces(&[("teapot", 2), ("mug-blue", 5)])
+    );
 }
 
 #[tokio::test]
 async fn all_or_nothing_is_set_aside() {
-    let bus = TestBus::new();
-    let stock = warehouse(5, 1);
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let stock = warehouse(&data, 5, 1).await;
     let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
     let order = created(1, vec![line("teapot", 2), line("mug-blue", 2)]);
     bus.publish(order).await.unwrap();
@@ -49,37 +55,43 @@ async fn all_or_nothing_is_set_aside() {
     let short = bus.published::<InventoryShort>().await;
     assert_eq!(short[0].product, "mug-blue");
     assert!(bus.published::<InventoryReserved>().await.is_empty());
-    assert_eq!(stock.on_shelf(), pieces(&[("teapot", 5), ("mug-blue", 1)]));
+    assert_eq!(
+        stock.on_shelf().await.unwrap(),
+        pieces(&[("teapot", 5), ("mug-blue", 1)])
+    );
 }
 
 #[tokio::test]
 async fn one_product_on_two_lines_counts_together() {
-    let bus = TestBus::new();
-    let stock = warehouse(3, 0);
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let stock = warehouse(&data, 3, 0).await;
     let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
     let order = created(1, vec![line("teapot", 2), line("teapot", 2)]);
     bus.publish(order).await.unwrap();
     bus.settled().await;
     assert_eq!(bus.published::<InventoryShort>().await.len(), 1);
-    assert_eq!(stock.on_shelf(), pieces(&[("teapot", 3), ("mug-blue", 0)]));
+    assert_eq!(
+        stock.on_shelf().await.unwrap(),
+        pieces(&[("teapot", 3), ("mug-blue", 0)])
+    );
 }
 
 #[tokio::test]
 async fn an_order_delivered_twice_reserves_once_and_says_so_again() {
-    let bus = TestBus::new();
-    let stock = warehouse(5, 0);
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let stock = warehouse(&data, 5, 0).await;
     let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
     publish_twice(&bus, created(1, vec![line("teapot", 2)])).await;
     assert_eq!(bus.published::<InventoryReserved>().await.len(), 2);
-    assert_eq!(stock.on_shelf()["teapot"], 3);
+    assert_eq!(stock.on_shelf().await.unwrap()["teapot"], 3);
     publish_twice(&bus, created(2, vec![line("teapot", 9)])).await;
     assert_eq!(bus.published::<InventoryShort>().await.len(), 2);
 }
 
 #[tokio::test]
 async fn an_unpaid_order_goes_back_on_the_shelf_once() {
-    let bus = TestBus::new();
-    let stock = warehouse(5, 0);
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let stock = warehouse(&data, 5, 0).await;
     let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
     bus.publish(created(1, vec![line("teapot", 2)]))
         .await
@@ -89,24 +101,24 @@ async fn an_unpaid_order_goes_back_on_the_shelf_once() {
     let released = bus.published::<InventoryReleased>().await;
     assert_eq!(released.len(), 2);
     assert_eq!(released[0].order_id, order_id(1));
-    assert_eq!(stock.on_shelf()["teapot"], 5);
-    assert!(stock.set_aside().is_empty());
+    assert_eq!(stock.on_shelf().await.unwrap()["teapot"], 5);
+    assert!(stock.set_aside().await.unwrap().is_empty());
     // The order itself delivered again: what it was told stays true, and nothing moves.
     bus.publish(created(1, vec![line("teapot", 2)]))
         .await
         .unwrap();
     bus.settled().await;
     assert_eq!(bus.published::<InventoryReserved>().await.len(), 2);
-    assert_eq!(stock.on_shelf()["teapot"], 5);
+    assert_eq!(stock.on_shelf().await.unwrap()["teapot"], 5);
 }
 
 #[tokio::test]
 async fn nothing_held_means_nothing_to_put_back() {
-    let bus = TestBus::new();
-    let stock = warehouse(5, 0);
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let stock = warehouse(&data, 5, 0).await;
     let _inventory = bus.spawn(consumer(&bus, stock.clone())).await;
     bus.publish(unpaid(1)).await.unwrap();
     bus.run_out().await;
     assert_eq!(bus.dead_letters().await.len(), 1);
-    assert_eq!(stock.on_shelf()["teapot"], 5);
+    assert_eq!(stock.on_shelf().await.unwrap()["teapot"], 5);
 }

@@ -9,7 +9,7 @@ use super::{Notifications, consumer};
 use crate::client::ProviderError;
 use crate::client::mailer::{Mail, Mailer};
 use crate::events::{CancelReason, Notice, NotificationSent};
-use crate::service::sample::{cancelled, customer, packed, publish_twice};
+use crate::service::sample::{TestData, cancelled, customer, packed, publish_twice};
 
 /// Keeps what it is given, and is away for the first calls.
 #[derive(Clone, Debug, Default)]
@@ -39,7 +39,9 @@ impl Mailer for Outbox {
 #[tokio::test]
 async fn each_outcome_is_one_mail() {
     let (bus, outbox) = (TestBus::new(), Outbox::default());
-    let notifications = Notifications::new(outbox.clone());
+    let data = TestData::new();
+    let notifications = Notifications::open(data.path(), outbox.clone()).await;
+    let notifications = notifications.unwrap();
     let _notification = bus.spawn(consumer(&bus, notifications)).await;
     bus.publish(packed(1)).await.unwrap();
     bus.publish(cancelled(2, CancelReason::OutOfStock))
@@ -70,7 +72,9 @@ async fn each_outcome_is_one_mail() {
 #[tokio::test]
 async fn an_event_delivered_twice_is_mailed_under_one_key() {
     let (bus, outbox) = (TestBus::new(), Outbox::default());
-    let notifications = Notifications::new(outbox.clone());
+    let data = TestData::new();
+    let notifications = Notifications::open(data.path(), outbox.clone()).await;
+    let notifications = notifications.unwrap();
     let _notification = bus.spawn(consumer(&bus, notifications)).await;
     publish_twice(&bus, packed(1)).await;
     let calls = outbox.calls();
@@ -86,7 +90,9 @@ async fn a_mailer_that_is_away_is_asked_again_with_the_same_key() {
         ..Outbox::default()
     };
     let bus = TestBus::new();
-    let notifications = Notifications::new(outbox.clone());
+    let data = TestData::new();
+    let notifications = Notifications::open(data.path(), outbox.clone()).await;
+    let notifications = notifications.unwrap();
     let _notification = bus.spawn(consumer(&bus, notifications)).await;
     bus.publish(packed(1)).await.unwrap();
     bus.run_out().await;

@@ -4,12 +4,15 @@ use eventbus_testkit::TestBus;
 
 use super::{Orders, consumer};
 use crate::events::{CancelReason, Notice, OrderCancelled, OrderShipped};
-use crate::service::sample::{created, line, order_id, publish_twice, short, told, unpaid};
+use crate::service::sample::{
+    TestData, created, line, order_id, publish_twice, short, told, unpaid,
+};
 
 #[tokio::test]
 async fn a_told_customer_means_a_shipped_order() {
-    let bus = TestBus::new();
-    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let orders = Orders::open(data.path()).await.unwrap();
+    let _order = bus.spawn(consumer(&bus, orders)).await;
     bus.publish(created(1, vec![line("teapot", 1)]))
         .await
         .unwrap();
@@ -22,8 +25,9 @@ async fn a_told_customer_means_a_shipped_order() {
 
 #[tokio::test]
 async fn short_stock_and_declined_cards_cancel() {
-    let bus = TestBus::new();
-    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let orders = Orders::open(data.path()).await.unwrap();
+    let _order = bus.spawn(consumer(&bus, orders)).await;
     bus.publish(short(1)).await.unwrap();
     bus.publish(unpaid(2)).await.unwrap();
     bus.settled().await;
@@ -38,8 +42,9 @@ async fn short_stock_and_declined_cards_cancel() {
 
 #[tokio::test]
 async fn the_mail_about_a_cancellation_ships_nothing() {
-    let bus = TestBus::new();
-    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let orders = Orders::open(data.path()).await.unwrap();
+    let _order = bus.spawn(consumer(&bus, orders)).await;
     bus.publish(short(1)).await.unwrap();
     bus.publish(told(1, Notice::Cancelled)).await.unwrap();
     bus.settled().await;
@@ -49,8 +54,9 @@ async fn the_mail_about_a_cancellation_ships_nothing() {
 
 #[tokio::test]
 async fn the_end_of_an_order_delivered_twice_is_said_again() {
-    let bus = TestBus::new();
-    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let orders = Orders::open(data.path()).await.unwrap();
+    let _order = bus.spawn(consumer(&bus, orders)).await;
     publish_twice(&bus, short(1)).await;
     publish_twice(&bus, unpaid(2)).await;
     publish_twice(&bus, told(3, Notice::Shipped)).await;
@@ -61,8 +67,9 @@ async fn the_end_of_an_order_delivered_twice_is_said_again() {
 
 #[tokio::test]
 async fn a_second_end_is_left_to_a_person() {
-    let bus = TestBus::new();
-    let _order = bus.spawn(consumer(&bus, Orders::default())).await;
+    let (bus, data) = (TestBus::new(), TestData::new());
+    let orders = Orders::open(data.path()).await.unwrap();
+    let _order = bus.spawn(consumer(&bus, orders)).await;
     bus.publish(short(1)).await.unwrap();
     bus.settled().await;
     bus.publish(told(1, Notice::Shipped)).await.unwrap();

@@ -9,7 +9,7 @@ use super::{Payments, consumer};
 use crate::client::ProviderError;
 use crate::client::psp::{Charge, ChargeOutcome, PaymentProvider};
 use crate::events::{Cents, PaymentFailed, PaymentProcessed};
-use crate::service::sample::{publish_twice, reserved};
+use crate::service::sample::{TestData, publish_twice, reserved};
 
 /// A provider that is away for the first calls, or refuses, and declines `tok_0002`.
 #[derive(Clone, Debug, Default)]
@@ -51,7 +51,9 @@ impl PaymentProvider for Psp {
 #[tokio::test]
 async fn what_is_set_aside_is_charged() {
     let (bus, psp) = (TestBus::new(), Psp::default());
-    let _payment = bus.spawn(consumer(&bus, Payments::new(psp.clone()))).await;
+    let data = TestData::new();
+    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
+    let _payment = bus.spawn(consumer(&bus, payments)).await;
     bus.publish(reserved(1)).await.unwrap();
     bus.settled().await;
     let paid = bus.published::<PaymentProcessed>().await;
@@ -65,7 +67,9 @@ async fn what_is_set_aside_is_charged() {
 #[tokio::test]
 async fn a_declined_card_is_news_and_not_an_error() {
     let (bus, psp) = (TestBus::new(), Psp::default());
-    let _payment = bus.spawn(consumer(&bus, Payments::new(psp.clone()))).await;
+    let data = TestData::new();
+    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
+    let _payment = bus.spawn(consumer(&bus, payments)).await;
     let mut order = reserved(1);
     order.card = "tok_0002".to_owned();
     bus.publish(order).await.unwrap();
@@ -85,7 +89,9 @@ async fn a_provider_that_is_away_is_asked_again_with_the_same_key() {
         ..Psp::default()
     };
     let bus = TestBus::new();
-    let _payment = bus.spawn(consumer(&bus, Payments::new(psp.clone()))).await;
+    let data = TestData::new();
+    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
+    let _payment = bus.spawn(consumer(&bus, payments)).await;
     bus.publish(reserved(1)).await.unwrap();
     bus.run_out().await;
     assert_eq!(bus.published::<PaymentProcessed>().await.len(), 1);
@@ -97,7 +103,9 @@ async fn a_provider_that_is_away_is_asked_again_with_the_same_key() {
 #[tokio::test]
 async fn an_event_delivered_twice_is_charged_under_one_key() {
     let (bus, psp) = (TestBus::new(), Psp::default());
-    let _payment = bus.spawn(consumer(&bus, Payments::new(psp.clone()))).await;
+    let data = TestData::new();
+    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
+    let _payment = bus.spawn(consumer(&bus, payments)).await;
     publish_twice(&bus, reserved(1)).await;
     let keys = psp.keys();
     assert_eq!((keys.len(), &keys[0]), (2, &keys[1]));
@@ -111,7 +119,9 @@ async fn a_refused_call_needs_a_person() {
         ..Psp::default()
     };
     let bus = TestBus::new();
-    let _payment = bus.spawn(consumer(&bus, Payments::new(psp.clone()))).await;
+    let data = TestData::new();
+    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
+    let _payment = bus.spawn(consumer(&bus, payments)).await;
     bus.publish(reserved(1)).await.unwrap();
     bus.settled().await;
     assert_eq!(psp.keys().len(), 1);
