@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use metrics::{Counter, Histogram};
 use tokio::time::Instant;
-use tracing::Instrument;
+use tracing::{Instrument, trace};
 
 use crate::activity::Activity;
 use crate::broker::{
@@ -628,7 +628,9 @@ impl EventBus {
             None => self.inner.broker.publish(messages),
             Some(span) => Box::pin(self.inner.broker.publish(messages).instrument(span)),
         };
+        trace!(target: "eventbus::step", step = "publish.before");
         let result = published.await;
+        trace!(target: "eventbus::step", step = "publish.after");
         self.inner.publish_duration.record(begun.elapsed());
         let failed = result
             .as_ref()

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tracing::trace;
+
 use super::Runtime;
 use super::backoff::Backoff;
 use crate::activity::Part;
@@ -61,18 +63,22 @@ async fn settle(
         return Ok(());
     }
     let mut backoff = Backoff::new();
+    trace!(target: "eventbus::step", step = "settle.before");
     while let Err(error) = settlement.settle(verdicts).await {
         retry(runtime, error, &mut backoff).await?;
     }
+    trace!(target: "eventbus::step", step = "settle.after");
     verdicts.clear();
     Ok(())
 }
 
 async fn release(runtime: &Runtime, settlement: &mut dyn Settlement, lanes: &[Lane]) -> Result<()> {
     let mut backoff = Backoff::new();
+    trace!(target: "eventbus::step", step = "release.before");
     while let Err(error) = settlement.release(lanes).await {
         retry(runtime, error, &mut backoff).await?;
     }
+    trace!(target: "eventbus::step", step = "release.after");
     runtime.close_lanes(lanes);
     Ok(())
 }
