@@ -17,6 +17,7 @@ use futures_util::future::BoxFuture;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{SqlSafeStr, SqliteConnection};
 use tokio::sync::oneshot;
+use tracing::trace;
 
 use super::append::Appender;
 use super::error::into_error;
@@ -296,6 +297,7 @@ impl WriterTask {
         let advances = batch.iter().flat_map(Command::advances);
         let stale = settle::record(&self.tables, connection, advances).await?;
         self.appender.insert(connection).await?;
+        trace!(target: "eventbus::step", step = "sql.commit.before");
         sqlx::query("COMMIT")
             .execute(connection)
             .await
@@ -303,6 +305,7 @@ impl WriterTask {
                 native: Arc::new(native),
                 committing: true,
             })?;
+        trace!(target: "eventbus::step", step = "sql.commit.after");
         self.stale.fetch_add(stale, Ordering::Relaxed);
         self.wakes.appended(self.appender.committed());
         Ok(())
