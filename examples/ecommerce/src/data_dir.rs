@@ -44,4 +44,12 @@ impl DataDir {
             Self::Temporary(directory) => directory.path(),
         }
     }
+
+    /// Lets a temporary directory stay, for somebody to look into.
+    pub fn keep(self) -> PathBuf {
+        match self {
+            Self::Kept(path) => path,
+            Self::Temporary(directory) => directory.keep(),
+        }
+    }
 }

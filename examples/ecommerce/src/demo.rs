@@ -14,13 +14,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::timeout;
 
 use crate::data_dir::DataDir;
-use crate::fake::{FakeProcess, ledger_of};
+use crate::fake::{FakeProcess, ask, ledger_of};
 use crate::service::gateway::Board;
-use crate::shop::{Service, Shop, Surroundings, connect, lives_in_process};
+use crate::shop::{Service, Shop, Surroundings, broker_url, connect, lives_in_process};
 
 mod checkout;
 mod history;
-mod order_book;
+pub mod order_book;
 mod summary;
 mod timeline;
 
@@ -48,9 +48,10 @@ pub struct DemoArgs {
     /// Makes the last line of stdout one JSON object; everything else goes to stderr
     #[arg(long)]
     json: bool,
-    /// The broker on which the services meet; `memory:` lives inside this process
-    #[arg(long, value_name = "URL", default_value = "memory:")]
-    broker: String,
+    /// The broker on which the services meet, such as `memory:` [default: the embedded one, an
+    /// SQLite file among the others]
+    #[arg(long, value_name = "URL")]
+    broker: Option<String>,
     /// A new directory for the services' files, to look into afterwards [default: a temporary one]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
@@ -58,6 +59,9 @@ pub struct DemoArgs {
     /// is placed when an earlier one ends
     #[arg(long, value_name = "ORDERS", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rate: Option<u32>,
+    /// Lets the payment provider never be busy or slow, to measure the shop without it
+    #[arg(long)]
+    calm: bool,
 }
 
 /// Runs the demo; the exit code says whether it adds up.
@@ -67,10 +71,10 @@ pub struct DemoArgs {
 /// When something cannot be started or asked.
 pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let data = data_dir(args.data.clone())?;
-    let bus = connect(&broker_url(&args)).await?;
+    let bus = connect(&broker(&args, data.path())).await?;
     let book = OrderBook::write(args.orders, args.seed, &run_name(&bus, args.seed));
     let book = Arc::new(book);
-    let (psp, mailer) = start_fakes(args.seed, data.path()).await?;
+    let (psp, mailer) = start_fakes(&args, data.path()).await?;
     let surroundings = Surroundings {
         data: data.path().to_owned(),
         port: 0,
@@ -90,8 +94,8 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
 
     let history = History::read(&bus).await?;
     let findings = Findings {
-        psp: ask(&psp, "calls").await?,
-        mailer: ask(&mailer, "calls").await?,
+        psp: ask(&psp.url).await?,
+        mailer: ask(&mailer.url).await?,
         unfinished,
         dead_letters: shop.dead_letters().await?,
         orders: checkout.look_up(&board).await?,
@@ -123,13 +127,13 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The in-memory broker gets room for all events of the run, to be able to show and count them.
-fn broker_url(args: &DemoArgs) -> String {
-    match args.broker.as_str() {
-        "memory:" => format!(
+fn broker(args: &DemoArgs, data: &Path) -> String {
+    match args.broker.as_deref() {
+        Some("memory:") => format!(
             "memory:?bytes={}",
             EVENT_BYTES_MIN + args.orders as usize * ORDER_BYTES
         ),
-        url => url.to_owned(),
+        named => broker_url(named, data),
     }
 }
 
@@ -157,21 +161,14 @@ fn data_dir(path: Option<PathBuf>) -> anyhow::Result<DataDir> {
     Ok(data)
 }
 
-async fn start_fakes(seed: u64, data: &Path) -> anyhow::Result<(FakeProcess, FakeProcess)> {
+async fn start_fakes(args: &DemoArgs, data: &Path) -> anyhow::Result<(FakeProcess, FakeProcess)> {
     let mut psp = ledger_of("fake-psp", data).to_vec();
-    psp.extend(["--seed".into(), seed.to_string().into()]);
+    psp.extend(["--seed".into(), args.seed.to_string().into()]);
+    psp.extend(args.calm.then(|| "--calm".into()));
     let psp = FakeProcess::start("fake-psp", &psp);
     let mailer = ledger_of("fake-mailer", data);
     let mailer = FakeProcess::start("fake-mailer", &mailer);
     tokio::try_join!(psp, mailer)
-}
-
-/// Asks a fake what it was asked.
-async fn ask<T: serde::de::DeserializeOwned>(fake: &FakeProcess, what: &str) -> anyhow::Result<T> {
-    let client = reqwest::Client::builder().no_proxy().build()?;
-    let response = client.get(format!("{}/{what}", fake.url)).send().await;
-    let response = response.with_context(|| format!("ask the fake provider at {}", fake.url))?;
-    Ok(response.error_for_status()?.json().await?)
 }
 
 /// Waits until every order on the board is over, and counts those that are not.

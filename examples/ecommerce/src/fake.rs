@@ -13,6 +13,7 @@ use axum::Router;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use clap::Args;
+use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
@@ -41,7 +42,7 @@ pub struct FakeProcess {
     /// Where it listens, such as `http://127.0.0.1:40123`.
     pub url: String,
     /// Its stdin stays open as long as we live: that is how it knows.
-    _child: Option<Child>,
+    child: Option<Child>,
 }
 
 impl FakeProcess {
@@ -67,8 +68,20 @@ impl FakeProcess {
         })?;
         Ok(Self {
             url,
-            _child: Some(child),
+            child: Some(child),
         })
+    }
+
+    /// Kills it, as a crash would.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be waited for.
+    pub async fn kill(&mut self) -> anyhow::Result<()> {
+        if let Some(child) = &mut self.child {
+            child.kill().await.context("kill a fake provider")?;
+        }
+        Ok(())
     }
 
     /// The provider at `url` if there is one, otherwise `ecommerce <command>` with its ledger in
@@ -83,7 +96,7 @@ impl FakeProcess {
         data: &Path,
     ) -> anyhow::Result<Self> {
         match url {
-            Some(url) => Ok(Self { url, _child: None }),
+            Some(url) => Ok(Self { url, child: None }),
             None => Self::start(command, &ledger_of(command, data)).await,
         }
     }
@@ -93,6 +106,18 @@ impl FakeProcess {
 pub fn ledger_of(command: &str, data: &Path) -> [OsString; 2] {
     let ledger = data.join(format!("{command}.ledger"));
     ["--ledger".into(), ledger.into()]
+}
+
+/// Asks the fake at `url` what it was asked.
+///
+/// # Errors
+///
+/// When it does not answer.
+pub async fn ask<T: DeserializeOwned>(url: &str) -> anyhow::Result<T> {
+    let client = reqwest::Client::builder().no_proxy().build()?;
+    let response = client.get(format!("{url}/calls")).send().await;
+    let response = response.with_context(|| format!("ask the fake provider at {url}"))?;
+    Ok(response.error_for_status()?.json().await?)
 }
 
 /// Serves `routes` on loopback until stdin closes, or ctrl-c when a person started it.

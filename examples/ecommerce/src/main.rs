@@ -4,7 +4,6 @@
     reason = "a program: nothing is reachable from outside, and `pub(crate)` everywhere reads worse"
 )]
 
-use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,10 +11,14 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use eventbus::prelude::shutdown_signal;
 use tracing::info;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
 
+mod campaign;
 mod catalogue;
 mod client;
+mod crash_point;
 mod data_dir;
 mod demo;
 mod events;
@@ -24,12 +27,14 @@ mod service;
 mod shop;
 mod store;
 
+use campaign::CampaignArgs;
+use crash_point::CrashPoint;
 use data_dir::DataDir;
 use demo::DemoArgs;
 use fake::FakeProcess;
 use fake::mailer::MailerArgs;
 use fake::psp::PspArgs;
-use shop::{Service, Shop, Surroundings, connect, lives_in_process};
+use shop::{OPEN, Service, Shop, Surroundings, broker_url, connect, lives_in_process, usual_stock};
 
 /// A shop of small services that talk through events only.
 ///
@@ -65,6 +70,12 @@ enum Command {
     /// and follow the Location header of the answer.
     #[command(verbatim_doc_comment)]
     Run(RunArgs),
+    /// Kills a shop over and over while orders are placed, and checks that nothing is lost
+    ///
+    /// Every order whose client saw a 202 must reach its end, be charged once and mailed once;
+    /// stock and money must balance, and the events of an order stay in order. Exits with 1 when
+    /// they do not, keeps all files then, and says how to run the same again.
+    Campaign(CampaignArgs),
     /// Runs the fake payment provider until stdin closes
     ///
     /// POST /charges charges once per Idempotency-Key; GET /calls tells what it was asked.
@@ -82,15 +93,19 @@ struct RunArgs {
     /// with `memory:` a temporary directory]
     #[arg(long, value_name = "DIR", verbatim_doc_comment)]
     data: Option<PathBuf>,
-    /// The broker on which the services meet; `memory:` lives and dies with this process
-    #[arg(long, value_name = "URL", default_value = "memory:")]
-    broker: String,
+    /// The broker on which the services meet, such as `memory:`, which lives and dies with this
+    /// process [default: the embedded one, an SQLite file in the data directory]
+    #[arg(long, value_name = "URL")]
+    broker: Option<String>,
     /// The gateway's port on loopback; 0 takes a free one
     #[arg(long, default_value_t = 8080)]
     port: u16,
     /// Only these services, such as `order,payment`; needs a broker that processes can share
     #[arg(long, value_delimiter = ',')]
     only: Vec<Service>,
+    /// Aborts at the Nth time that a named step is reached, for the crash campaign
+    #[arg(long, value_name = "STEP:N", hide = true)]
+    crash_at: Option<CrashPoint>,
     /// A payment provider that is running already; otherwise a fake one is started
     #[arg(long, value_name = "URL")]
     psp: Option<String>,
@@ -102,10 +117,15 @@ struct RunArgs {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    let quiet = matches!(cli.command, Command::Demo(_));
-    start_logging(if quiet { "warn" } else { "info" });
+    let (level, crash_at) = match &cli.command {
+        Command::Demo(_) => ("warn", None),
+        Command::Run(args) => ("info", args.crash_at.clone()),
+        _ => ("info", None),
+    };
+    start_logging(level, crash_at);
     let outcome = match cli.command {
         Command::Demo(args) => demo::run(args).await,
+        Command::Campaign(args) => campaign::run(args).await,
         Command::Run(args) => run(args).await.map(|()| ExitCode::SUCCESS),
         Command::FakePsp(args) => fake::psp::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::FakeMailer(args) => fake::mailer::run(args).await.map(|()| ExitCode::SUCCESS),
@@ -116,18 +136,32 @@ async fn main() -> ExitCode {
     })
 }
 
+/// Whether the user named the broker that lives inside the process.
+fn is_memory(broker: Option<&str>) -> bool {
+    broker.is_some_and(|url| url.starts_with("memory:"))
+}
+
 /// Logs to stderr; `RUST_LOG` overrides what.
-fn start_logging(default: &str) {
+fn start_logging(default: &str, crash_at: Option<CrashPoint>) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let log = tracing_subscriber::fmt::layer()
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
+        .with_filter(filter);
+    tracing_subscriber::registry()
+        .with(log)
+        .with(crash_at.map(CrashPoint::layer))
         .init();
 }
 
 async fn run(args: RunArgs) -> anyhow::Result<()> {
-    let bus = connect(&args.broker).await?;
+    let data = match args.data {
+        Some(data) => DataDir::open(data)?,
+        // What is on such a broker ends with the process, so the rest may not outlive it.
+        None if is_memory(args.broker.as_deref()) => DataDir::temporary()?,
+        None => DataDir::open("ecommerce-data".into())?,
+    };
+    let bus = connect(&broker_url(args.broker.as_deref(), data.path())).await?;
     anyhow::ensure!(
         args.only.is_empty() || !lives_in_process(&bus),
         "`--only` runs some services in this process and leaves the others to other processes, but \
@@ -137,12 +171,6 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let services = match args.only.is_empty() {
         true => Service::value_variants().to_vec(),
         false => args.only,
-    };
-    let data = match args.data {
-        Some(data) => DataDir::open(data)?,
-        // What is on the broker ends with the process, so the rest may not outlive it.
-        None if lives_in_process(&bus) => DataDir::temporary()?,
-        None => DataDir::open("ecommerce-data".into())?,
     };
     let fake = async |service, url, command| match services.contains(&service) {
         true => FakeProcess::unless_given(url, command, data.path())
@@ -164,6 +192,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     if let Some(url) = shop.gateway_url() {
         info!("taking orders at {url}/orders, until ctrl-c");
     }
+    info!("{OPEN}");
     let ended = tokio::select! {
         () = shutdown_signal() => Ok(()),
         error = shop.failed() => Err(error),
@@ -172,15 +201,4 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let stopped = shop.stop().await;
     bus.close().await?;
     ended.and(stopped)
-}
-
-/// Enough of everything, and a few of what is limited.
-fn usual_stock() -> BTreeMap<String, u32> {
-    catalogue::PRODUCTS
-        .iter()
-        .map(|product| {
-            let limited = product.id == catalogue::LIMITED;
-            (product.id.to_owned(), if limited { 10 } else { 10_000 })
-        })
-        .collect()
 }

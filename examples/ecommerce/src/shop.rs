@@ -2,7 +2,7 @@
 //! that nobody would handle, then the consumers.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{debug, error, info, warn};
 
+use crate::catalogue;
 use crate::client::mailer::HttpMailer;
 use crate::client::psp::HttpPsp;
 use crate::events::topics;
@@ -26,6 +27,9 @@ use crate::service::shipping::{self, Labels};
 
 /// How long orders under way may take to end when the broker dies with this process.
 const FINISH_WITHIN: Duration = Duration::from_secs(10);
+
+/// What the log says when a shop is open.
+pub const OPEN: &str = "the shop is open";
 
 /// A service of the shop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -265,6 +269,14 @@ pub async fn connect(url: &str) -> anyhow::Result<EventBus> {
     connected.context("connect to the broker given with `--broker`")
 }
 
+/// The broker that the user named, or the embedded one in the data directory.
+pub fn broker_url(named: Option<&str>, data: &Path) -> String {
+    match named {
+        Some(url) => url.to_owned(),
+        None => format!("sqlite://{}", data.join("bus.db").display()),
+    }
+}
+
 /// Whether what is on the broker lives and dies with this process.
 pub fn lives_in_process(bus: &EventBus) -> bool {
     bus.capabilities().durability == Durability::Process
@@ -295,4 +307,15 @@ async fn wait_for_orders(board: &Board) {
             "orders under way are lost: this broker ends with the process"
         );
     }
+}
+
+/// What is on the shelves of a new shop: enough of everything, and a few of what is limited.
+pub fn usual_stock() -> BTreeMap<String, u32> {
+    catalogue::PRODUCTS
+        .iter()
+        .map(|product| {
+            let limited = product.id == catalogue::LIMITED;
+            (product.id.to_owned(), if limited { 10 } else { 10_000 })
+        })
+        .collect()
 }

@@ -39,6 +39,40 @@ const JOURNAL: &str = "
     ) STRICT;
     DELETE FROM handled WHERE at < unixepoch() - 30 * 24 * 60 * 60";
 
+/// An event that a service handled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handled {
+    /// The event's key.
+    pub key: String,
+    /// Its type.
+    pub event_type: String,
+    /// Its id.
+    pub event_id: String,
+}
+
+/// What a service handled, in the order in which it was committed.
+///
+/// # Errors
+///
+/// When its database cannot be read.
+pub async fn journal(data: &Path, service: &str) -> anyhow::Result<Vec<Handled>> {
+    let file = data.join(format!("{service}.db"));
+    let options = SqliteConnectOptions::new().filename(&file);
+    let opened = options.connect().await;
+    let mut connection = opened.with_context(|| format!("open {}", file.display()))?;
+    let sql = "SELECT key, event_type, event_id FROM handled ORDER BY sequence";
+    let rows: Vec<(String, String, String)> =
+        sqlx::query_as(sql).fetch_all(&mut connection).await?;
+    let rows = rows.into_iter();
+    Ok(rows
+        .map(|(key, event_type, event_id)| Handled {
+            key,
+            event_type,
+            event_id,
+        })
+        .collect())
+}
+
 /// A service's own database; clones share it.
 #[derive(Clone)]
 pub struct Store {

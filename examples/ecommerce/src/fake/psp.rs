@@ -32,6 +32,12 @@ pub struct PspArgs {
     /// Declines cards whose token ends like this
     #[arg(long, default_value = DECLINED)]
     decline: String,
+    /// Is never busy or slow
+    #[arg(long)]
+    calm: bool,
+    /// Refuses calls for cards whose token ends like this, which no asking again helps against
+    #[arg(long, value_name = "SUFFIX")]
+    refuse: Option<String>,
 }
 
 /// How the tokens of declined cards end.
@@ -49,6 +55,8 @@ pub enum Reaction {
     AnswerLate(ChargeOutcome),
     /// Nothing happens: the provider is busy.
     Busy,
+    /// Nothing happens, however often it is asked.
+    Refuse,
 }
 
 /// The provider's books.
@@ -56,6 +64,8 @@ pub enum Reaction {
 pub struct FakePsp {
     faults: FixedState,
     decline: String,
+    refuse: Option<String>,
+    calm: bool,
     ledger: Ledger<Entry>,
 }
 
@@ -99,6 +109,8 @@ impl FakePsp {
         Self {
             faults: FixedState::with_seed(seed),
             decline: decline.to_owned(),
+            refuse: None,
+            calm: false,
             ledger,
         }
     }
@@ -109,11 +121,16 @@ impl FakePsp {
     ///
     /// When the ledger cannot be written.
     pub fn call(&mut self, key: &str, charge: &Charge) -> io::Result<Reaction> {
+        if let Some(refuse) = &self.refuse
+            && charge.card.ends_with(refuse)
+        {
+            return Ok(Reaction::Refuse);
+        }
         let first = self.ledger.called(key)?;
         let roll = self.faults.hash_one(key) % 1000;
         Ok(match (first, roll) {
-            (true, 0..15) => Reaction::Busy,
-            (true, 15..20) => Reaction::AnswerLate(self.charge(key, charge)?),
+            (true, 0..15) if !self.calm => Reaction::Busy,
+            (true, 15..20) if !self.calm => Reaction::AnswerLate(self.charge(key, charge)?),
             _ => Reaction::Answer(self.charge(key, charge)?),
         })
     }
@@ -165,7 +182,9 @@ impl FakePsp {
 /// When the port is taken, or the ledger in use.
 pub async fn run(args: PspArgs) -> anyhow::Result<()> {
     let ledger = Ledger::open(args.fake.ledger.as_deref())?;
-    let psp = FakePsp::new(args.seed, &args.decline, ledger);
+    let mut psp = FakePsp::new(args.seed, &args.decline, ledger);
+    psp.refuse = args.refuse;
+    psp.calm = args.calm;
     let psp = Arc::new(Mutex::new(psp));
     let routes = Router::new()
         .route("/charges", post(take_charge))
@@ -190,6 +209,10 @@ async fn take_charge(
         Ok(Reaction::AnswerLate(outcome)) => {
             tokio::time::sleep(HANG).await;
             answer(outcome)
+        }
+        Ok(Reaction::Refuse) => {
+            let text = "this provider does not know such cards";
+            (StatusCode::BAD_REQUEST, text).into_response()
         }
         Ok(Reaction::Busy) => {
             let retry = [(header::RETRY_AFTER, "0")];

@@ -135,7 +135,6 @@ async fn show_order(
         "status": order.status,
         "reason": order.reason,
         "tracking": order.tracking,
-        "is_over": order.is_over(),
     }))
     .into_response())
 }

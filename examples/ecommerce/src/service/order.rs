@@ -71,6 +71,12 @@ impl Orders {
         Ok(())
     }
 
+    /// Notes that a customer knows of a cancellation, which changes nothing.
+    async fn note(&self, sent: &NotificationSent, cx: &Context<Self>) -> Result<(), BoxError> {
+        self.0.handling(sent, cx).await?.commit().await?;
+        Ok(())
+    }
+
     /// Ends an order as `news` tells; ending it again in the same way changes nothing.
     async fn end<E: Event + Sync>(
         &self,
@@ -141,11 +147,14 @@ async fn unpaid(failed: PaymentFailed, cx: Context<Orders>) -> Result<(), BoxErr
 }
 
 async fn told(sent: NotificationSent, cx: Context<Orders>) -> Result<(), BoxError> {
-    if sent.notice == Notice::Shipped {
-        let order_id = sent.order_id;
-        let end = Standing::Shipped;
-        cx.state().end(&sent, &cx, order_id, end).await?;
-        cx.publish(OrderShipped { order_id })?;
+    let order_id = sent.order_id;
+    match sent.notice {
+        Notice::Shipped => {
+            let end = Standing::Shipped;
+            cx.state().end(&sent, &cx, order_id, end).await?;
+            cx.publish(OrderShipped { order_id })?;
+        }
+        Notice::Cancelled => cx.state().note(&sent, &cx).await?,
     }
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! The program as people use it: the demo adds up, and the services stop when they are told.
 
+mod crash;
+
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -86,7 +88,7 @@ fn the_same_seed_has_the_same_ends() {
 
 #[test]
 fn some_services_alone_need_a_broker_that_is_shared() {
-    let output = ecommerce(&["run", "--only", "order,payment"]);
+    let output = ecommerce(&["run", "--only", "order,payment", "--broker", "memory:"]);
     assert!(!output.status.success());
     let text = String::from_utf8(output.stderr).expect("text");
     assert!(
@@ -121,47 +123,91 @@ fn a_fake_ends_with_its_stdin() {
     }
 }
 
+/// A shop that is open.
+#[cfg(unix)]
+struct Shop {
+    process: Running,
+    log: BufReader<ChildStderr>,
+    url: String,
+}
+
+#[cfg(unix)]
+impl Shop {
+    fn open(arguments: &[&str]) -> Self {
+        let mut process = Running::start(&[&["run", "--port", "0"], arguments].concat());
+        let mut log = BufReader::new(process.0.stderr.take().expect("a pipe"));
+        let url = loop {
+            let mut line = String::new();
+            assert!(log.read_line(&mut line).expect("text") > 0, "it ended");
+            if let Some(at) = line.find("http://") {
+                let url = line[at..].split("/orders").next();
+                break url.unwrap_or_default().to_owned();
+            }
+        };
+        Self { process, log, url }
+    }
+
+    /// Places an order, and gives its place.
+    async fn order(&self) -> String {
+        let order = json!({
+            "customer": { "name": "Ada Moreau", "email": "ada@example.com" },
+            "card": "tok_4242",
+            "items": [{ "product": "teapot", "quantity": 1 }],
+        });
+        let request = client().post(format!("{}/orders", self.url)).json(&order);
+        let response = request.send().await.expect("an answer");
+        assert_eq!(response.status(), 202);
+        let location = response.headers()["location"].to_str();
+        location.expect("text").to_owned()
+    }
+
+    /// Tells it to stop, and gives what it said.
+    fn stop(mut self) -> String {
+        let pid = self.process.0.id().to_string();
+        let told = Command::new("kill").args(["-TERM", &pid]).status();
+        assert!(told.expect("kill is there").success());
+        assert!(self.process.ended());
+        let mut rest = String::new();
+        self.log.read_to_string(&mut rest).expect("text");
+        assert!(rest.contains("stopping"), "{rest}");
+        rest
+    }
+}
+
+#[cfg(unix)]
+fn client() -> reqwest::Client {
+    let client = reqwest::Client::builder().no_proxy().build();
+    client.expect("a client")
+}
+
 #[cfg(unix)]
 #[tokio::test]
-async fn told_to_stop_the_shop_finishes_the_orders_it_took() {
-    let mut shop = Running::start(&["run", "--port", "0"]);
-    let mut log = BufReader::new(shop.0.stderr.take().expect("a pipe"));
-    let orders = loop {
-        let mut line = String::new();
-        assert!(log.read_line(&mut line).expect("text") > 0, "it ended");
-        if let Some(at) = line.find("http://") {
-            break line[at..]
-                .split([',', ' '])
-                .next()
-                .unwrap_or_default()
-                .to_owned();
-        }
-    };
-    let order = json!({
-        "customer": { "name": "Ada Moreau", "email": "ada@example.com" },
-        "card": "tok_4242",
-        "items": [{ "product": "teapot", "quantity": 1 }],
-    });
-    let client = reqwest::Client::builder()
-        .no_proxy()
-        .build()
-        .expect("a client");
-    let response = client
-        .post(&orders)
-        .json(&order)
-        .send()
-        .await
-        .expect("an answer");
-    assert_eq!(response.status(), 202);
+async fn told_to_stop_a_shop_in_memory_finishes_the_orders_it_took() {
+    let shop = Shop::open(&["--broker", "memory:"]);
+    shop.order().await;
+    let said = shop.stop();
+    assert!(!said.contains("lost"), "{said}");
+}
 
-    let pid = shop.0.id().to_string();
-    let told = Command::new("kill").args(["-TERM", &pid]).status();
-    assert!(told.expect("kill is there").success());
-    assert!(shop.ended());
-    let mut rest = String::new();
-    log.read_to_string(&mut rest).expect("text");
-    assert!(
-        rest.contains("stopping") && !rest.contains("lost"),
-        "{rest}"
-    );
+#[cfg(unix)]
+#[tokio::test]
+async fn a_shop_goes_on_where_it_was() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let data = directory.path().to_str().expect("text");
+    let gateway = Shop::open(&["--data", data, "--only", "gateway"]);
+    let order = gateway.order().await;
+    gateway.stop();
+
+    let shop = Shop::open(&["--data", data]);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let order = client().get(format!("{}{order}", shop.url)).send().await;
+        let order: Value = order.expect("an answer").json().await.expect("an order");
+        if order["status"] == "shipped" {
+            break;
+        }
+        assert!(Instant::now() < deadline, "it does not end: {order}");
+        tokio::task::yield_now().await;
+    }
+    shop.stop();
 }

@@ -1,0 +1,328 @@
+//! The crash campaign: a shop that is killed over and over while clients place orders, and a checker
+//! that finds out whether anything was lost, done twice or done in the wrong order.
+//!
+//! ```text
+//!  campaign ── POST /orders ─▶ shop (one process or two) ── calls ─▶ fake providers
+//!     │                          ▲ SIGKILL, SIGTERM, or an abort at a named step; started again
+//!     └── heal, drain ── reads ─▶ topics, journals, ledgers, stock ─▶ what does not add up
+//! ```
+//!
+//! The campaign itself and the files survive; only processes die, so this proves nothing about a
+//! power cut.
+
+use std::collections::BTreeSet;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use eventbus::prelude::{Event as _, EventBus, Redrive};
+use fastrand::Rng;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+use tokio::time::sleep;
+
+use crate::crash_point::CrashPoint;
+use crate::data_dir::DataDir;
+use crate::demo::order_book::{End, OrderBook};
+use crate::events::InventoryReserved;
+use crate::shop::connect;
+
+mod check;
+mod journal;
+mod load;
+mod victim;
+mod witnesses;
+
+use check::Verdict;
+use journal::{Journal, Note};
+use load::Load;
+use victim::Yard;
+use witnesses::Witnesses;
+
+/// Every named step of publishing, handling, dead-lettering and settling.
+const STEPS: [&str; 8] = [
+    "publish.before",
+    "publish.after",
+    "settle.before",
+    "settle.after",
+    "sql.commit.before",
+    "sql.commit.after",
+    "store.commit.before",
+    "store.commit.after",
+];
+/// A step is crashed at one of its first so many times.
+const STEP_TIMES: u64 = 40;
+/// The payment provider does not know such cards until it is healed: their orders become dead
+/// letters, which are re-driven then. One order in so many has one.
+const REFUSED: &str = "9999";
+const REFUSED_EVERY: usize = 40;
+/// A step that was not reached for so long is not going to be.
+const STEP_WITHIN: Duration = Duration::from_secs(15);
+/// How often is asked whether everything is settled, and how often the answer has to be yes.
+const GLANCE: Duration = Duration::from_millis(50);
+const QUIET_PASSES: u32 = 5;
+/// Without anything being settled for so long, the rest never is.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long orders go on being placed after the last crash.
+const AFTERWARDS: Duration = Duration::from_secs(1);
+
+/// What the campaign does.
+#[derive(Args, Clone, Debug)]
+pub struct CampaignArgs {
+    /// How often a process is killed at a random moment
+    #[arg(long, default_value_t = 20)]
+    kills: u32,
+    /// How often a process is told to stop at a random moment
+    #[arg(long, default_value_t = 0)]
+    terms: u32,
+    /// Nothing may be handled more often than it was published: for ends by `--terms` alone
+    #[arg(long)]
+    once: bool,
+    /// How often the process is crashed at each named step
+    #[arg(long, default_value_t = 1)]
+    steps: u32,
+    /// How the services are spread over processes
+    #[arg(long, value_enum, default_value_t = Shape::Single)]
+    shape: Shape,
+    /// Decides who orders what, who is killed, and when
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Orders a second
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rate: u32,
+    /// The broker on which the services meet, if not the embedded one
+    #[arg(long, value_name = "URL")]
+    broker: Option<String>,
+}
+
+/// How the services are spread over processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shape {
+    /// All in one
+    Single,
+    /// The first three in one, the others in another
+    Split,
+    /// All in one, and all but the gateway in another too: two members in each group
+    Twins,
+}
+
+impl Shape {
+    /// The services of each process; none means all.
+    fn processes(self) -> &'static [&'static str] {
+        match self {
+            Self::Single => &[""],
+            Self::Split => &["gateway,order,inventory", "payment,shipping,notification"],
+            Self::Twins => &["", "order,inventory,payment,shipping,notification"],
+        }
+    }
+}
+
+/// How one process ends.
+#[derive(Clone, Debug)]
+enum Round {
+    /// Killed after so long.
+    Kill(Duration),
+    /// Told to stop when it has run for so long.
+    Term(Duration),
+    /// Aborted by itself at a step.
+    Step(CrashPoint),
+    /// A provider is killed instead.
+    Provider,
+}
+
+/// Runs the campaign; the exit code says whether everything adds up.
+///
+/// # Errors
+///
+/// When something cannot be started or read.
+pub async fn run(args: CampaignArgs) -> anyhow::Result<ExitCode> {
+    let data = DataDir::temporary()?;
+    let verdict = campaign(&args, &data).await;
+    match &verdict {
+        Ok(verdict) => println_to_stdout(&verdict.to_string())?,
+        Err(error) => eprintln!("error: {error:#}"),
+    }
+    if matches!(&verdict, Ok(verdict) if verdict.complaints.is_empty()) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let files = data.keep();
+    let again: Vec<String> = std::env::args().skip(1).collect();
+    eprintln!(
+        "\nall files, logs and the journal are in {}",
+        files.display()
+    );
+    eprintln!(
+        "again: ecommerce {} # the seed is {}",
+        again.join(" "),
+        args.seed
+    );
+    Ok(ExitCode::FAILURE)
+}
+
+/// Goes through all rounds, lets the shop come to rest, and asks everybody.
+async fn campaign(args: &CampaignArgs, data: &DataDir) -> anyhow::Result<Verdict> {
+    let mut random = Rng::with_seed(args.seed);
+    let rounds = rounds(args, &mut random);
+    let journal = Arc::new(Journal::create(&data.path().join("campaign.journal"))?);
+    let mut yard = Yard::open(args, data.path(), Arc::clone(&journal)).await?;
+    let book = book(args, rounds.len());
+    let load = Load::start(
+        yard.gateway_url(),
+        Arc::clone(&book),
+        args.rate,
+        Arc::clone(&journal),
+    );
+
+    let bar = progress_bar(rounds.len());
+    let mut unreached = BTreeSet::new();
+    for round in rounds {
+        journal.note(Note::Round(&format!("{round:?}")));
+        match round {
+            Round::Kill(after) => yard.kill_one(&mut random, after).await?,
+            Round::Term(after) => yard.stop_one(&mut random, after).await?,
+            Round::Provider => yard.kill_provider(&mut random).await?,
+            Round::Step(point) => {
+                if !yard.crash_at(&point, STEP_WITHIN).await? {
+                    unreached.insert(point.step);
+                }
+            }
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+
+    sleep(AFTERWARDS).await;
+    yard.heal().await?;
+    let told = load.finish().await?;
+    let bus = connect(&yard.broker).await?;
+    let (redriven, stuck) = drain(&bus).await?;
+    yard.stop_all().await?;
+    let witnesses = Witnesses::hear(&bus, &yard, data.path()).await?;
+    bus.close().await?;
+    let mut verdict = Verdict::of(&book, &told, &witnesses);
+    if args.once {
+        verdict.demand_once(&witnesses);
+    }
+    verdict.complaints.extend(stuck);
+    verdict.complaints.extend(yard.complaints().iter().cloned());
+    let unreached = unreached.iter();
+    let unreached = unreached.map(|step| format!("the step {step} was never reached"));
+    verdict.complaints.extend(unreached);
+    verdict.restarts = yard.restarts();
+    verdict.redriven = redriven;
+    Ok(verdict)
+}
+
+/// Waits until nothing is left to be handled, and gives the dead letters to their service again;
+/// says how many these were, and what never ended.
+async fn drain(bus: &EventBus) -> anyhow::Result<(usize, Option<String>)> {
+    let mut redriven = 0;
+    loop {
+        if let Some(stuck) = settled(bus).await? {
+            return Ok((redriven, Some(stuck)));
+        }
+        let more = redrive(bus).await?;
+        if more == 0 {
+            return Ok((redriven, None));
+        }
+        redriven += more;
+    }
+}
+
+/// Waits until everything that was published is settled, and says what never is.
+async fn settled(bus: &EventBus) -> anyhow::Result<Option<String>> {
+    let (mut least, mut since) = (u64::MAX, Instant::now());
+    // An event may have moved on from a topic not yet asked to one that was asked already.
+    let mut passes = 0;
+    while passes < QUIET_PASSES {
+        let lag = witnesses::lag(bus).await?;
+        passes = if lag == 0 { passes + 1 } else { 0 };
+        if lag < least {
+            (least, since) = (lag, Instant::now());
+        }
+        if since.elapsed() > PATIENCE && lag > 0 {
+            return Ok(Some(format!("{lag} events are never settled")));
+        }
+        sleep(GLANCE).await;
+    }
+    Ok(None)
+}
+
+/// What happens, in which order: the seed decides.
+fn rounds(args: &CampaignArgs, random: &mut Rng) -> Vec<Round> {
+    let mut rounds = Vec::new();
+    for _ in 0..args.kills {
+        // Some die while they start.
+        let longest = if random.u32(0..5) == 0 { 100 } else { 1500 };
+        rounds.push(Round::Kill(Duration::from_millis(random.u64(0..longest))));
+        if random.u32(0..20) == 0 {
+            rounds.push(Round::Provider);
+        }
+    }
+    for _ in 0..args.terms {
+        rounds.push(Round::Term(Duration::from_millis(random.u64(100..1500))));
+    }
+    for step in STEPS {
+        for _ in 0..args.steps {
+            rounds.push(Round::Step(CrashPoint {
+                step: step.to_owned(),
+                time: random.u64(1..=STEP_TIMES),
+            }));
+        }
+    }
+    random.shuffle(&mut rounds);
+    rounds
+}
+
+/// More orders than can be placed while all this happens.
+fn book(args: &CampaignArgs, rounds: usize) -> Arc<OrderBook> {
+    let seconds = 60 + 20 * rounds as u32;
+    let orders = args.rate.saturating_mul(seconds).min(100_000);
+    let mut book = OrderBook::write(orders, args.seed, &format!("campaign-{}", args.seed));
+    book.posts
+        .retain(|post| !matches!(post.end, End::Refused(_)));
+    for post in book.posts.iter_mut().step_by(REFUSED_EVERY) {
+        if post.end == End::Shipped {
+            post.body = with_card(&post.body, REFUSED);
+        }
+    }
+    Arc::new(book)
+}
+
+/// The same order with a card whose token ends like this.
+fn with_card(body: &str, suffix: &str) -> String {
+    let mut order: Value = serde_json::from_str(body).expect("the book writes JSON");
+    order["card"] = format!("tok_{suffix}").into();
+    order.to_string()
+}
+
+/// Gives the payment service what it could not handle again, now that the provider is healed.
+async fn redrive(bus: &EventBus) -> anyhow::Result<usize> {
+    let topics = [InventoryReserved::TOPIC];
+    let desk = bus.dead_letters("payment", &topics)?;
+    let redrive = Redrive::all()
+        .by("campaign")
+        .because("the provider is healed");
+    desk.redrive(redrive)
+        .await
+        .context("re-drive the dead letters")
+}
+
+fn println_to_stdout(text: &str) -> anyhow::Result<()> {
+    use std::io::Write as _;
+
+    writeln!(std::io::stdout(), "{text}").context("write to stdout")
+}
+
+/// Shown on a terminal only.
+fn progress_bar(rounds: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} rounds, {elapsed}");
+    let bar = ProgressBar::new(rounds as u64);
+    match style {
+        Ok(style) => bar.with_style(style),
+        // The bar is decoration: its default style will do.
+        Err(_) => bar,
+    }
+}
