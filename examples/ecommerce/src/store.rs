@@ -92,7 +92,7 @@ struct Writer {
 enum State {
     /// No transaction.
     Closed,
-    /// A transaction with finished work in it.
+    /// A transaction with finished work in it; the savepoint of the last is still there.
     Open(Arc<Transaction>),
     /// A transaction with unfinished work in it.
     Working(Arc<Transaction>),
@@ -198,7 +198,7 @@ impl Work {
     ///
     /// When it may not have lasted: to do it again must be harmless.
     pub async fn commit(mut self) -> anyhow::Result<()> {
-        let finished = self.writer.finish().await?;
+        let finished = self.writer.finish()?;
         // The lock is fair: whoever waits for it works first, and one commit serves all of them.
         drop(self.writer);
         let mut writer = self.store.writer.lock().await;
@@ -212,7 +212,7 @@ impl Writer {
     async fn begin(&mut self) -> anyhow::Result<()> {
         let (begin, transaction) = match mem::replace(&mut self.state, State::Unsure) {
             State::Closed => ("BEGIN IMMEDIATE; SAVEPOINT work", Arc::default()),
-            State::Open(transaction) => ("SAVEPOINT work", transaction),
+            State::Open(transaction) => ("RELEASE work; SAVEPOINT work", transaction),
             // Its work was dropped: undone, the savepoint is there to be used again.
             State::Working(transaction) => ("ROLLBACK TO work", transaction),
             State::Unsure => {
@@ -227,11 +227,10 @@ impl Writer {
     }
 
     /// Ends a piece of work; it does not last yet.
-    async fn finish(&mut self) -> anyhow::Result<Arc<Transaction>> {
+    fn finish(&mut self) -> anyhow::Result<Arc<Transaction>> {
         let State::Working(transaction) = mem::replace(&mut self.state, State::Unsure) else {
             anyhow::bail!("the transaction is not open any more");
         };
-        self.run("RELEASE work").await?;
         self.state = State::Open(Arc::clone(&transaction));
         Ok(transaction)
     }
