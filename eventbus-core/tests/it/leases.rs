@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use eventbus_core::{
     ErrorKind, Group, HeldLeases, Lease, LeaseConfig, LeaseSignal, LeaseStore, LeaseTopic,
-    Leaseholder, MemoryLeases, ProcessId, Result, Topic, TopicPartition,
+    Leaseholder, MemoryLeases, Result, Topic, TopicPartition,
 };
 use eventbus_testkit::{LeaseHarness, within};
 use futures_util::FutureExt;
@@ -354,6 +354,8 @@ async fn a_lost_reply_does_no_harm() {
     );
 }
 
+// Elsewhere it is waited for, as a crash in this process is.
+#[cfg(target_os = "linux")]
 #[tokio::test(start_paused = true)]
 async fn a_dead_process_is_not_waited_for() {
     let store = MemoryLeases::new();
@@ -371,7 +373,6 @@ async fn a_dead_process_is_not_waited_for() {
     let leases = granted(&mut second).await;
     assert!(before.elapsed() <= MOMENT);
     assert!(leases.len() == 4 && leases.iter().all(|lease| lease.epoch == 2));
-    assert!(!ProcessId::current().is_dead());
 }
 
 #[tokio::test(start_paused = true)]
