@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use eventbus::broker::Publisher;
+use eventbus::format::FlatFormat;
 use eventbus::{
-    BoxError, Context, Event, EventBus, FlatFormat, Headers, Key, MemoryBroker, Message, Publisher,
-    SqliteBroker, SqliteConfig, Start, TopicSpec, Until,
+    BoxError, Context, Event, EventBus, Headers, Key, MemoryBroker, Message, SqliteBroker,
+    SqliteConfig, Start, TopicSpec, Until,
 };
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};

@@ -50,8 +50,8 @@ pub use eventbus_core::{
 };
 // Errors, time, and the broker in memory.
 pub use eventbus_core::{
-    BoxError, Clock, Error, ErrorKind, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryProfile, MemoryUnit,
-    Result, Retry, SystemClock, error_chain,
+    BoxError, Clock, Error, ErrorKind, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryProfile,
+    MemoryUnit, Result, Retry, SystemClock, error_chain,
 };
 // What `#[derive(Event)]` writes names these here.
 #[doc(hidden)]

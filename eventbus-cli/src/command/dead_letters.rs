@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
-use eventbus::prelude::{ErrorKind, EventBus, EventId, Redrive, Topic};
 use eventbus::desk::{DeadLetterStatus, Decision, DeskReport};
+use eventbus::prelude::{ErrorKind, EventBus, EventId, Redrive, Topic};
 use eventbus::{DeadLetter, DeadLetters};
 use serde::Serialize;
 

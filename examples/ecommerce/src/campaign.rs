@@ -27,7 +27,7 @@ use crate::crash_point::CrashPoint;
 use crate::data_dir::DataDir;
 use crate::demo::order_book::{End, OrderBook};
 use crate::events::InventoryReserved;
-use crate::shop::connect;
+use crate::shop::{self, connect};
 
 mod check;
 mod journal;
@@ -298,16 +298,27 @@ fn with_card(body: &str, suffix: &str) -> String {
     order.to_string()
 }
 
-/// Gives the payment service what it could not handle again, now that the provider is healed.
+/// Gives the payment service what it could not handle again, now that the provider is healed; says
+/// how much that was.
 async fn redrive(bus: &EventBus) -> anyhow::Result<usize> {
     let topics = [InventoryReserved::TOPIC];
     let desk = bus.dead_letters("payment", &topics)?;
     let redrive = Redrive::all()
         .by("campaign")
         .because("the provider is healed");
-    desk.redrive(redrive)
+    let report = desk
+        .redrive(redrive)
         .await
-        .context("re-drive the dead letters")
+        .context("re-drive the dead letters")?;
+    let mut again = usize::try_from(report.done)?;
+    for held in shop::held(bus, "payment").await? {
+        if witnesses::waits_for_us(&held) {
+            let retry = bus.held_keys("payment")?;
+            let because = "the provider is healed";
+            again += usize::from(retry.retry(&held.held, "campaign", because).await?);
+        }
+    }
+    Ok(again)
 }
 
 fn println_to_stdout(text: &str) -> anyhow::Result<()> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
+use eventbus::desk::HeldReport;
 use eventbus::prelude::{Connect as _, ConsumerBuilder, EventBus};
 use eventbus::{DeadLetters, Durability};
 use tokio::sync::watch;
@@ -216,6 +217,12 @@ impl Shop {
                 ));
             }
         }
+        for (service, bus) in &self.buses {
+            for held in held(bus, service.name()).await? {
+                let (held, error) = (&held.held, &held.wait.error);
+                sentences.push(format!("{} holds {held}: {error}", service.name()));
+            }
+        }
         Ok(sentences)
     }
 
@@ -318,4 +325,16 @@ pub fn usual_stock() -> BTreeMap<String, u32> {
             (product.id.to_owned(), if limited { 10 } else { 10_000 })
         })
         .collect()
+}
+
+/// What a service has put aside, where its broker can.
+///
+/// # Errors
+///
+/// When the store does not say.
+pub async fn held(bus: &EventBus, service: &str) -> anyhow::Result<Vec<HeldReport>> {
+    match bus.held_keys(service) {
+        Ok(held) => held.list().await.context("list held keys"),
+        Err(_) => Ok(Vec::new()),
+    }
 }

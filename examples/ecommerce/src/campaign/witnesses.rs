@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::Context as _;
+use eventbus::desk::HeldReport;
 use eventbus::prelude::{Event as _, EventBus, Start, Topic, Until};
 
 use super::victim::Yard;
@@ -16,7 +17,7 @@ use crate::fake::mailer::MailerCalls;
 use crate::fake::psp::PspCalls;
 use crate::service::gateway::{Board, OrderView};
 use crate::service::inventory::Warehouse;
-use crate::shop::usual_stock;
+use crate::shop::{held, usual_stock};
 use crate::store::{self, Handled};
 
 /// Everything the checker asks.
@@ -132,8 +133,15 @@ pub async fn lag(bus: &EventBus) -> anyhow::Result<u64> {
     for (service, topics) in SERVICES {
         let lanes = bus.lag(service, topics).await.context("ask for the lag")?;
         messages += lanes.iter().map(|lane| lane.messages).sum::<u64>();
+        let held = held(bus, service).await?;
+        messages += held.iter().filter(|held| !waits_for_us(held)).count() as u64;
     }
     Ok(messages)
+}
+
+/// Whether nothing happens to it until somebody decides.
+pub fn waits_for_us(held: &HeldReport) -> bool {
+    held.wait.is_parked() && held.decision.is_none()
 }
 
 async fn read_topics(
@@ -162,12 +170,17 @@ async fn read_topics(
     Ok((wire, orders))
 }
 
+/// What services could not handle, each in a sentence.
 async fn dead_letters(bus: &EventBus) -> anyhow::Result<Vec<String>> {
     let mut sentences = Vec::new();
     for (service, topics) in SERVICES {
         for letter in bus.dead_letters(service, topics)?.list().await? {
             let error = &letter.error;
             sentences.push(format!("{service} left a dead letter: {error}"));
+        }
+        for held in held(bus, service).await? {
+            let (held, error) = (&held.held, &held.wait.error);
+            sentences.push(format!("{service} still holds {held}: {error}"));
         }
     }
     Ok(sentences)
