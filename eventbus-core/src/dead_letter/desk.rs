@@ -14,7 +14,7 @@ use crate::clock::Timestamp;
 use crate::envelope::EventId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{self, KnownHeaders};
-use crate::message::{Group, Message, Topic};
+use crate::message::{Group, Key, Message, Topic};
 
 /// The dead letters of one group; made by [`EventBus::dead_letters`].
 ///
@@ -208,6 +208,40 @@ impl DeadLetters {
             return Ok(letter.with_claim_at(self.now()));
         }
         Err(self.unknown(id))
+    }
+
+    /// The latest letters of a key, whatever has become of them, oldest first in each topic.
+    pub(crate) async fn of_key(&self, key: &Key, latest: usize) -> Result<Vec<DeadLetter>> {
+        let mut all = Vec::new();
+        for topic in &self.topics {
+            let log = Log::new(&self.bus, &self.group, topic)?;
+            let mut letters: VecDeque<DeadLetter> = VecDeque::new();
+            log.read(|_, id, entry| {
+                let known = letters.iter_mut().find(|letter| letter.id == id);
+                match (entry, known) {
+                    (Entry::Letter(letter), Some(known)) if !known.standing.is_open() => {
+                        *known = *letter;
+                    }
+                    // The key of one that is stored in parts is among them.
+                    (Entry::Letter(letter), None)
+                        if letter.whole.is_some() || letter.message.key.as_ref() == Some(key) =>
+                    {
+                        letters.push_back(*letter);
+                    }
+                    (Entry::Note(note), Some(known)) => known.noted(note),
+                    _ => {}
+                }
+                if letters.len() > latest {
+                    letters.pop_front();
+                }
+            })
+            .await?;
+            let mut letters = log.complete(letters.into()).await?;
+            letters.retain(|letter| letter.message.key.as_ref() == Some(key));
+            let now = self.now();
+            all.extend(letters.into_iter().map(|letter| letter.with_claim_at(now)));
+        }
+        Ok(all)
     }
 
     /// Everything that happened to a letter, in the order of the log: when it was stored, who

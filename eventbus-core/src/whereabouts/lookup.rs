@@ -207,50 +207,15 @@ impl Lookup {
         let Ok(desk_topic) = topic_of(topic, &group) else {
             return Ok(Vec::new());
         };
-        let known = AdminRequest::DescribeTopics(vec![desk_topic.clone()]);
+        let known = AdminRequest::DescribeTopics(vec![desk_topic]);
         match self.bus.broker().admin(known).await {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             answer => answer?,
         };
-        let ids = self.letter_ids(desk_topic).await?;
         let desk = DeadLetters::new(self.bus.clone(), group, vec![topic.clone()]);
-        let mut letters = Vec::new();
-        for id in ids {
-            match desk.show(&id).await {
-                // Another group's: `a.b` of `c` and `a` of `b.c` share a topic of letters.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                letter => letters.push(letter?),
-            }
-        }
-        Ok(letters)
-    }
-
-    async fn letter_ids(&self, desk_topic: Topic) -> Result<VecDeque<EventId>> {
-        let mut ids = VecDeque::new();
-        let start = Start::Earliest;
-        let reader = self
-            .bus
-            .read_physical(vec![desk_topic], start, Some(Until::Now));
-        let mut reader = reader.await?;
-        while let Some(record) = reader.next().await? {
-            let message = &record.message;
-            let id = message.headers.get_str(LETTER).map(EventId::parse);
-            let (true, Some(Ok(id))) = (message.key.as_ref() == Some(&self.key), id) else {
-                continue;
-            };
-            if !ids.contains(&id) {
-                ids.push_back(id);
-            }
-            if ids.len() > self.latest {
-                ids.pop_front();
-            }
-        }
-        Ok(ids)
+        desk.of_key(&self.key, self.latest).await
     }
 }
-
-/// On every record of a dead-letter topic; see `dead_letter.rs`.
-const LETTER: &str = "eb-dlq-id";
 
 impl IntoFuture for Lookup {
     type Output = Result<Whereabouts>;

@@ -1,7 +1,7 @@
 //! Where the events of a key are said to be, before, while and after groups deal with them.
 
 use eventbus_core::{
-    DeadLetterStatus, ErrorKind, Event, GroupProgress, MemoryProfile, Progress, Redrive,
+    DeadLetterStatus, ErrorKind, Event, GroupProgress, MemoryProfile, Message, Progress, Redrive,
     RetryPolicy, Start, Topic, Until, Whereabouts,
 };
 use eventbus_testkit::TestBus;
@@ -127,6 +127,24 @@ async fn dead_letters_of_the_key_are_found_whatever_became_of_them() {
     desk.discard(Redrive::all().by("ben")).await.unwrap();
     let places = test.whereabouts(&TOPIC, "7").await.unwrap();
     assert!(places.to_string().contains("discarded by ben"));
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_is_stored_in_parts_is_found_by_its_key() {
+    let test = TestBus::like(MemoryProfile::Kafka);
+    let calls = Calls::new();
+    let billing = test.consumer("billing").shared_state(calls).on(noting);
+    let _billing = test.spawn(billing.retry(RetryPolicy::none())).await;
+    let empty = Message::new(TOPIC, "").with_key("7");
+    let room = test.capabilities().message_bytes_max - empty.size();
+    let largest = Message::new(TOPIC, vec![b'x'; room]).with_key("7");
+    test.publish_messages(vec![largest.clone()]).await.unwrap();
+    test.run_out().await;
+    let places = test.whereabouts(&TOPIC, "7").await.unwrap();
+    assert_eq!(places.dead_letters.len(), 1);
+    assert_eq!(places.dead_letters[0].message, largest);
+    let others = test.whereabouts(&TOPIC, "8").await.unwrap();
+    assert!(others.dead_letters.is_empty());
 }
 
 #[tokio::test]
