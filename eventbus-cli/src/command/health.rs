@@ -106,7 +106,9 @@ async fn look_at_dead_letters(
     let Some(most) = args.dead_letters_max else {
         return Ok(());
     };
-    let open = Desks::of(bus, &[], &[]).await?.list().await?.len();
+    let mut open = 0;
+    let desks = Desks::of(bus, &[], &[]).await?;
+    desks.visit(|_| open += 1).await?;
     health.dead_letters = Some(open);
     if open > most {
         let letters = counted(open, "dead letter is", "dead letters are");

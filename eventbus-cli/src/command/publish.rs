@@ -74,7 +74,8 @@ pub(crate) struct PublishArgs {
     pub(crate) create: bool,
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+/// Reads NAME=VALUE.
+pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("say NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
 }

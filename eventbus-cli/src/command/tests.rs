@@ -284,6 +284,8 @@ async fn dead_letters_are_listed_grouped_shown_and_decided_about() {
     assert_eq!(letters[0]["error"], "no stock for order 1");
     assert_eq!(letters[0]["event"]["data"], json!({ "order_id": 1 }));
     let alike = desk.json("dlq groups").await;
+    let fingerprint = alike[0]["fingerprint"].as_str().unwrap();
+    assert_eq!(fingerprint, "error: no stock for order <n>");
     assert_eq!(
         (&alike[0]["letters"], alike.as_array().unwrap().len()),
         (&json!(3), 1)
@@ -307,16 +309,17 @@ async fn dead_letters_are_listed_grouped_shown_and_decided_about() {
         .await;
     assert_eq!(text, "discarded: 1 dead letter\n");
     let text = desk.run(&format!("dlq show {id}")).await;
-    assert!(
-        text.contains("discarded by ann at") && text.contains(": test"),
-        "{text}"
-    );
+    assert!(text.contains("discarded by ann: test"), "{text}");
     let error = desk.refused(&format!("dlq redrive {id}")).await;
     assert!(error.contains("is no open letter"), "{error}");
 
     billing.shutdown().await.unwrap();
-    let redriven = desk.json("dlq redrive --all --key 3 --yes --by ann").await;
-    assert_eq!(redriven, json!({ "letters": 1 }));
+    let redrive = "dlq redrive --all --key 3 --yes --by ann";
+    let redriven = desk.json(redrive).await;
+    assert_eq!(
+        (&redriven["letters"], &redriven["refused"]),
+        (&json!(1), &json!(0))
+    );
     assert_eq!(desk.json("dlq list").await.as_array().unwrap().len(), 1);
     let copies = desk.lines("tail orders --from 3 --until now").await;
     assert_eq!(
