@@ -105,6 +105,8 @@ pub(crate) struct Worker<V: Layers> {
     tally: Tally,
     received: Vec<Item>,
     ended: Vec<(usize, Caught<Ended>)>,
+    /// What has ended, while it is concluded.
+    concluded: Vec<(Running, Caught<Ended>)>,
     alarm: Pin<Box<Sleep>>,
     /// When the alarm rings; later wishes do not move it.
     alarm_at: Option<Instant>,
@@ -174,6 +176,7 @@ impl<V: Layers> Worker<V> {
             settled: Vec::new(),
             received: Vec::new(),
             ended: Vec::new(),
+            concluded: Vec::new(),
             alarm: Box::pin(tokio::time::sleep(Duration::ZERO)),
             alarm_at: None,
             tick_at: None,

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use eventbus_core::{
-    BoxError, Consumer, Context, Error, ErrorKind, Event, Limits, Message, OnError, OnPoison,
-    Publisher, RetryPolicy,
+    BoxError, Claim, Consumer, Context, Due, Error, ErrorKind, Event, EventBus, Group, HeldMessage,
+    HeldName, HeldPlace, HeldReport, HoldEntry, KeyDecision, KeyStateDesk, KeyStateStore, Limits,
+    MemoryBroker, MemoryKeyState, Message, OnError, OnPoison, Publisher, Result, RetryPolicy,
+    Timestamp, TopicPartition, Wait,
 };
 use eventbus_testkit::TestBus;
 
@@ -395,4 +398,146 @@ async fn a_small_window_holds_many_messages_behind_a_parked_key() {
     test.settled().await;
     let expected: Vec<u64> = std::iter::once(1).chain(1..=100).collect();
     assert_eq!(calls.amounts(1), expected);
+}
+
+/// A store that answers later, as one on a disk does.
+#[derive(Debug)]
+struct Later(MemoryKeyState);
+
+#[async_trait]
+impl KeyStateStore for Later {
+    async fn claim(&self, group: &Group, place: &TopicPartition) -> Result<(Claim, Vec<HeldName>)> {
+        tokio::task::yield_now().await;
+        self.0.claim(group, place).await
+    }
+
+    async fn hold(&self, claim: &Claim, entries: &[HoldEntry]) -> Result<()> {
+        tokio::task::yield_now().await;
+        self.0.hold(claim, entries).await
+    }
+
+    async fn advance(
+        &self,
+        claim: &Claim,
+        name: &HeldName,
+        done: Option<u64>,
+    ) -> Result<Option<HeldMessage>> {
+        tokio::task::yield_now().await;
+        self.0.advance(claim, name, done).await
+    }
+
+    async fn wait(
+        &self,
+        claim: &Claim,
+        name: &HeldName,
+        wait: &Wait,
+        carried_out: bool,
+    ) -> Result<()> {
+        tokio::task::yield_now().await;
+        self.0.wait(claim, name, wait, carried_out).await
+    }
+
+    async fn due(
+        &self,
+        group: &Group,
+        claims: &[Claim],
+        now: Timestamp,
+        names_max: usize,
+    ) -> Result<Due> {
+        tokio::task::yield_now().await;
+        self.0.due(group, claims, now, names_max).await
+    }
+
+    async fn decided(&self, group: &Group, seen: u64) {
+        self.0.decided(group, seen).await;
+    }
+}
+
+#[async_trait]
+impl KeyStateDesk for Later {
+    async fn list(
+        &self,
+        group: &Group,
+        after: Option<&HeldPlace>,
+        names_max: usize,
+    ) -> Result<Vec<HeldReport>> {
+        self.0.list(group, after, names_max).await
+    }
+
+    async fn messages(
+        &self,
+        group: &Group,
+        held: &HeldPlace,
+        after: Option<u64>,
+        messages_max: usize,
+    ) -> Result<Vec<HeldMessage>> {
+        self.0.messages(group, held, after, messages_max).await
+    }
+
+    async fn decide(
+        &self,
+        group: &Group,
+        held: &HeldPlace,
+        decision: &KeyDecision,
+    ) -> Result<bool> {
+        self.0.decide(group, held, decision).await
+    }
+}
+
+#[tokio::test]
+async fn held_messages_that_end_together_are_all_taken_out_of_a_slow_store() {
+    let bus = EventBus::builder(MemoryBroker::new())
+        .key_state(Arc::new(Later(MemoryKeyState::new())))
+        .build();
+    let calls = Calls::new();
+    let ending_together = async |order: OrderCreated, cx: Context<Calls>| {
+        cx.state().note(&order, cx.attempt());
+        tokio::task::yield_now().await;
+        cx.state().check(order.order)
+    };
+    let consumer = bus
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .on(ending_together)
+        .retry(RetryPolicy::none())
+        .workers(1)
+        .spawn()
+        .await
+        .unwrap();
+    for number in 0..10 {
+        calls.break_order(number);
+        bus.publish(amount(number, 1)).await.unwrap();
+        bus.publish(amount(number, 2)).await.unwrap();
+    }
+    let held = bus.held_keys("billing").unwrap();
+    while held
+        .list()
+        .await
+        .unwrap()
+        .iter()
+        .filter(|held| held.messages == 2)
+        .count()
+        < 10
+    {
+        tokio::task::yield_now().await;
+    }
+    calls.mend_all();
+    for parked in held.list().await.unwrap() {
+        assert!(held.retry(&parked.held, "ann", "mended").await.unwrap());
+    }
+    let freed = async {
+        while !held.list().await.unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    let freed = tokio::time::timeout(MINUTE, freed).await;
+    assert!(
+        freed.is_ok(),
+        "still held: {:?}",
+        held.list().await.unwrap()
+    );
+    for number in 0..10 {
+        assert_eq!(calls.amounts(number), [1, 1, 2]);
+    }
+    consumer.shutdown().await.unwrap();
 }

@@ -28,16 +28,20 @@ impl<V: Layers> Worker<V> {
         }
         let now = self.since_begun(Instant::now());
         let mut ended = std::mem::take(&mut self.ended);
-        for (slot, result) in ended.drain(..) {
-            let Some(running) = self.running[slot].take() else {
-                continue;
-            };
+        // All of them first: what one of them lets start may get the slot of another.
+        let mut concluded = std::mem::take(&mut self.concluded);
+        concluded.extend(ended.drain(..).filter_map(|(slot, result)| {
+            let running = self.running[slot].take()?;
+            Some((running, result))
+        }));
+        for (running, result) in concluded.drain(..) {
             if running.is_handler {
                 self.tally.ran(now.saturating_sub(running.started), 1);
             }
             self.conclude_run(running, result);
         }
         self.ended = ended;
+        self.concluded = concluded;
     }
 
     pub(super) fn conclude_run(&mut self, running: Running, result: Caught<Ended>) {
