@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 
 use crate::command::dead_letters::DeadLettersCommand;
 use crate::command::health::HealthArgs;
+use crate::command::keys::KeysCommand;
 use crate::command::lag::LagArgs;
 use crate::command::publish::PublishArgs;
 use crate::command::replay::ReplayArgs;
@@ -41,6 +42,7 @@ Start here:
   eventbus tail order-events                follow what is published
   eventbus whereabouts order-events 42      where the events of order 42 are
   eventbus lag                              how far behind everybody is
+  eventbus keys parked                      what waits behind an event that can't be handled
   eventbus dlq list                         what could not be handled, and why
 
 Exit codes:
@@ -63,6 +65,9 @@ pub(crate) enum Command {
     /// Look at messages that could not be handled, and decide about them
     #[command(subcommand)]
     Dlq(DeadLettersCommand),
+    /// Look at keys that wait behind an event that can't be handled, and decide about them
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Find the events of a key and what each group did with them
     Whereabouts(WhereaboutsArgs),
     /// Give a group events of the past again

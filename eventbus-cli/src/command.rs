@@ -2,6 +2,7 @@
 
 pub(crate) mod dead_letters;
 pub(crate) mod health;
+pub(crate) mod keys;
 pub(crate) mod lag;
 pub(crate) mod publish;
 pub(crate) mod replay;
@@ -39,6 +40,7 @@ pub(crate) async fn run(cli: Cli, out: &mut Output<'_>) -> anyhow::Result<Outcom
         Command::Topics(command) => topics::run(command, &bus, out).await,
         Command::Lag(args) => lag::run(args, &bus, out).await,
         Command::Dlq(command) => dead_letters::run(command, &bus, out).await,
+        Command::Keys(command) => keys::run(command, &bus, out).await,
         Command::Whereabouts(args) => whereabouts::run(args, &bus, out).await,
         Command::Replay(args) => replay::run(args, &bus, out).await,
         Command::Health(args) => health::run(args, &bus, out).await,

@@ -65,6 +65,11 @@ impl HeldKeys {
         Self { bus, store, group }
     }
 
+    /// The group whose keys these are.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
     /// What is held, at most [`HELD_LIST_MAX`] names.
     ///
     /// # Errors

@@ -147,6 +147,16 @@ pub(crate) struct Who {
     because: String,
 }
 
+impl Who {
+    pub(crate) fn by(&self) -> &str {
+        &self.by
+    }
+
+    pub(crate) fn because(&self) -> &str {
+        &self.because
+    }
+}
+
 /// The letters to decide about, and on whose behalf.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Decide {

@@ -100,6 +100,10 @@ struct Billing {
 
 impl Billing {
     async fn on(shop: &Shop) -> Self {
+        Self::with(shop, OnPoison::SkipKey).await
+    }
+
+    async fn with(shop: &Shop, on_poison: OnPoison) -> Self {
         let bus = EventBus::connect(&shop.url())
             .await
             .expect("the file is there");
@@ -116,7 +120,7 @@ impl Billing {
         };
         let consumer = bus.consumer("billing").state(has_stock).on(bill);
         let consumer = consumer.retry(RetryPolicy::none());
-        let consumer = consumer.on_poison(OnPoison::SkipKey).spawn().await;
+        let consumer = consumer.on_poison(on_poison).spawn().await;
         Self {
             stock,
             consumer: consumer.expect("the file takes it"),
@@ -251,4 +255,45 @@ fn a_file_that_is_not_there_is_not_created_by_looking() {
     assert_eq!(shop.json("topics list")[0]["name"], "orders");
     let text = shop.refused("tail order");
     assert!(text.contains("the topic order can't be used"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parked_keys_are_listed_retried_and_discarded() {
+    let shop = Shop::with_orders(&[1, 2, 1]);
+    let billing = Billing::with(&shop, OnPoison::ParkKey).await;
+    billing.is_done().await;
+    let parked = shop.json("keys parked");
+    let parked = parked.as_array().expect("it is a list");
+    let of_key = |key: &str| parked.iter().find(|parked| parked["key"] == key);
+    let first = of_key("1").expect("it is parked");
+    assert_eq!(
+        (&first["messages"], &first["until"]),
+        (&json!(2), &json!(null))
+    );
+    assert_eq!(first["error"], "no stock for order 1");
+    assert_eq!(parked.len(), 2);
+    assert!(
+        shop.run("keys parked --group billing")
+            .contains("no stock for order 2")
+    );
+
+    billing.stock.send_replace(true);
+    let error = shop.refused("keys retry 7 --group billing");
+    assert!(error.contains("no group holds the key 7"), "{error}");
+    let retried = shop.json("keys retry 1 --group billing --by ann --because delivered");
+    assert_eq!(retried, json!({ "keys": 1 }));
+    while shop.json("keys parked").as_array().map(Vec::len) != Some(1) {
+        tokio::task::yield_now().await;
+    }
+    let error = shop.refused("keys discard --all");
+    assert!(
+        error.contains("Discard 1 key?") && error.contains("--yes"),
+        "{error}"
+    );
+    assert_eq!(shop.run("keys discard --all --yes"), "discard: 1 key\n");
+    while shop.json("dlq list").as_array().map(Vec::len) != Some(1) {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(shop.run("keys parked"), "no key is parked\n");
+    billing.stop().await;
 }
