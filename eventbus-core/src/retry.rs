@@ -58,7 +58,8 @@ pub enum OnError {
     /// Try again after this time, as long as attempts are left, and hold the key in its store
     /// meanwhile, as [`RetryPolicy::delayed`] does.
     Delayed(Duration),
-    /// Trying again does not help: dead-letter it now.
+    /// Trying again does not help: dead-letter it now, also where what can't be handled parks its
+    /// key; later messages of the key go on, unless the consumer says `BlockKey`.
     DeadLetter,
 }
 

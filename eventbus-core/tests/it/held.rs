@@ -212,6 +212,30 @@ async fn an_error_can_ask_for_a_delay_by_its_value() {
 }
 
 #[tokio::test]
+async fn what_its_policy_rejects_is_a_dead_letter_and_its_key_goes_on() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    let rejecting = async |order: OrderCreated, cx: Context<Calls>| -> Result<(), BoxError> {
+        cx.state().note(&order, cx.attempt());
+        match order.amount {
+            1 => Err(Error::new(ErrorKind::Conflict, "book", "declined").into()),
+            _ => Ok(()),
+        }
+    };
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .on(rejecting)
+        .retry(RetryPolicy::immediate(5).when(|_: &Error| OnError::DeadLetter));
+    let consumer = test.spawn(consumer).await;
+    publish_amounts(&test, 1, 1..=2).await;
+    test.settled().await;
+    assert_eq!(calls.amounts(1), [1, 2]);
+    assert_eq!(test.dead_letters().await.len(), 1);
+    assert_eq!(consumer.status().held, 0);
+}
+
+#[tokio::test]
 async fn held_keys_survive_the_consumer() {
     let test = TestBus::holding_keys();
     let calls = Calls::new();

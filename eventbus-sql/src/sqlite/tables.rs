@@ -173,13 +173,16 @@ fn version_in(row: &SqliteRow) -> Option<usize> {
     usize::try_from(version).ok()
 }
 
-const TABLES: [&str; 6] = [
+const TABLES: [&str; 9] = [
     "topics",
     "lanes",
     "messages",
     "consumer_groups",
     "cursors",
     "members",
+    "claims",
+    "held_names",
+    "held_messages",
 ];
 
 /// Runs statements that answer nothing.

@@ -243,6 +243,8 @@ impl<V: Layers> Worker<V> {
         match self.runtime.settings.retry.next(attempt, decision, random) {
             Some(NextAttempt::InPlace(delay)) => self.again_after(id, delay),
             Some(NextAttempt::Delayed(delay)) => self.delay(id, delay, &cause),
+            // The policy says what it is: nothing to wait for.
+            None if rejected && self.parks(id) => self.dead_letter(id, cause),
             None => self.give_up(id, cause),
         }
     }
@@ -266,17 +268,24 @@ impl<V: Layers> Worker<V> {
         };
         match on_poison {
             OnPoison::ParkKey => self.put_aside(id, None, &cause),
-            OnPoison::SkipKey => {
-                let node = self.keys.get_mut(id);
-                node.stage = Stage::DeadLetter(Arc::new(Diagnosis {
-                    cause,
-                    attempts: node.failures,
-                    first_failed: node.first_failed,
-                }));
-                self.keys.push_ready_first(id);
-            }
+            OnPoison::SkipKey => self.dead_letter(id, cause),
             OnPoison::BlockKey => self.block(id, &cause),
         }
+    }
+
+    /// Whether poison parks its key, and this delivery is still ours.
+    fn parks(&self, id: NodeId) -> bool {
+        self.runtime.on_poison == OnPoison::ParkKey && !self.is_leaving(id)
+    }
+
+    fn dead_letter(&mut self, id: NodeId, cause: Cause) {
+        let node = self.keys.get_mut(id);
+        node.stage = Stage::DeadLetter(Arc::new(Diagnosis {
+            cause,
+            attempts: node.failures,
+            first_failed: node.first_failed,
+        }));
+        self.keys.push_ready_first(id);
     }
 
     /// Lets a delivery hold its key on the broker, and tries again at the longest time there is.
