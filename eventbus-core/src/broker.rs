@@ -1,12 +1,13 @@
 //! The contracts a broker implements. Users meet them through [`EventBus`](crate::EventBus).
 
+use std::collections::HashSet;
 use std::fmt::Debug;
 
 use async_trait::async_trait;
 
 use crate::delivery::{Lane, Position, Receipt, Signal, Start, Subscription, Verdict};
-use crate::error::{Error, Result};
-use crate::message::{Group, Message, Topic};
+use crate::error::{Error, ErrorKind, Result};
+use crate::message::{Group, Key, Message, Topic};
 use crate::topic::TopicSpec;
 
 /// Takes messages durably.
@@ -265,6 +266,39 @@ pub struct Capabilities {
     pub selective_settlement: bool,
     /// `AdminRequest::Lag` and `AdminRequest::Groups` are answered.
     pub lag: bool,
+}
+
+impl Capabilities {
+    /// Takes the messages at fault out of a batch and, where `ordered_pipelining` is declared, those
+    /// that must not overtake them. Returns the others, with their places in the batch, and what is
+    /// refused. For adapters, before anything is sent.
+    #[must_use]
+    pub fn check_batch(&self, batch: Vec<Message>) -> (Vec<(usize, Message)>, Vec<Unpublished>) {
+        let mut sound = Vec::with_capacity(batch.len());
+        let mut refused = Vec::new();
+        let mut held: HashSet<(Topic, Key)> = HashSet::new();
+        for (index, message) in batch.into_iter().enumerate() {
+            let place = || Some((message.topic.clone(), message.key.clone()?));
+            let behind = !held.is_empty() && place().is_some_and(|place| held.contains(&place));
+            let fault = match message.check(self.message_bytes_max) {
+                Err(fault) => fault,
+                Ok(()) if behind => Error::new(
+                    ErrorKind::Conflict,
+                    "publish",
+                    "an earlier message of this key was refused: decide about that one first",
+                ),
+                Ok(()) => {
+                    sound.push((index, message));
+                    continue;
+                }
+            };
+            if self.ordered_pipelining {
+                held.extend(place());
+            }
+            refused.push(Unpublished::new(index, message, Outcome::NotTaken, fault));
+        }
+        (sound, refused)
+    }
 }
 
 /// A broker: publishes, subscribes, and can be asked.

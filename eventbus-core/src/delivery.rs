@@ -10,6 +10,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::message::{Group, Message, Topic};
 
 /// One partition as one member holds it; the epoch rises at every assignment.
@@ -303,6 +304,29 @@ impl Subscription {
             until: None,
             limits: Limits::default(),
         }
+    }
+
+    /// Checks what no broker can honour; adapters call it before anything changes.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when no topic is named, `Unsupported` when a group is to end.
+    pub fn check(&self) -> Result<()> {
+        if self.topics.is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "subscribe",
+                "no topic is named: give at least one",
+            ));
+        }
+        if self.group.is_some() && self.until.is_some() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "subscribe",
+                "a group has no end: read with `Subscription::reader`, or leave `until` out",
+            ));
+        }
+        Ok(())
     }
 
     /// Sets where a new group or a reader begins.

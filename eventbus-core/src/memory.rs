@@ -18,7 +18,6 @@ mod settle;
 mod state;
 mod unit;
 
-use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -33,7 +32,7 @@ use crate::broker::{
 use crate::clock::FOREVER;
 use crate::delivery::{Lane, Receipt, Signal, Subscription, Verdict};
 use crate::error::{Error, ErrorKind, Result};
-use crate::message::{Group, Key, Message, Topic};
+use crate::message::{Group, Message};
 use state::{Rest, State, Turn, ended};
 
 pub use config::{MemoryConfig, MemoryProfile};
@@ -262,53 +261,9 @@ impl MemoryBroker {
         .with("bytes", self.client.server.config.bytes)
     }
 
-    /// Takes the messages at fault out of a batch, and those that must not overtake them.
-    fn refuse(&self, batch: Vec<Message>) -> (Rest, Vec<Unpublished>) {
-        let capabilities = &self.client.server.capabilities;
-        let mut refused = Vec::new();
-        let mut held: HashSet<(Topic, Key)> = HashSet::new();
-        let mut taken = Vec::new();
-        let mut indices = Vec::new();
-        for (index, message) in batch.into_iter().enumerate() {
-            let place = message.key.clone().map(|key| (message.topic.clone(), key));
-            let behind = place.as_ref().is_some_and(|place| held.contains(place));
-            let fault = match message.check(capabilities.message_bytes_max) {
-                Err(fault) => fault,
-                Ok(()) if behind => Error::new(
-                    ErrorKind::Conflict,
-                    "publish",
-                    "an earlier message of this key was refused: decide about that one first",
-                ),
-                Ok(()) => {
-                    taken.push(message);
-                    indices.push(index);
-                    continue;
-                }
-            };
-            if capabilities.ordered_pipelining {
-                held.extend(place);
-            }
-            refused.push(Unpublished::new(index, message, Outcome::NotTaken, fault));
-        }
-        (Rest::some_of(taken, indices), refused)
-    }
-
     /// Checks what the profile can honour, before anything changes.
     fn check_subscription(&self, state: &State, subscription: &Subscription) -> Result<()> {
-        if subscription.topics.is_empty() {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "subscribe",
-                "no topic is named: give at least one",
-            ));
-        }
-        if subscription.group.is_some() && subscription.until.is_some() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "subscribe",
-                "a group has no end: read with `Subscription::reader`, or leave `until` out",
-            ));
-        }
+        subscription.check()?;
         for topic in &subscription.topics {
             state.check_start("subscribe", topic, subscription.start)?;
             if subscription.group.is_none() && !self.client.server.config.keeps_history(topic) {
@@ -327,12 +282,15 @@ impl MemoryBroker {
 #[async_trait]
 impl Publisher for MemoryBroker {
     async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
-        let bytes_max = self.client.server.capabilities.message_bytes_max;
+        let capabilities = &self.client.server.capabilities;
+        let bytes_max = capabilities.message_bytes_max;
         let sound = batch.iter().all(|message| message.check(bytes_max).is_ok());
         let (mut rest, mut unpublished) = if sound {
             (Rest::all_of(batch), Vec::new())
         } else {
-            self.refuse(batch)
+            let (sound, refused) = capabilities.check_batch(batch);
+            let (indices, messages) = sound.into_iter().unzip();
+            (Rest::some_of(messages, indices), refused)
         };
         if !self.take(&mut rest) {
             self.take_slowly(&mut rest).await;

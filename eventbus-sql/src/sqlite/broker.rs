@@ -1,13 +1,13 @@
 //! The client handle: publishing, and what is declared.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use async_trait::async_trait;
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Capabilities, Durability, Error, ErrorKind, Key, Message,
-    Outcome, PublishError, Publisher, Result, Topic, Unpublished,
+    AdminReply, AdminRequest, Broker, Capabilities, Durability, Error, ErrorKind, Message, Outcome,
+    PublishError, Publisher, Result, Topic, Unpublished,
 };
 
 use super::config::SqliteConfig;
@@ -125,33 +125,6 @@ impl SqliteBroker {
         &self.client
     }
 
-    /// Takes the messages at fault out of a batch, and those that must not overtake them.
-    fn refuse(batch: Vec<Message>) -> (Vec<(usize, Message)>, Vec<Unpublished>) {
-        let mut refused = Vec::new();
-        let mut held: HashSet<(Topic, Key)> = HashSet::new();
-        let mut sound = Vec::with_capacity(batch.len());
-        for (index, message) in batch.into_iter().enumerate() {
-            let key = message.key.clone();
-            let place = key.map(|key| (message.topic.clone(), key));
-            let behind = place.as_ref().is_some_and(|place| held.contains(place));
-            let fault = match message.check(MESSAGE_BYTES_MAX) {
-                Err(fault) => fault,
-                Ok(()) if behind => Error::new(
-                    ErrorKind::Conflict,
-                    "publish",
-                    "an earlier message of this key was refused: decide about that one first",
-                ),
-                Ok(()) => {
-                    sound.push((index, message));
-                    continue;
-                }
-            };
-            held.extend(place);
-            refused.push(Unpublished::new(index, message, Outcome::NotTaken, fault));
-        }
-        (sound, refused)
-    }
-
     /// Packs messages for their lanes.
     async fn pack(&self, messages: &[(usize, Message)]) -> Result<Vec<Packed>> {
         let mut topics: HashMap<Topic, Arc<TopicLanes>> = HashMap::new();
@@ -233,7 +206,7 @@ impl Client {
 #[async_trait]
 impl Publisher for SqliteBroker {
     async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
-        let (sound, mut unpublished) = Self::refuse(batch);
+        let (sound, mut unpublished) = self.capabilities().check_batch(batch);
         if let Err(Refused { error, outcome }) = self.take(&sound).await {
             // One transaction failed, so each of its messages did, for the same reason.
             let error = Arc::new(error);

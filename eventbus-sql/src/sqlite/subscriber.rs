@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use eventbus_core::{
-    Error, ErrorKind, Group, LeaseConfig, LeaseTopic, Leaseholder, Limits, Member, Result, Start,
-    Subscriber, Subscription, Until,
+    Group, LeaseConfig, LeaseTopic, Leaseholder, Limits, Member, Result, Start, Subscriber,
+    Subscription, Until,
 };
 use tokio::sync::Notify;
 
@@ -22,7 +22,7 @@ use super::topics::TopicLanes;
 impl Subscriber for SqliteBroker {
     async fn subscribe(&self, subscription: Subscription) -> Result<Member> {
         self.client().check_open("subscribe")?;
-        check(&subscription)?;
+        subscription.check()?;
         let database = &self.client().database;
         let topics = distinct(database.topics_of(&subscription.topics).await?);
         let (handle, leaseholder) = match &subscription.group {
@@ -35,24 +35,6 @@ impl Subscriber for SqliteBroker {
             Box::new(SqliteSettlement(handle)),
         ))
     }
-}
-
-fn check(subscription: &Subscription) -> Result<()> {
-    if subscription.topics.is_empty() {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            "subscribe",
-            "no topic is named: give at least one",
-        ));
-    }
-    if subscription.group.is_some() && subscription.until.is_some() {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "subscribe",
-            "a group has no end: read with `Subscription::reader`, or leave `until` out",
-        ));
-    }
-    Ok(())
 }
 
 fn distinct(topics: Vec<Arc<TopicLanes>>) -> Vec<Arc<TopicLanes>> {
