@@ -159,7 +159,13 @@ impl HeldKeys {
         self.decide(held, KeyAction::Discard, by, because).await
     }
 
-    async fn decide(
+    /// Decides what becomes of a name, for tools to which that is a value: as
+    /// [`retry`](Self::retry), [`release`](Self::release) or [`discard`](Self::discard).
+    ///
+    /// # Errors
+    ///
+    /// Those of the store.
+    pub async fn decide(
         &self,
         held: &HeldPlace,
         action: KeyAction,

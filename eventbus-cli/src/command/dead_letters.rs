@@ -36,15 +36,15 @@ pub(crate) enum DeadLettersCommand {
     Discard(DiscardArgs),
 }
 
-/// Whose letters are meant.
+/// Whose letters, or keys, are meant.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct Whose {
-    /// Only what this group left; may be said several times
+    /// Only of this group; may be said several times
     #[arg(long)]
-    group: Vec<String>,
+    pub(crate) group: Vec<String>,
     /// Only of this topic; may be said several times
     #[arg(long, value_parser = super::topic)]
-    topic: Vec<Topic>,
+    pub(crate) topic: Vec<Topic>,
 }
 
 /// Which letters are meant, of those that are open.

@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use anyhow::{bail, ensure};
 use clap::{Args, Subcommand};
 use eventbus::desk::{HeldReport, KeyAction};
-use eventbus::prelude::{EventBus, Topic};
+use eventbus::prelude::EventBus;
 use eventbus::{HeldKeys, Key};
 use serde::Serialize;
 
-use super::dead_letters::Who;
+use super::dead_letters::{Who, Whose};
 use crate::Outcome;
 use crate::output::{Output, confirm, counted};
 
@@ -41,17 +41,6 @@ pub(crate) struct ParkedArgs {
     /// Also keys that wait for their next attempt
     #[arg(long)]
     delayed: bool,
-}
-
-/// Whose keys are meant.
-#[derive(Args, Clone, Debug)]
-struct Whose {
-    /// Only of this group; may be said several times
-    #[arg(long)]
-    group: Vec<String>,
-    /// Only of this topic; may be said several times
-    #[arg(long, value_parser = super::topic)]
-    topic: Vec<Topic>,
 }
 
 /// Which keys a decision is about.
@@ -251,11 +240,8 @@ async fn decide(
     let (by, because) = (args.who.by(), args.who.because());
     let mut keys = 0;
     for (desk, report) in &held {
-        keys += usize::from(match action {
-            KeyAction::Release => desk.release(&report.held, by, because).await?,
-            KeyAction::Discard => desk.discard(&report.held, by, because).await?,
-            _ => desk.retry(&report.held, by, because).await?,
-        });
+        let decided = desk.decide(&report.held, action, by, because).await?;
+        keys += usize::from(decided);
     }
     if out.is_json() {
         return out.json(&Decided { keys });
