@@ -51,6 +51,14 @@ impl SqliteKeyState {
         Self { database }
     }
 
+    fn held(&self, claim: Claim) -> Arc<Held> {
+        Arc::new(Held {
+            tables: self.database.tables.clone(),
+            claim,
+            now: self.database.now(),
+        })
+    }
+
     /// Writes under a claim, if no later one was made.
     async fn write<T, F>(&self, operation: &'static str, claim: &Claim, work: F) -> Result<T>
     where
@@ -60,11 +68,7 @@ impl SqliteKeyState {
             + Sync
             + 'static,
     {
-        let held = Arc::new(Held {
-            tables: self.database.tables.clone(),
-            claim: claim.clone(),
-            now: self.database.now(),
-        });
+        let held = self.held(claim.clone());
         let work = Arc::new(work);
         let written = self.database.writer.run(operation, move |connection| {
             let (held, work) = (Arc::clone(&held), Arc::clone(&work));
@@ -90,11 +94,7 @@ impl SqliteKeyState {
 #[async_trait]
 impl KeyStateStore for SqliteKeyState {
     async fn claim(&self, group: &Group, place: &TopicPartition) -> Result<(Claim, Vec<HeldName>)> {
-        let held = Arc::new(Held {
-            tables: self.database.tables.clone(),
-            claim: Claim::new(group.clone(), place.clone(), 0),
-            now: self.database.now(),
-        });
+        let held = self.held(Claim::new(group.clone(), place.clone(), 0));
         let claimed = self
             .database
             .writer

@@ -21,8 +21,7 @@ impl<V: Layers> Worker<V> {
         let Some(partition) = self.runtime.lanes.partition(lane) else {
             return;
         };
-        let is_leaving = self.revocations.iter().any(|leaving| leaving.has(lane));
-        if self.stop.is_some() || is_leaving {
+        if self.stop.is_some() || self.is_revoked(lane) {
             // It stays in the store, for the next owner.
             return;
         }

@@ -39,10 +39,6 @@ impl Revocation {
         })
     }
 
-    pub(super) fn has(&self, lane: Lane) -> bool {
-        self.lanes.contains(&lane)
-    }
-
     /// One worker has nothing of these lanes any more. The last one passes them on, behind all
     /// verdicts that the workers gave before.
     fn cleared(&self) {
@@ -66,10 +62,13 @@ impl<V: Layers> Worker<V> {
         if self.stop.as_ref().is_some_and(|stop| !stop.finish) {
             return true;
         }
-        let lane = self.keys.get(id).scope.lane();
-        self.revocations
-            .iter()
-            .any(|revocation| revocation.lanes.contains(&lane))
+        self.is_revoked(self.keys.get(id).scope.lane())
+    }
+
+    /// Whether a lane is being taken away.
+    pub(super) fn is_revoked(&self, lane: Lane) -> bool {
+        let mut revocations = self.revocations.iter();
+        revocations.any(|revocation| revocation.lanes.contains(&lane))
     }
 
     /// Leaves a delivery to the next owner.
