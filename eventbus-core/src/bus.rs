@@ -27,7 +27,7 @@ use crate::format::{EnvelopeFormat, Format, Formats};
 use crate::held_keys::{HeldKeys, no_key_state};
 use crate::key_state::KeyStateStore;
 use crate::message::{Group, Key, Message, Topic};
-use crate::outgoing::{Frame, Origin, Outgoing, into_message};
+use crate::outgoing::{Frame, Origin, Outgoing, OutgoingBatch, into_message};
 use crate::reader::Reader;
 use crate::sending::{PartlyPublished, Turns, repeats_a_key};
 use crate::service::Service;
@@ -237,7 +237,7 @@ impl EventBus {
         }
         let made = events
             .into_iter()
-            .map(|event| self.message_of(event.into()))
+            .map(|event| self.message_of(event.into(), Origin::new()))
             .collect::<Result<Vec<_>>>()?;
         let (ids, messages): (Vec<_>, Vec<_>) = made.into_iter().unzip();
         match self.send_at_once(messages).await {
@@ -256,7 +256,7 @@ impl EventBus {
         &self,
         event: impl Into<Outgoing<E>> + Send,
     ) -> Result<EventId> {
-        let (id, message) = self.message_of(event.into())?;
+        let (id, message) = self.message_of(event.into(), Origin::new())?;
         self.send(vec![message]).await.map_err(Error::from)?;
         Ok(id)
     }
@@ -272,7 +272,29 @@ impl EventBus {
         self.send(messages).await
     }
 
-    fn message_of<E: Event>(&self, outgoing: Outgoing<E>) -> Result<(EventId, Message)> {
+    /// Starts a batch of events that are published later, all part of the flow that `origin`
+    /// describes: what an outbox writes in a transaction of the business.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` inside a running handler: there [`Context::publish`](crate::Context::publish)
+    /// is meant, with a unit of work for what the handler writes.
+    pub fn batch(&self, origin: Origin) -> Result<OutgoingBatch> {
+        if is_in_handler() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "begin batch",
+                "this runs inside a handler: use `cx.publish(…)`, and `.unit(store)` to write through `cx.transaction()`",
+            ));
+        }
+        Ok(OutgoingBatch::new(self.clone(), origin))
+    }
+
+    pub(crate) fn message_of<E: Event>(
+        &self,
+        outgoing: Outgoing<E>,
+        origin: Origin,
+    ) -> Result<(EventId, Message)> {
         let topic = self.topic(&E::TOPIC)?;
         let frame = Frame {
             format: self.format_of(&topic),
@@ -280,7 +302,7 @@ impl EventBus {
             source: &self.source,
             now: self.inner.clock.now(),
             id: EventId::new(),
-            origin: Origin::new(),
+            origin,
         };
         let (id, message) = into_message(outgoing, frame)?;
         message.check(self.event_bytes_max())?;

@@ -147,18 +147,28 @@ impl<S, U: Unit> Context<S, U> {
 }
 
 impl<S, U: Unit + UnitOfWork> Context<S, U> {
-    /// What the unit of work gives to write through, such as a connection.
+    /// What is written through in the unit of work's transaction, such as a connection; the first
+    /// call opens it, so that what takes long and is no part of it comes before.
+    ///
+    /// Return its error from the handler as it is: it counts no attempt when the store is away, and
+    /// is no failure when somebody else has handled the event meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Those of opening the transaction.
     ///
     /// # Panics
     ///
     /// When the unit's [`Work`] gives something else than its [`Unit::Resource`]: a bug of the unit.
-    pub fn resource(&mut self) -> &mut U::Resource {
-        self.work
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
+    pub async fn transaction(&mut self) -> Result<&mut U::Resource> {
+        let work = self.work.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let (work, _) = work
             .as_mut()
-            .and_then(|(work, _)| work.resource().downcast_mut())
-            .expect("the work of a unit gives the resource that the unit names")
+            .expect("a consumer with a unit lends its work");
+        let resource = work.transaction().await?;
+        Ok(resource
+            .downcast_mut()
+            .expect("the work of a unit gives the resource that the unit names"))
     }
 }
 

@@ -25,6 +25,7 @@ mod lane_table;
 mod lease;
 mod memory;
 mod message;
+mod outbox;
 mod outgoing;
 mod reader;
 mod retry;
@@ -86,7 +87,8 @@ pub use dead_letter::{
 };
 pub use handler::{BatchHandler, BatchItem, Handler};
 pub use held_keys::{HELD_LIST_MAX, HeldKeys};
-pub use outgoing::{Origin, Outgoing};
+pub use outbox::{OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore, outbox_lane};
+pub use outgoing::{Origin, Outgoing, OutgoingBatch};
 pub use reader::{Reader, Record};
 pub use retry::{OnError, RetryPolicy};
 pub use sending::PartlyPublished;

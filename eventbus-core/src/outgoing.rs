@@ -1,5 +1,6 @@
 //! An event on its way out: what its publisher may say about it, and how it becomes a message.
 
+use crate::bus::EventBus;
 use crate::clock::Timestamp;
 use crate::codec::Codec;
 use crate::envelope::{Envelope, EventId, Metadata};
@@ -149,6 +150,63 @@ impl Origin {
     pub fn with_tracestate(mut self, tracestate: impl Into<String>) -> Self {
         self.tracestate = Some(tracestate.into());
         self
+    }
+}
+
+/// Events of any types that are written now and published later, such as by an outbox; made by
+/// [`EventBus::batch`].
+///
+/// # Examples
+///
+/// ```
+/// # use eventbus_macros::Event;
+/// # use serde::{Deserialize, Serialize};
+/// # #[derive(Event, Serialize, Deserialize)]
+/// # #[event(crate = "eventbus_core", type = "OrderCreated", topic = "order-events", key = "order_id")]
+/// # struct OrderCreated { order_id: u64 }
+/// use eventbus_core::{EventBus, MemoryBroker, Origin};
+///
+/// let bus = EventBus::new(MemoryBroker::new());
+/// let mut batch = bus.batch(Origin::new().with_correlation_id("request-7"))?;
+/// let id = batch.publish(OrderCreated { order_id: 42 })?;
+/// assert_eq!(batch.into_messages()[0].0, id);
+/// # Ok::<(), eventbus_core::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct OutgoingBatch {
+    bus: EventBus,
+    origin: Origin,
+    messages: Vec<(EventId, Message)>,
+}
+
+impl OutgoingBatch {
+    pub(crate) fn new(bus: EventBus, origin: Origin) -> Self {
+        Self {
+            bus,
+            origin,
+            messages: Vec::new(),
+        }
+    }
+
+    /// Adds an event, and returns its id; their order is kept.
+    ///
+    /// # Errors
+    ///
+    /// Those of the event's format and codec, and `InvalidInput` when it is too large for the broker.
+    pub fn publish<E: Event>(&mut self, event: impl Into<Outgoing<E>>) -> Result<EventId> {
+        let (id, message) = self.bus.message_of(event.into(), self.origin.clone())?;
+        self.messages.push((id.clone(), message));
+        Ok(id)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty()
+    }
+
+    /// Them as messages, each with its event's id.
+    pub fn into_messages(self) -> Vec<(EventId, Message)> {
+        self.messages
     }
 }
 

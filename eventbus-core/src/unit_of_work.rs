@@ -17,13 +17,17 @@ use crate::message::{Group, Message, Topic};
 ///  begin ─▶ [ record ids │ handler 1 … handler n │ outgoing ] ─▶ commit ─▶ settle
 ///            duplicate? skip its handler            any error: roll back, one at a time
 /// ```
+///
+/// A unit whose commits hold one event opens its transaction when the handler first asks for it, so
+/// that none is open while a handler asks another service something first.
 #[async_trait]
 pub trait UnitOfWork: Debug + Send + Sync + 'static {
     /// Most events one commit may hold. 1: the handlers of a worker run concurrently, each with
     /// its own [`Work`].
     fn group_max(&self) -> usize;
 
-    /// Opens a transaction and records all ids in one statement.
+    /// Finds out which of these events the group has handled. Where a commit may hold several, it
+    /// opens the transaction and records all ids in one statement.
     ///
     /// # Cancellation
     ///
@@ -51,14 +55,20 @@ pub struct InboxEntry {
     pub receipt: Receipt,
 }
 
-/// An open transaction: all or nothing. Dropping it rolls back.
+/// A transaction, open or to be opened: all or nothing. Dropping it rolls back.
 #[async_trait]
 pub trait Work: Debug + Send + 'static {
-    /// Whether the event at `index` was handled by this group before: its handler is not run.
+    /// Whether the event at `index` was handled by this group before: its handler is not run, or,
+    /// when that came to light only as the transaction was opened, what it did is rolled back.
     fn is_duplicate(&self, index: usize) -> bool;
 
-    /// What handlers write through, such as a connection. They borrow it; none can commit it.
-    fn resource(&mut self) -> &mut (dyn Any + Send);
+    /// What handlers write through, such as a connection: opens the transaction, and records the
+    /// ids first of all, unless that was done. They borrow it; none can commit it.
+    ///
+    /// # Errors
+    ///
+    /// The transaction cannot be opened, or the event was handled meanwhile by somebody else.
+    async fn transaction(&mut self) -> Result<&mut (dyn Any + Send)>;
 
     /// Commits the writes, the ids and what is to be published.
     ///
@@ -67,6 +77,14 @@ pub trait Work: Debug + Send + 'static {
     /// Nothing was committed, or it is unknown whether it was: in both cases the events are
     /// handled again, and are duplicates if it was.
     async fn commit(self: Box<Self>, outgoing: Vec<Message>) -> Result<Committed>;
+
+    /// Rolls back, because a handler failed.
+    ///
+    /// # Errors
+    ///
+    /// A retryable one says that the store, not the handler, is why: it was away when the
+    /// transaction was to be opened, or is now. The consumer pauses and counts no attempt.
+    async fn roll_back(self: Box<Self>) -> Result<()>;
 }
 
 /// What a commit held.
@@ -81,7 +99,7 @@ pub enum Committed {
     Settled,
 }
 
-/// A [`UnitOfWork`] that says what handlers find in [`Context::resource`](crate::Context::resource).
+/// A [`UnitOfWork`] that says what handlers find in [`Context::transaction`](crate::Context::transaction).
 pub trait Unit: Send + Sync + 'static {
     /// What handlers write through.
     type Resource: Send + 'static;

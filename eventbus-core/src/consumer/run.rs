@@ -340,22 +340,31 @@ async fn in_transaction<V: Layers>(
         .collect();
     first.set_awaits_others(false);
     let mut outgoing = Vec::new();
-    for (scope, _) in scopes
-        .iter()
-        .zip(&duplicates)
-        .filter(|(_, duplicate)| !**duplicate)
-    {
+    for (index, scope) in scopes.iter().enumerate() {
+        if duplicates[index] {
+            continue;
+        }
         scope.lend_work(work);
         let loan = Loan(scope);
         let result = call(service, Request::one(Arc::clone(scope))).await;
         // Whatever happened, the transaction comes back or is gone: without it nothing commits.
         let returned = loan.0.reclaim_work();
-        if let Err(cause) = failure(scope, result) {
-            return Transaction::Failed(cause);
-        }
-        match returned {
-            Some(returned) => work = returned,
-            None => {
+        let failed = failure(scope, result).err();
+        match (returned, failed) {
+            (Some(returned), _) if returned.is_duplicate(index) => {
+                first.set_awaits_others(true);
+                return handled_elsewhere(returned, scopes.len()).await;
+            }
+            (Some(returned), None) => work = returned,
+            (Some(returned), Some(cause)) => {
+                first.set_awaits_others(true);
+                return match returned.roll_back().await {
+                    Err(error) if error.is_retryable() => Transaction::Unavailable(error.into()),
+                    _ => Transaction::Failed(cause),
+                };
+            }
+            (None, Some(cause)) => return Transaction::Failed(cause),
+            (None, None) => {
                 return Transaction::Failed(Cause::Error(
                     "the handler kept its context beyond its end, so its transaction was rolled back: do not move `cx` into what outlives the handler, such as a spawned task".into(),
                 ));
@@ -375,6 +384,16 @@ async fn in_transaction<V: Layers>(
         (_, false) => Outcome::Done,
     };
     Transaction::Committed(duplicates.iter().map(outcome).collect())
+}
+
+/// Ends work on an event that somebody else has handled meanwhile; among several it is found to be
+/// a duplicate when they are tried alone.
+async fn handled_elsewhere(work: Box<dyn Work>, events: usize) -> Transaction {
+    match work.roll_back().await {
+        Err(error) if error.is_retryable() => Transaction::Unavailable(error.into()),
+        _ if events > 1 => Transaction::Failed(Cause::Error("handled meanwhile".into())),
+        _ => Transaction::Committed(vec![Outcome::Duplicate]),
+    }
 }
 
 /// Gives several deliveries to a batch handler and sends what the good ones published.

@@ -15,7 +15,7 @@ use crate::message::{Group, Message};
 use crate::unit_of_work::{Committed, InboxEntry, Unit, UnitOfWork, Work};
 
 /// A database in memory, as a unit of work sees it: the state `T` that handlers change through
-/// [`Context::resource`](crate::Context::resource), an inbox for each group, and an outbox.
+/// [`Context::transaction`](crate::Context::transaction), an inbox for each group, and an outbox.
 ///
 /// Clones share the data. One transaction at a time: from `begin` to `commit` nobody else writes.
 ///
@@ -286,8 +286,8 @@ impl<T: Clone + Send + 'static> Work for MemoryWork<T> {
         self.duplicates[index]
     }
 
-    fn resource(&mut self) -> &mut (dyn Any + Send) {
-        &mut self.state
+    async fn transaction(&mut self) -> Result<&mut (dyn Any + Send)> {
+        Ok(&mut self.state)
     }
 
     async fn commit(self: Box<Self>, outgoing: Vec<Message>) -> Result<Committed> {
@@ -327,6 +327,10 @@ impl<T: Clone + Send + 'static> Work for MemoryWork<T> {
                 Ok(Committed::SettleNext)
             }
         }
+    }
+
+    async fn roll_back(self: Box<Self>) -> Result<()> {
+        Ok(())
     }
 }
 

@@ -785,12 +785,16 @@ impl Work for Open {
         false
     }
 
-    fn resource(&mut self) -> &mut (dyn Any + Send) {
-        &mut self.0
+    async fn transaction(&mut self) -> Result<&mut (dyn Any + Send)> {
+        Ok(&mut self.0)
     }
 
     async fn commit(self: Box<Self>, _: Vec<Message>) -> Result<Committed> {
         Ok(Committed::Settled)
+    }
+
+    async fn roll_back(self: Box<Self>) -> Result<()> {
+        Ok(())
     }
 }
 

@@ -3,9 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use std::any::Any;
+use std::sync::Mutex;
+
+use async_trait::async_trait;
 use eventbus_core::{
-    BoxError, CommitFault, ConsumerBuilder, ConsumerState, Context, ErrorKind, MemoryUnit,
-    Outgoing, Replay, RetryPolicy, Start,
+    BoxError, CommitFault, Committed, ConsumerBuilder, ConsumerState, Context, Error, ErrorKind,
+    Group, InboxEntry, MemoryUnit, Message, Outgoing, Replay, Result, RetryPolicy, Start, Unit,
+    UnitOfWork, Work,
 };
 use eventbus_testkit::TestBus;
 
@@ -20,7 +25,7 @@ type Database = MemoryUnit<Effects>;
 
 async fn count(order: OrderCreated, mut cx: Context<Calls, Database>) -> Result<(), BoxError> {
     cx.state().note(&order, cx.attempt());
-    *cx.resource().entry(order.order).or_default() += 1;
+    *cx.transaction().await?.entry(order.order).or_default() += 1;
     cx.publish(paid(order.order))?;
     cx.state().check(order.order)
 }
@@ -86,7 +91,7 @@ async fn an_event_that_two_members_handle_at_once_takes_effect_once() {
             .on(
                 async |order: OrderCreated, mut cx: Context<Calls, Database>| {
                     cx.state().note(&order, cx.attempt());
-                    *cx.resource().entry(order.order).or_default() += 1;
+                    *cx.transaction().await?.entry(order.order).or_default() += 1;
                     tokio::time::sleep(2 * SECOND).await;
                     Ok(())
                 },
@@ -225,7 +230,7 @@ async fn a_context_kept_beyond_its_handler_rolls_back_and_fails_the_attempt() {
         .deadline(MINUTE)
         .retry(RetryPolicy::fixed(2, SECOND))
         .on(async |order: OrderCreated, mut cx: Context<(), Database>| {
-            *cx.resource().entry(order.order).or_default() += 1;
+            *cx.transaction().await?.entry(order.order).or_default() += 1;
             if cx.attempt() == 1 {
                 tokio::spawn(async move {
                     tokio::time::sleep(10 * SECOND).await;
@@ -258,7 +263,7 @@ async fn a_transaction_ends_with_its_handler_also_when_that_panics_or_is_late() 
         .on(
             async |order: OrderCreated, mut cx: Context<Calls, Database>| {
                 cx.state().note(&order, cx.attempt());
-                *cx.resource().entry(order.order).or_default() += 1;
+                *cx.transaction().await?.entry(order.order).or_default() += 1;
                 match (order.order, cx.attempt()) {
                     (1, 1) => panic!("on the first attempt"),
                     (2, 1) => std::future::pending().await,
@@ -292,7 +297,7 @@ async fn events_of_one_key_keep_their_order_in_groups_that_fail() {
         .retry(RetryPolicy::fixed(4, SECOND))
         .on(
             async |order: OrderCreated, mut cx: Context<(), MemoryUnit<Vec<u64>>>| {
-                cx.resource().push(order.amount);
+                cx.transaction().await?.push(order.amount);
                 match order.amount.is_multiple_of(5) && cx.attempt() < 3 {
                     true => Err("not yet".into()),
                     false => Ok(()),
@@ -320,4 +325,133 @@ async fn a_replay_with_a_unit_is_refused() {
         .unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported);
     assert!(refused.to_string().contains("without one"), "{refused}");
+}
+
+/// A unit that opens its transaction when it is asked for, and finds out only then what is in the way.
+#[derive(Clone, Debug, Default)]
+struct Late {
+    /// What comes of opening, one after the other.
+    found: Arc<Mutex<Vec<Found>>>,
+    committed: Arc<Mutex<u32>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Away,
+    HandledElsewhere,
+}
+
+#[derive(Debug)]
+struct LateWork {
+    unit: Late,
+    found: Option<Found>,
+    writes: u32,
+}
+
+impl Unit for Late {
+    type Resource = u32;
+}
+
+#[async_trait]
+impl UnitOfWork for Late {
+    fn group_max(&self) -> usize {
+        1
+    }
+
+    async fn begin(&self, _: &Group, _: &[InboxEntry]) -> Result<Box<dyn Work>> {
+        Ok(Box::new(LateWork {
+            unit: self.clone(),
+            found: None,
+            writes: 0,
+        }))
+    }
+}
+
+#[async_trait]
+impl Work for LateWork {
+    fn is_duplicate(&self, _: usize) -> bool {
+        self.found == Some(Found::HandledElsewhere)
+    }
+
+    async fn transaction(&mut self) -> Result<&mut (dyn Any + Send)> {
+        self.found = self.unit.found.lock().unwrap().pop();
+        match self.found {
+            None => Ok(&mut self.writes),
+            Some(_) => Err(Error::new(ErrorKind::Conflict, "open", "not to be had")),
+        }
+    }
+
+    async fn commit(self: Box<Self>, _: Vec<Message>) -> Result<Committed> {
+        *self.unit.committed.lock().unwrap() += self.writes;
+        Ok(Committed::SettleNext)
+    }
+
+    async fn roll_back(self: Box<Self>) -> Result<()> {
+        match self.found {
+            Some(Found::Away) => Err(Error::new(ErrorKind::Unavailable, "open", "away")),
+            _ => Ok(()),
+        }
+    }
+}
+
+async fn handle_with(test: &TestBus, found: &[Found]) -> (Late, Arc<Calls>, Counted) {
+    let unit = Late::default();
+    *unit.found.lock().unwrap() = found.to_vec();
+    let calls = Calls::new();
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .unit(unit.clone())
+        .on(async |order: OrderCreated, mut cx: Context<Calls, Late>| {
+            cx.state().note(&order, cx.attempt());
+            // Whatever the handler makes of the error.
+            let writes = cx.transaction().await.map_err(|_| "no transaction")?;
+            *writes += 1;
+            Ok(())
+        });
+    let consumer = test.spawn(consumer).await;
+    test.publish(order(1)).await.unwrap();
+    test.run_out().await;
+    let counts = consumer.status().counts;
+    let counted = Counted {
+        handled: counts.handled,
+        duplicates: counts.duplicates,
+        failed: counts.failed_attempts,
+    };
+    (unit, calls, counted)
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Counted {
+    handled: u64,
+    duplicates: u64,
+    failed: u64,
+}
+
+#[tokio::test]
+async fn a_store_that_is_away_when_the_transaction_opens_costs_no_attempt() {
+    let test = TestBus::new();
+    let (unit, calls, counted) = handle_with(&test, &[Found::Away, Found::Away]).await;
+    assert_eq!(calls.attempts(1), [1, 1, 1]);
+    let expected = Counted {
+        handled: 1,
+        duplicates: 0,
+        failed: 0,
+    };
+    assert_eq!(counted, expected);
+    assert_eq!(*unit.committed.lock().unwrap(), 1);
+}
+
+#[tokio::test]
+async fn what_somebody_else_handled_meanwhile_is_a_duplicate_and_no_failure() {
+    let test = TestBus::new();
+    let (unit, calls, counted) = handle_with(&test, &[Found::HandledElsewhere]).await;
+    assert_eq!(calls.attempts(1), [1]);
+    let expected = Counted {
+        handled: 0,
+        duplicates: 1,
+        failed: 0,
+    };
+    assert_eq!(counted, expected);
+    assert_eq!(*unit.committed.lock().unwrap(), 0);
 }
