@@ -28,6 +28,7 @@ mod message;
 mod outbox;
 mod outgoing;
 mod reader;
+mod relay;
 mod retry;
 mod sending;
 mod service;
@@ -62,8 +63,8 @@ pub use lease::{
     LeaseTopic, Leaseholder, MemberId, ProcessId,
 };
 pub use memory::{
-    CommitFault, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryLeases, MemoryProfile,
-    MemoryUnit,
+    CommitFault, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryLeases, MemoryOutbox,
+    MemoryProfile, MemoryUnit,
 };
 pub use message::{
     Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,
@@ -90,6 +91,10 @@ pub use held_keys::{HELD_LIST_MAX, HeldKeys};
 pub use outbox::{OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore, outbox_lane};
 pub use outgoing::{Origin, Outgoing, OutgoingBatch};
 pub use reader::{Reader, Record};
+pub use relay::{
+    OUTBOX_AGE, OUTBOX_HELD_BACK, OUTBOX_MESSAGES, OnRefused, RELAY_GIVEN_UP, RELAY_HELD, RELAYED,
+    Relay, RelayHandle, RelayStatus,
+};
 pub use retry::{OnError, RetryPolicy};
 pub use sending::PartlyPublished;
 pub use service::{

@@ -13,6 +13,7 @@ mod leases;
 mod log;
 mod member;
 mod named;
+mod outbox;
 mod room;
 mod settle;
 mod state;
@@ -38,6 +39,7 @@ use state::{Rest, State, Turn, ended};
 pub use config::{MemoryConfig, MemoryProfile};
 pub use key_state::MemoryKeyState;
 pub use leases::MemoryLeases;
+pub use outbox::MemoryOutbox;
 pub use unit::{CommitFault, MemoryUnit};
 
 /// A client of an in-memory server: what is published lives as long as a client or member does.

@@ -5,11 +5,13 @@
 pub mod broker;
 pub mod key_state;
 pub mod lease;
+pub mod outbox;
 mod probe;
 mod test_bus;
 
 pub use broker::BrokerHarness;
 pub use key_state::KeyStateHarness;
 pub use lease::LeaseHarness;
+pub use outbox::{OutboxHarness, OutboxTransaction};
 pub use probe::{Ledger, Probe, Record, text_of, within};
 pub use test_bus::TestBus;
