@@ -23,7 +23,7 @@ pub use signal::shutdown_signal;
 
 // The bus: publishing, reading, asking.
 pub use eventbus_core::{
-    Capabilities, Durability, EventBus, EventBusBuilder, LaneLag, Origin, Outgoing,
+    Capabilities, Durability, EventBus, EventBusBuilder, LaneLag, Origin, Outgoing, OutgoingBatch,
     PartlyPublished, Reader, Record, TopicReport, TopicSpec,
 };
 // Events and what is known about them.
@@ -48,6 +48,8 @@ pub use eventbus_core::{
     BrokerHealth, ConsumerHealth, EventPlace, GroupPosition, GroupProgress, HeldFor, Lookup,
     Progress, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping, Unknown, Whereabouts,
 };
+// From an outbox to the broker.
+pub use eventbus_core::{OnRefused, Relay, RelayHandle, RelayStatus};
 // Errors, time, and the broker in memory.
 pub use eventbus_core::{
     BoxError, Clock, Error, ErrorKind, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryProfile,

@@ -1,5 +1,5 @@
-//! What a store implements so that keys are held, and leases shared out, durably; and who holds
-//! leases over it.
+//! What a store implements so that keys are held, leases shared out and events sent later, all
+//! durably; and who holds leases over it.
 
 pub use eventbus_core::{
     Claim, Due, DueName, HELD_KEYS_MAX, HeldMessage, HeldName, HeldPlace, HeldReport, HoldEntry,
@@ -8,4 +8,7 @@ pub use eventbus_core::{
 pub use eventbus_core::{
     HeldLeases, Lease, LeaseConfig, LeaseMember, LeaseReply, LeaseRequest, LeaseSignal, LeaseStore,
     LeaseTopic, Leaseholder, MemberId, MemoryLeases, ProcessId, TopicPartition,
+};
+pub use eventbus_core::{
+    MemoryOutbox, OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore, outbox_lane,
 };

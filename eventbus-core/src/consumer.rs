@@ -32,7 +32,7 @@ use crate::retry::RetryPolicy;
 use crate::topic::TopicSpec;
 use crate::unit_of_work::{NoUnit, Unit, UnitOfWork};
 
-mod backoff;
+pub(crate) mod backoff;
 pub(crate) mod dispatch;
 mod gate;
 pub(crate) mod held;

@@ -146,7 +146,7 @@ impl<S, U: Unit> Context<S, U> {
     }
 }
 
-impl<S, U: Unit + UnitOfWork> Context<S, U> {
+impl<S: Send + Sync, U: Unit + UnitOfWork> Context<S, U> {
     /// What is written through in the unit of work's transaction, such as a connection; the first
     /// call opens it, so that what takes long and is no part of it comes before.
     ///

@@ -160,6 +160,8 @@ pub(crate) enum Fault {
     Away,
     /// Refused for good.
     Refused,
+    /// Refused for what the messages are.
+    TooLarge,
     /// Never answered.
     Silent,
 }
@@ -210,16 +212,24 @@ impl Publisher for FaultyBroker {
         let Some((ending, fault)) = fault else {
             return self.inner.publish(batch).await;
         };
-        if !batch.iter().any(|m| m.topic.as_str().ends_with(ending)) {
-            return self.inner.publish(batch).await;
+        let (failed, rest): (Vec<_>, Vec<_>) = (0..)
+            .zip(batch)
+            .partition(|(_, message)| message.topic.as_str().ends_with(ending));
+        if !rest.is_empty() {
+            let rest = rest.into_iter().map(|(_, message)| message).collect();
+            self.inner.publish(rest).await?;
+        }
+        if failed.is_empty() {
+            return Ok(());
         }
         self.refused.fetch_add(1, Ordering::SeqCst);
         let kind = match fault {
             Fault::Away => ErrorKind::Unavailable,
             Fault::Refused => ErrorKind::Unauthorized,
+            Fault::TooLarge => ErrorKind::InvalidInput,
             Fault::Silent => std::future::pending().await,
         };
-        let unpublished = batch.into_iter().enumerate().map(|(index, message)| {
+        let unpublished = failed.into_iter().map(|(index, message)| {
             let error = Error::new(kind, "publish", "as the test asked for");
             Unpublished::new(index, message, Outcome::NotTaken, error)
         });

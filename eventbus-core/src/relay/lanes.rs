@@ -1,0 +1,141 @@
+//! The lanes that a relay has: by lease, and by a claim on what is held there.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+
+use super::{OUTBOX, Relay};
+use crate::error::Result;
+use crate::key_state::{Claim, HeldName, KeyStateStore};
+use crate::lease::{LeaseConfig, LeaseSignal, LeaseTopic, Leaseholder};
+use crate::message::Group;
+use crate::outbox::OUTBOX_LANES;
+use crate::topic::TopicPartition;
+
+/// How long a lane may be kept after it is to be given away: a batch ends in that time.
+const REVOKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The lanes of one relay.
+#[derive(Debug)]
+pub(super) struct Lanes {
+    leaseholder: Leaseholder,
+    held: Arc<dyn KeyStateStore>,
+    group: Group,
+    lanes: BTreeMap<u32, Lane>,
+    /// Granted and not claimed yet.
+    granted: Vec<TopicPartition>,
+}
+
+/// One lane while it is ours.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) claim: Claim,
+    /// Names of which messages are put aside: later ones go behind them.
+    pub(super) names: HashSet<HeldName>,
+}
+
+impl Lanes {
+    pub(super) fn new(relay: &Relay) -> Self {
+        let topic = LeaseTopic {
+            name: OUTBOX,
+            partitions: OUTBOX_LANES,
+        };
+        let config = LeaseConfig::new(relay.name.clone(), vec![topic])
+            .with_ttl(relay.ttl)
+            .with_revoke_timeout(REVOKE_TIMEOUT);
+        Self {
+            leaseholder: Leaseholder::join(Arc::clone(&relay.leases), config),
+            held: Arc::clone(&relay.held),
+            group: relay.name.clone(),
+            lanes: BTreeMap::new(),
+            granted: Vec::new(),
+        }
+    }
+
+    /// Takes in what changed, and claims what is new.
+    pub(super) async fn update(&mut self) -> Result<()> {
+        while let Some(signal) = self.leaseholder.next().now_or_never() {
+            self.hear(signal)?;
+        }
+        while let Some(place) = self.granted.last() {
+            let (claim, names) = self.held.claim(&self.group, place).await?;
+            let names = names.into_iter().collect();
+            self.lanes.insert(place.partition, Lane { claim, names });
+            self.granted.pop();
+        }
+        Ok(())
+    }
+
+    /// Waits until something changes, which [`update`](Self::update) takes in.
+    pub(super) async fn changed(&mut self) -> Result<()> {
+        let signal = self.leaseholder.next().await;
+        self.hear(signal)
+    }
+
+    fn hear(&mut self, signal: Result<LeaseSignal>) -> Result<()> {
+        match signal {
+            Ok(LeaseSignal::Granted(leases)) => {
+                self.granted
+                    .extend(leases.into_iter().map(|lease| lease.place));
+            }
+            Ok(LeaseSignal::Revoking(places)) => {
+                // No batch is under way here, so nothing is to be finished.
+                self.forget(&places);
+                self.leaseholder.held().release(&places);
+            }
+            Ok(LeaseSignal::Lost(places)) => self.forget(&places),
+            Err(error) if error.is_retryable() => {
+                tracing::warn!(relay = %self.group, error = %error, "leases are asked for again");
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, places: &[TopicPartition]) {
+        for place in places {
+            self.lanes.remove(&place.partition);
+        }
+        self.granted.retain(|granted| !places.contains(granted));
+    }
+
+    /// Has a lane claimed anew: another relay claimed it later, though the lease is ours.
+    pub(super) fn reclaim(&mut self, lane: u32) {
+        if let Some(lane) = self.lanes.remove(&lane) {
+            self.granted.push(lane.claim.place);
+        }
+    }
+
+    /// The lanes that are ours now, by the clock.
+    pub(super) fn numbers(&self) -> Vec<u32> {
+        let held = self.leaseholder.held();
+        let ours = |lane: &&Lane| held.epoch(&lane.claim.place).is_some();
+        let lanes = self.lanes.values().filter(ours);
+        lanes.map(|lane| lane.claim.place.partition).collect()
+    }
+
+    pub(super) fn is_ours(&self, lane: u32) -> bool {
+        let found = self.lanes.get(&lane);
+        found.is_some_and(|found| self.leaseholder.held().epoch(&found.claim.place).is_some())
+    }
+
+    pub(super) fn claims(&self) -> Vec<Claim> {
+        self.lanes.values().map(|lane| lane.claim.clone()).collect()
+    }
+
+    pub(super) fn get_mut(&mut self, lane: u32) -> Option<&mut Lane> {
+        self.lanes.get_mut(&lane)
+    }
+
+    pub(super) fn holds(&self, lane: u32, name: &HeldName) -> bool {
+        let found = self.lanes.get(&lane);
+        found.is_some_and(|found| found.names.contains(name))
+    }
+
+    /// Gives everything away.
+    pub(super) async fn leave(self) -> Result<()> {
+        self.leaseholder.close().await
+    }
+}

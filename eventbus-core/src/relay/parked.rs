@@ -1,0 +1,102 @@
+//! What was put aside: published when its time has come, or as operators decide.
+
+use super::pass::is_of_the_message;
+use super::runner::Runner;
+use crate::clock::Timestamp;
+use crate::error::{Error, ErrorKind, Result};
+use crate::key_state::{Claim, DueName, HeldMessage, HeldName, KeyAction};
+
+/// Names that are dealt with in one pass.
+const NAMES_MAX: usize = 64;
+
+impl Runner {
+    /// Deals with the names whose time has come; returns when the next one's does.
+    pub(super) async fn publish_due(&mut self) -> Result<Option<Timestamp>> {
+        let claims = self.lanes.claims();
+        let now = self.relay.bus.clock().now();
+        let due = self
+            .relay
+            .held
+            .due(&self.relay.name, &claims, now, NAMES_MAX)
+            .await?;
+        self.decisions = due.version;
+        let more = due.names.len() >= NAMES_MAX;
+        for name in due.names {
+            let lane = name.held.place.partition;
+            let claim = claims.iter().find(|claim| claim.place == name.held.place);
+            let Some(claim) = claim.filter(|_| self.lanes.is_ours(lane)) else {
+                continue;
+            };
+            match self.deal_with(claim, &name).await {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::Conflict => self.lanes.reclaim(lane),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(if more { Some(now) } else { due.next })
+    }
+
+    async fn deal_with(&mut self, claim: &Claim, due: &DueName) -> Result<()> {
+        let name = &due.held.name;
+        let action = due.decision.as_ref().map(|decision| decision.action);
+        let mut first = self.relay.held.advance(claim, name, None).await?;
+        let mut given_up = match action {
+            Some(KeyAction::Discard) => u64::MAX,
+            Some(KeyAction::Release) => 1,
+            _ => 0,
+        };
+        while let Some(message) = first {
+            if given_up > 0 {
+                given_up -= 1;
+                self.tell_given_up(due, &message);
+            } else if let Err(error) = self.publish_held(&message).await {
+                return self.wait_again(claim, due, &message, &error).await;
+            }
+            let done = Some(message.number);
+            first = self.relay.held.advance(claim, name, done).await?;
+        }
+        self.free(claim.place.partition, name);
+        Ok(())
+    }
+
+    async fn publish_held(&self, message: &HeldMessage) -> Result<()> {
+        let sent = self.relay.bus.send(vec![message.message.clone()]).await;
+        sent.map_err(Error::from)?;
+        self.relay.shared.lock().published += 1;
+        metrics::counter!(super::RELAYED).increment(1);
+        Ok(())
+    }
+
+    /// The message and what is behind it wait on: for an operator when the broker refuses it.
+    async fn wait_again(
+        &self,
+        claim: &Claim,
+        due: &DueName,
+        message: &HeldMessage,
+        error: &Error,
+    ) -> Result<()> {
+        let refused = is_of_the_message(error);
+        let attempts = message.attempts.saturating_add(1);
+        let until = (!refused).then(|| self.later(attempts));
+        let mut wait = self.wait(until, error, attempts);
+        wait.first_failed = message.first_failed.or(wait.first_failed);
+        // A decision was carried out when the broker has judged the message again.
+        let held = &self.relay.held;
+        held.wait(claim, &due.held.name, &wait, refused).await
+    }
+
+    fn free(&mut self, lane: u32, name: &HeldName) {
+        if let Some(lane) = self.lanes.get_mut(lane) {
+            lane.names.remove(name);
+        }
+    }
+
+    fn tell_given_up(&self, due: &DueName, message: &HeldMessage) {
+        let by = due.decision.as_ref().map_or("", |decision| &decision.by);
+        tracing::warn!(
+            relay = %self.relay.name, held = %due.held, topic = %message.message.topic, by,
+            "an operator gave up a committed message: it is not published"
+        );
+        metrics::counter!(super::RELAY_GIVEN_UP).increment(1);
+    }
+}

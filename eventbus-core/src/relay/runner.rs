@@ -1,0 +1,239 @@
+//! When a relay looks, waits and ends.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use metrics::gauge;
+use tokio::time::{Instant, sleep_until};
+
+use super::lanes::Lanes;
+use super::pass::Pass;
+use super::{OUTBOX_AGE, OUTBOX_HELD_BACK, OUTBOX_MESSAGES, Relay};
+use crate::activity::Part;
+use crate::clock::Timestamp;
+use crate::consumer::backoff::Backoff;
+use crate::error::{Error, Result, error_chain};
+use crate::outbox::{OUTBOX_LANES, OutboxStore};
+
+/// How long the batch under way may take when the relay is to end.
+const GRACE: Duration = Duration::from_secs(5);
+/// How often it is counted what waits.
+const DEPTH_INTERVAL: Duration = Duration::from_secs(5);
+/// The longest time without a look, should no store or clock have told of something.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A relay that runs.
+pub(super) struct Runner {
+    pub(super) relay: Relay,
+    pub(super) lanes: Lanes,
+    /// How often a message failed, by its position, while others were taken.
+    pub(super) attempts: HashMap<u64, u32>,
+    /// Up to which decision of operators the store was asked.
+    pub(super) decisions: u64,
+    backoff: Backoff,
+    counted: Option<Instant>,
+    part: Arc<Part>,
+}
+
+impl Runner {
+    pub(super) fn new(relay: Relay) -> Self {
+        Self {
+            lanes: Lanes::new(&relay),
+            attempts: HashMap::new(),
+            decisions: 0,
+            backoff: Backoff::new(),
+            counted: None,
+            part: relay.bus.shared_activity().part(),
+            relay,
+        }
+    }
+
+    pub(super) async fn run_until(mut self, signal: impl Future<Output = ()>) -> Result<()> {
+        let outbox = Arc::clone(&self.relay.outbox);
+        let mut hint = Hint::new(outbox.as_ref());
+        let mut stop = Stop {
+            signal: pin!(signal),
+            came: false,
+        };
+        let result = loop {
+            self.part.raise();
+            let looked = tokio::select! {
+                biased;
+                never = hint.listen() => match never {},
+                looked = self.pass() => looked,
+                () = stop.grace() => break Ok(()),
+            };
+            let next = match looked {
+                Ok(next) => next,
+                Err(error) if error.is_retryable() => Some(self.fail(&error)),
+                Err(error) => break Err(error),
+            };
+            if stop.came {
+                break Ok(());
+            }
+            let goes_on = next.is_some_and(|next| next <= Instant::now())
+                || (hint.take() && !self.backoff.is_running());
+            if goes_on {
+                continue;
+            }
+            self.part.set_due(next);
+            self.part.lower();
+            match self.rest(next, &mut hint, &mut stop).await {
+                Ok(()) if stop.came => break Ok(()),
+                Ok(()) => {}
+                Err(error) => break Err(error),
+            }
+        };
+        let left = self.lanes.leave().await;
+        result.and(left)
+    }
+
+    /// Waits until there may be something to do; while something is away, for time alone.
+    async fn rest(
+        &mut self,
+        next: Option<Instant>,
+        hint: &mut Hint<'_>,
+        stop: &mut Stop<'_, impl Future<Output = ()>>,
+    ) -> Result<()> {
+        let look = Instant::now() + LOOK_INTERVAL;
+        let look = next.map_or(look, |next| next.min(look));
+        let is_away = self.backoff.is_running();
+        let decided = self.relay.held.decided(&self.relay.name, self.decisions);
+        tokio::select! {
+            biased;
+            () = stop.signal() => Ok(()),
+            changed = self.lanes.changed() => changed,
+            () = hint.heard(), if !is_away => Ok(()),
+            () = decided, if !is_away => Ok(()),
+            () = sleep_until(look) => Ok(()),
+        }
+    }
+
+    /// Does what there is to do once; returns when to do more: at once, or when something is due.
+    async fn pass(&mut self) -> Result<Option<Instant>> {
+        self.lanes.update().await?;
+        self.relay.shared.lock().lanes = self.lanes.numbers();
+        self.count().await?;
+        let due = self.publish_due().await?;
+        match self.publish_next().await? {
+            Pass::Away => Ok(Some(Instant::now() + self.backoff.next())),
+            Pass::Progress => {
+                self.recover();
+                Ok(Some(Instant::now()))
+            }
+            Pass::Idle => {
+                self.recover();
+                Ok(due.map(|due| self.instant_of(due)))
+            }
+        }
+    }
+
+    /// Counts what waits, from time to time.
+    async fn count(&mut self) -> Result<()> {
+        let now = Instant::now();
+        if self
+            .counted
+            .is_some_and(|counted| now < counted + DEPTH_INTERVAL)
+        {
+            return Ok(());
+        }
+        self.counted = Some(now);
+        let depth = self.relay.outbox.depth().await?;
+        let name = self.relay.name.to_string();
+        for lane in 0..OUTBOX_LANES {
+            let waiting = depth.lanes.iter().find(|(found, _)| *found == lane);
+            let waiting = waiting.map_or(0, |(_, messages)| *messages);
+            gauge!(OUTBOX_MESSAGES, "relay" => name.clone(), "lane" => lane.to_string())
+                .set(waiting as f64);
+        }
+        let date = self.relay.bus.clock().now();
+        let age = depth
+            .oldest
+            .map_or(Duration::ZERO, |oldest| date.since(oldest));
+        gauge!(OUTBOX_AGE, "relay" => name.clone()).set(age.as_secs_f64());
+        gauge!(OUTBOX_HELD_BACK, "relay" => name)
+            .set(depth.held_back.unwrap_or_default().as_secs_f64());
+        self.relay.shared.lock().depth = depth;
+        Ok(())
+    }
+
+    /// Notes that a store is away; returns when to ask it again.
+    fn fail(&mut self, error: &Error) -> Instant {
+        tracing::warn!(relay = %self.relay.name, error = %error, "the relay goes on later");
+        self.relay.shared.lock().error = Some(error_chain(error));
+        Instant::now() + self.backoff.next()
+    }
+
+    fn recover(&mut self) {
+        self.backoff.reset();
+        self.relay.shared.lock().error = None;
+    }
+
+    /// The instant of a date to come.
+    fn instant_of(&self, date: Timestamp) -> Instant {
+        let wait = date.since(self.relay.bus.clock().now());
+        Instant::now() + wait.min(LOOK_INTERVAL)
+    }
+}
+
+/// Hears of what is appended, also while a pass runs, so that nothing is missed.
+struct Hint<'a> {
+    outbox: &'a dyn OutboxStore,
+    appended: BoxFuture<'a, ()>,
+    came: bool,
+}
+
+impl<'a> Hint<'a> {
+    fn new(outbox: &'a dyn OutboxStore) -> Self {
+        Self {
+            outbox,
+            appended: outbox.appended(),
+            came: false,
+        }
+    }
+
+    /// Notes what is appended, for as long as it is polled.
+    async fn listen(&mut self) -> Infallible {
+        loop {
+            (&mut self.appended).await;
+            self.appended = self.outbox.appended();
+            self.came = true;
+        }
+    }
+
+    /// Whether something was appended since this was asked last.
+    fn take(&mut self) -> bool {
+        std::mem::take(&mut self.came)
+    }
+
+    /// Waits until something is appended.
+    async fn heard(&mut self) {
+        (&mut self.appended).await;
+        self.appended = self.outbox.appended();
+    }
+}
+
+/// What ends a relay.
+struct Stop<'a, S> {
+    signal: Pin<&'a mut S>,
+    came: bool,
+}
+
+impl<S: Future<Output = ()>> Stop<'_, S> {
+    async fn signal(&mut self) {
+        if !self.came {
+            self.signal.as_mut().await;
+            self.came = true;
+        }
+    }
+
+    /// Resolves some time after the signal: by then a batch has to be over.
+    async fn grace(&mut self) {
+        self.signal().await;
+        sleep_until(Instant::now() + GRACE).await;
+    }
+}

@@ -1,0 +1,416 @@
+//! A relay brings what was committed to the broker: all of it, in the order of each key, whatever
+//! fails.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use async_trait::async_trait;
+use eventbus_core::{
+    Context, Error, ErrorKind, EventBus, HeldKeys, HeldPlace, KeyAction, MemoryKeyState,
+    MemoryLeases, MemoryOutbox, OnRefused, Origin, OutboxDepth, OutboxMessage, OutboxStore, Relay,
+    RelayHandle, Result, RetryPolicy,
+};
+use eventbus_testkit::TestBus;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+
+use crate::fixtures::{
+    Fault, FaultyBroker, MINUTE, OrderCreated, OrderPaid, SECOND, amount, faulty, order, paid,
+};
+
+/// An outbox, its relays, and the broker they publish to.
+struct Stage {
+    test: TestBus,
+    broker: FaultyBroker,
+    outbox: MemoryOutbox,
+    leases: MemoryLeases,
+    held: MemoryKeyState,
+}
+
+/// A relay that runs.
+struct Running {
+    handle: RelayHandle,
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<Result<()>>,
+}
+
+impl Running {
+    async fn stop(self) {
+        self.stop.send(()).expect("it runs");
+        let ended = self.task.await.expect("it does not panic");
+        ended.expect("it ends well");
+    }
+}
+
+impl Stage {
+    fn new() -> Self {
+        let (test, broker) = faulty();
+        Self {
+            test,
+            broker,
+            outbox: MemoryOutbox::new(),
+            leases: MemoryLeases::new(),
+            held: MemoryKeyState::new(),
+        }
+    }
+
+    fn relay(&self) -> Relay {
+        self.relay_of(Arc::new(self.outbox.clone()))
+    }
+
+    fn relay_of(&self, outbox: Arc<dyn OutboxStore>) -> Relay {
+        let leases = Arc::new(self.leases.clone());
+        Relay::on(self.test.bus(), outbox, leases, Arc::new(self.held.clone()))
+    }
+
+    fn start(&self, relay: Relay) -> Running {
+        let (stop, stopped) = oneshot::channel();
+        let handle = relay.handle();
+        let signal = async {
+            // Dropped is stopped, too.
+            let _ = stopped.await;
+        };
+        let task = tokio::spawn(relay.run_until(signal));
+        Running { handle, stop, task }
+    }
+
+    fn append(&self, orders: impl IntoIterator<Item = OrderCreated>) {
+        let mut batch = self.test.batch(Origin::new()).unwrap();
+        for order in orders {
+            batch.publish(order).unwrap();
+        }
+        self.outbox.append(batch.into_messages()).unwrap();
+    }
+
+    fn append_paid(&self, number: u64) {
+        let mut batch = self.test.batch(Origin::new()).unwrap();
+        batch.publish(paid(number)).unwrap();
+        self.outbox.append(batch.into_messages()).unwrap();
+    }
+
+    /// Lets time pass until nothing waits.
+    async fn drain(&self) {
+        for _ in 0..1_000 {
+            if self.outbox.depth().await.unwrap().messages() == 0 {
+                return;
+            }
+            sleep(SECOND / 10).await;
+        }
+        panic!("the outbox is not drained");
+    }
+
+    /// The amounts of each order on the broker, in order.
+    async fn published(&self) -> HashMap<u64, Vec<u64>> {
+        let mut published: HashMap<u64, Vec<u64>> = HashMap::new();
+        for created in self.test.published::<OrderCreated>().await {
+            published
+                .entry(created.order)
+                .or_default()
+                .push(created.amount);
+        }
+        published
+    }
+
+    async fn decide(&self, held: &HeldPlace, action: KeyAction) {
+        let desk = self.desk();
+        let decided = desk.decide(held, action, "ada", "a test").await;
+        assert!(decided.unwrap());
+    }
+
+    fn desk(&self) -> HeldKeys {
+        let bus = EventBus::builder(self.test.broker().clone());
+        let bus = bus.key_state(Arc::new(self.held.clone())).build();
+        bus.held_keys("outbox").unwrap()
+    }
+}
+
+#[tokio::test]
+async fn what_was_committed_is_published_in_order_and_removed() {
+    let stage = Stage::new();
+    stage.append((0..500).map(|number| amount(number % 10, number)));
+    let relay = stage.start(stage.relay().batch(32));
+    stage.drain().await;
+    stage.append((500..1_000).map(|number| amount(number % 10, number)));
+    stage.drain().await;
+    let published = stage.published().await;
+    for key in 0..10 {
+        let expected: Vec<_> = (0..1_000).filter(|number| number % 10 == key).collect();
+        assert_eq!(published[&key], expected);
+    }
+    assert_eq!(relay.handle.status().published, 1_000);
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn an_append_is_published_at_once() {
+    let stage = Stage::new();
+    let relay = stage.start(stage.relay());
+    sleep(SECOND).await;
+    stage.append([order(1)]);
+    // Without any time.
+    while stage.published().await.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn while_the_broker_is_away_all_of_it_waits() {
+    let stage = Stage::new();
+    let relay = stage.start(stage.relay());
+    stage.broker.fail("orders", Fault::Away);
+    stage.append((0..20).map(|number| amount(1, number)));
+    sleep(10 * MINUTE).await;
+    let status = relay.handle.status();
+    assert_eq!((status.published, status.held), (0, 0));
+    assert_eq!(status.depth.messages(), 20);
+    assert!(status.error.is_some());
+    // It is asked again, less and less often.
+    assert!(
+        (20..2_000).contains(&stage.broker.failed()),
+        "{}",
+        stage.broker.failed()
+    );
+    stage.broker.mend();
+    stage.drain().await;
+    assert_eq!(stage.published().await[&1], (0..20).collect::<Vec<_>>());
+    assert_eq!(relay.handle.status().error, None);
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn a_refused_message_parks_its_key_and_no_other() {
+    let stage = Stage::new();
+    let relay = stage.start(stage.relay());
+    stage.broker.fail("payments", Fault::TooLarge);
+    stage.append_paid(1);
+    stage.append([amount(1, 1), amount(2, 1)]);
+    stage.drain().await;
+    stage.append([amount(1, 2), amount(2, 2)]);
+    stage.drain().await;
+    let published = stage.published().await;
+    assert_eq!(published[&2], [1, 2]);
+    // What was in one batch with it may have gone before it was refused; what came later waits.
+    assert!(
+        !published
+            .get(&1)
+            .is_some_and(|amounts| amounts.contains(&2))
+    );
+    let parked = stage.desk().list().await.unwrap();
+    assert_eq!(parked.len(), 1);
+    assert!(parked[0].wait.is_parked());
+    assert!(parked[0].wait.error.contains("as the test asked for"));
+
+    stage.broker.mend();
+    stage.decide(&parked[0].held, KeyAction::Retry).await;
+    sleep(SECOND).await;
+    assert_eq!(stage.test.published::<OrderPaid>().await, [paid(1)]);
+    assert_eq!(stage.published().await[&1], [1, 2]);
+    assert!(stage.desk().list().await.unwrap().is_empty());
+    stage.append([amount(1, 3)]);
+    stage.drain().await;
+    assert_eq!(stage.published().await[&1], [1, 2, 3]);
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn a_refused_message_can_be_given_up_alone_or_with_its_key() {
+    for (action, expected) in [
+        (KeyAction::Release, Some(vec![1, 2])),
+        (KeyAction::Discard, None),
+    ] {
+        let stage = Stage::new();
+        let relay = stage.start(stage.relay());
+        stage.broker.fail("payments", Fault::TooLarge);
+        stage.append_paid(1);
+        stage.drain().await;
+        stage.append([amount(1, 1), amount(1, 2)]);
+        stage.drain().await;
+        let parked = stage.desk().list().await.unwrap();
+        stage.decide(&parked[0].held, action).await;
+        sleep(SECOND).await;
+        assert_eq!(stage.published().await.get(&1).cloned(), expected);
+        assert!(stage.test.published::<OrderPaid>().await.is_empty());
+        assert!(stage.desk().list().await.unwrap().is_empty());
+        relay.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_key_goes_on_without_a_refused_message_where_that_is_declared() {
+    let stage = Stage::new();
+    let relay = stage.start(stage.relay().on_refused(OnRefused::SkipKey));
+    stage.broker.fail("payments", Fault::TooLarge);
+    stage.append_paid(1);
+    stage.append([amount(1, 1), amount(1, 2)]);
+    stage.drain().await;
+    assert_eq!(stage.published().await[&1], [1, 2]);
+    assert_eq!(stage.desk().list().await.unwrap().len(), 1);
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn what_fails_while_others_are_taken_waits_with_its_key_and_is_published_later() {
+    let stage = Stage::new();
+    let relay = stage.start(stage.relay());
+    stage.broker.fail("payments", Fault::Away);
+    stage.append_paid(1);
+    for number in 0..10 {
+        stage.append([amount(2, number)]);
+        sleep(SECOND / 10).await;
+    }
+    stage.drain().await;
+    stage.append([amount(1, 1)]);
+    sleep(SECOND / 10).await;
+    assert_eq!(stage.published().await[&2], (0..10).collect::<Vec<_>>());
+    sleep(MINUTE).await;
+    assert!(!stage.published().await.contains_key(&1));
+    stage.broker.mend();
+    sleep(2 * MINUTE).await;
+    assert_eq!(stage.test.published::<OrderPaid>().await, [paid(1)]);
+    assert_eq!(stage.published().await[&1], [1]);
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn two_relays_share_the_lanes_and_one_goes_on_alone() {
+    let stage = Stage::new();
+    let first = stage.start(stage.relay().batch(10));
+    let second = stage.start(stage.relay().batch(10));
+    stage.append((0..400).map(|number| amount(number % 20, number)));
+    stage.drain().await;
+    sleep(MINUTE).await;
+    let lanes = [&first, &second].map(|relay| relay.handle.status().lanes.len());
+    assert_eq!(lanes, [8, 8]);
+    // One is gone without a word.
+    first.task.abort();
+    stage.append((400..800).map(|number| amount(number % 20, number)));
+    stage.drain().await;
+    sleep(MINUTE).await;
+    assert_eq!(second.handle.status().lanes.len(), 16);
+    let published = stage.published().await;
+    for key in 0..20 {
+        let expected: Vec<_> = (0..800).filter(|number| number % 20 == key).collect();
+        assert_eq!(published[&key], expected, "key {key}");
+    }
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn a_relay_that_stops_ends_its_batch_and_gives_its_lanes_away() {
+    let stage = Stage::new();
+    let first = stage.start(stage.relay());
+    stage.append((0..100).map(order));
+    stage.drain().await;
+    first.stop().await;
+    let second = stage.start(stage.relay());
+    stage.append((0..100).map(order));
+    // Well before a lease ends by itself.
+    sleep(SECOND).await;
+    assert_eq!(stage.outbox.depth().await.unwrap().messages(), 0);
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn a_broker_that_never_answers_does_not_keep_a_relay_from_stopping() {
+    let stage = Stage::new();
+    let relay = stage.start(stage.relay());
+    stage.broker.fail("orders", Fault::Silent);
+    stage.append([order(1)]);
+    sleep(SECOND).await;
+    relay.stop.send(()).unwrap();
+    sleep(6 * SECOND).await;
+    relay.task.await.unwrap().unwrap();
+    assert_eq!(stage.outbox.depth().await.unwrap().messages(), 1);
+}
+
+/// An outbox that is away when it is to remove.
+#[derive(Debug)]
+struct Forgetful {
+    inner: MemoryOutbox,
+    failures: AtomicU32,
+}
+
+#[async_trait]
+impl OutboxStore for Forgetful {
+    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
+        self.inner.next(lanes, messages_max).await
+    }
+
+    async fn remove(&self, positions: &[u64]) -> Result<()> {
+        let left = self
+            .failures
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
+                left.checked_sub(1)
+            });
+        match left {
+            Ok(_) => Err(Error::new(ErrorKind::Unavailable, "remove", "a test")),
+            Err(_) => self.inner.remove(positions).await,
+        }
+    }
+
+    async fn appended(&self) {
+        self.inner.appended().await;
+    }
+
+    async fn depth(&self) -> Result<OutboxDepth> {
+        self.inner.depth().await
+    }
+}
+
+#[tokio::test]
+async fn what_could_not_be_removed_is_published_again_with_the_same_ids_and_nothing_is_lost() {
+    let stage = Stage::new();
+    let forgetful = Forgetful {
+        inner: stage.outbox.clone(),
+        failures: AtomicU32::new(2),
+    };
+    let relay = stage.start(stage.relay_of(Arc::new(forgetful)));
+    stage.append([amount(1, 1), amount(1, 2)]);
+    stage.drain().await;
+    let published = stage.test.published_with_envelopes::<OrderCreated>().await;
+    let amounts: Vec<_> = published
+        .iter()
+        .map(|(_, created)| created.amount)
+        .collect();
+    assert_eq!(amounts, [1, 2, 1, 2, 1, 2]);
+    assert_eq!(published[0].0.id, published[2].0.id);
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn a_batch_belongs_to_a_request_and_not_to_a_handler() {
+    let test = TestBus::new();
+    let origin = Origin::new()
+        .with_correlation_id("request-7")
+        .with_metadata("userId", "u-17");
+    let mut batch = test.batch(origin).unwrap();
+    let id = batch.publish(order(1)).unwrap();
+    batch.publish(paid(1)).unwrap();
+    let messages = batch.into_messages();
+    assert_eq!(messages[0].0, id);
+    for (_, message) in &messages {
+        let envelope = test.envelope(message).unwrap();
+        assert_eq!(envelope.correlation_id, "request-7");
+        assert_eq!(envelope.metadata["userId"], "u-17");
+    }
+    let consumer = test
+        .consumer("billing")
+        .state(test.bus().clone())
+        .on(async |_: OrderCreated, cx: Context<EventBus>| {
+            cx.state().batch(Origin::new())?;
+            Ok(())
+        })
+        .retry(RetryPolicy::none());
+    let _consumer = test.spawn(consumer).await;
+    test.publish(order(1)).await.unwrap();
+    test.settled().await;
+    let letters = test.dead_letters().await;
+    assert!(
+        letters[0].error.contains("cx.transaction()"),
+        "{}",
+        letters[0].error
+    );
+}
