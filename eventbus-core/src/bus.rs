@@ -29,6 +29,8 @@ use crate::key_state::KeyStateStore;
 use crate::message::{Group, Key, Message, Topic};
 use crate::outgoing::{Frame, Origin, Outgoing, OutgoingBatch, into_message};
 use crate::reader::Reader;
+use crate::schedule::ScheduleStore;
+use crate::schedule::scheduler::Schedule;
 use crate::sending::{PartlyPublished, Turns, repeats_a_key};
 use crate::service::Service;
 use crate::topic::TopicSpec;
@@ -74,6 +76,7 @@ struct Inner {
     topic_formats: HashMap<Topic, Arc<dyn Format>>,
     topic_prefix: String,
     key_state: Option<Arc<dyn KeyStateStore>>,
+    schedule: Option<Schedule>,
     /// Of the consumers on this bus, to let them hear at once of what is decided here.
     keepers: Mutex<Vec<Weak<HeldLanes>>>,
     activity: Arc<Activity>,
@@ -93,6 +96,7 @@ pub struct EventBusBuilder {
     topic_formats: HashMap<Topic, Arc<dyn Format>>,
     topic_prefix: String,
     key_state: Option<Arc<dyn KeyStateStore>>,
+    schedule: Option<Arc<dyn ScheduleStore>>,
 }
 
 impl EventBusBuilder {
@@ -136,8 +140,18 @@ impl EventBusBuilder {
         self
     }
 
+    /// Sets where events wait that are published at a time to come, and makes this bus one of those
+    /// that publish them then: from its first publish, consumer or service on, until it is closed.
+    /// All buses with this store have to be on one broker.
+    pub fn schedule(mut self, store: Arc<dyn ScheduleStore>) -> Self {
+        self.schedule = Some(store);
+        self
+    }
+
     /// The bus.
     pub fn build(self) -> EventBus {
+        let activity = Activity::new();
+        let schedule = |store| Schedule::new(store, activity.part());
         let capabilities = self.broker.capabilities();
         let labels = [("messaging.system", capabilities.system)];
         EventBus {
@@ -153,8 +167,9 @@ impl EventBusBuilder {
                 topic_formats: self.topic_formats,
                 topic_prefix: self.topic_prefix,
                 key_state: self.key_state,
+                schedule: self.schedule.map(schedule),
                 keepers: Mutex::default(),
-                activity: Activity::new(),
+                activity,
             }),
         }
     }
@@ -185,6 +200,7 @@ impl EventBus {
             topic_formats: HashMap::new(),
             topic_prefix: String::new(),
             key_state: None,
+            schedule: None,
         }
     }
 
@@ -240,7 +256,7 @@ impl EventBus {
             .map(|event| self.message_of(event.into(), Origin::new()))
             .collect::<Result<Vec<_>>>()?;
         let (ids, messages): (Vec<_>, Vec<_>) = made.into_iter().unzip();
-        match self.send_at_once(messages).await {
+        match self.send_all_in_time(messages).await {
             Ok(()) => Ok(ids),
             Err(error) => Err(PartlyPublished::error(ids, error)),
         }
@@ -257,19 +273,21 @@ impl EventBus {
         event: impl Into<Outgoing<E>> + Send,
     ) -> Result<EventId> {
         let (id, message) = self.message_of(event.into(), Origin::new())?;
-        self.send(vec![message]).await.map_err(Error::from)?;
+        self.send_in_time(vec![message]).await?;
         Ok(id)
     }
 
     /// Publishes messages as they are, by the names that topics have on the broker: for tools and
     /// bridges, which know no event types. Services publish events with [`publish`](Self::publish).
     /// Inside a running handler they are sent at once, as with [`publish_now`](Self::publish_now).
+    /// Those whose header [`NOT_BEFORE`](crate::header::NOT_BEFORE) names a time to come wait in the
+    /// schedule of the bus.
     ///
     /// # Errors
     ///
     /// Names each message that was not acknowledged; the others were.
     pub async fn publish_messages(&self, messages: Vec<Message>) -> Result<(), PublishError> {
-        self.send(messages).await
+        self.send_in_time(messages).await
     }
 
     /// Starts a batch of events that are published later, all part of the flow that `origin`
@@ -295,6 +313,7 @@ impl EventBus {
         outgoing: Outgoing<E>,
         origin: Origin,
     ) -> Result<(EventId, Message)> {
+        self.check_time(outgoing.not_before())?;
         let topic = self.topic(&E::TOPIC)?;
         let frame = Frame {
             format: self.format_of(&topic),
@@ -490,11 +509,16 @@ impl EventBus {
     }
 
     /// Ends the connection, for all clones of this handle and every consumer on it. Idempotent.
+    /// Scheduled events that are being published are waited for, a few seconds at most; the others
+    /// are left to other processes, or to the next start.
     ///
     /// # Errors
     ///
     /// Those of the broker.
     pub async fn close(&self) -> Result<()> {
+        if let Some(schedule) = self.schedule() {
+            schedule.close().await;
+        }
         self.inner.broker.close().await
     }
 
@@ -559,6 +583,26 @@ impl EventBus {
         self.inner.key_state.as_ref()
     }
 
+    /// Where events wait for their time, if anywhere.
+    pub(crate) fn schedule(&self) -> Option<&Schedule> {
+        self.inner.schedule.as_ref()
+    }
+
+    /// Sees to it that what is scheduled is published, from now on.
+    pub(crate) fn start_schedule(&self) {
+        if let Some(schedule) = self.schedule() {
+            schedule.start(self);
+        }
+    }
+
+    /// A handle that does not keep the connection.
+    pub(crate) fn downgrade(&self) -> WeakBus {
+        WeakBus {
+            inner: Arc::downgrade(&self.inner),
+            source: Arc::clone(&self.source),
+        }
+    }
+
     /// Lets a consumer hear of decisions that are made through this bus.
     pub(crate) fn add_keeper(&self, keeper: &Arc<HeldLanes>) {
         let mut keepers = self.lock_keepers();
@@ -610,6 +654,27 @@ impl EventBus {
     pub fn event_bytes_max(&self) -> usize {
         let broker_max = self.inner.capabilities.message_bytes_max;
         broker_max.saturating_sub(DEAD_LETTER_RESERVE.min(broker_max / 2))
+    }
+
+    /// Publishes messages as [`send`](Self::send) does, except those of a time to come: they are put
+    /// into the schedule, before anything is sent.
+    pub(crate) async fn send_in_time(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+        let (messages, places) = self.set_aside(messages).await?;
+        if messages.is_empty() {
+            return Ok(());
+        }
+        let sent = self.send(messages).await;
+        sent.map_err(|error| places.of(error))
+    }
+
+    /// As [`send_in_time`](Self::send_in_time), with one call of the broker.
+    async fn send_all_in_time(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+        let (messages, places) = self.set_aside(messages).await?;
+        if messages.is_empty() {
+            return Ok(());
+        }
+        let sent = self.send_at_once(messages).await;
+        sent.map_err(|error| places.of(error))
     }
 
     /// Publishes messages as they are. After a failure no message is on the broker before an earlier
@@ -683,6 +748,22 @@ impl EventBus {
             messaging.batch.message_count = messages.len(),
         );
         Some(span)
+    }
+}
+
+/// A bus as its own task knows it: gone when nobody else uses it.
+#[derive(Debug)]
+pub(crate) struct WeakBus {
+    inner: Weak<Inner>,
+    source: Arc<str>,
+}
+
+impl WeakBus {
+    pub(crate) fn upgrade(&self) -> Option<EventBus> {
+        Some(EventBus {
+            inner: self.inner.upgrade()?,
+            source: Arc::clone(&self.source),
+        })
     }
 }
 

@@ -55,7 +55,8 @@ pub use replay::{Replay, ReplayReport};
 pub use running::{Consumer, ConsumerState, ConsumerStatus};
 pub use telemetry::{
     BLOCKED_KEYS, CONSUMED_MESSAGES, Counts, DEAD_LETTERS, DUPLICATES, FAILED_ATTEMPTS, GAPS,
-    HANDLED, HELD_MESSAGES, OPERATION_DURATION, PROCESS_DURATION, SENT_MESSAGES, SKIPPED,
+    HANDLED, HELD_MESSAGES, OPERATION_DURATION, PROCESS_DURATION, SCHEDULE_LATENESS,
+    SCHEDULED_WAITING, SENT_MESSAGES, SKIPPED,
 };
 
 use dispatch::{Batch, ErasedHandler, Single};

@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use crate::clock::Timestamp;
 use crate::consumer::scope::Scope;
 use crate::delivery::Position;
 use crate::envelope::{Envelope, EventId};
@@ -85,6 +87,38 @@ impl<S, U: Unit> Context<S, U> {
     /// `Unsupported` during a replay, `Closed` when the handler has ended.
     pub fn publish<E: Event>(&self, event: impl Into<Outgoing<E>>) -> Result<EventId> {
         self.scope.publish(event.into())
+    }
+
+    /// Collects an event to be published at a time to come: as [`publish`](Self::publish), it is
+    /// put into the schedule when the handler has succeeded, before anything else that it collected
+    /// is sent, and before the event handled is settled. Handling again while it waits leaves it as
+    /// it is, with its time.
+    ///
+    /// # Errors
+    ///
+    /// As [`publish`](Self::publish); `Unsupported` where the bus has no schedule, and in a unit of
+    /// work.
+    pub fn publish_at<E: Event>(
+        &self,
+        event: impl Into<Outgoing<E>>,
+        time: impl Into<Timestamp>,
+    ) -> Result<EventId> {
+        self.publish(event.into().with_not_before(time.into()))
+    }
+
+    /// Collects an event to be published after `delay`, counted from now; otherwise as
+    /// [`publish_at`](Self::publish_at).
+    ///
+    /// # Errors
+    ///
+    /// As [`publish_at`](Self::publish_at).
+    pub fn publish_after<E: Event>(
+        &self,
+        event: impl Into<Outgoing<E>>,
+        delay: Duration,
+    ) -> Result<EventId> {
+        let time = self.scope.runtime().bus.clock().now().plus(delay);
+        self.publish_at(event, time)
     }
 
     /// A text that is the same for every attempt of this group at this event, and differs between

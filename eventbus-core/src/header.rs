@@ -23,6 +23,8 @@ pub const CAUSATION_ID: &str = "eb-causation-id";
 pub const METADATA: &str = "eb-metadata";
 /// After this time, RFC 3339, it is not handled any more.
 pub const EXPIRES_AT: &str = "eb-expires-at";
+/// When it was to be published at the earliest, RFC 3339: until then it waits in a schedule.
+pub const NOT_BEFORE: &str = "eb-not-before";
 /// The only group that is to handle it: set by a re-drive.
 pub const TO_GROUP: &str = "eb-to-group";
 /// How often it was re-driven from the dead letters.

@@ -30,6 +30,8 @@ mod outgoing;
 mod reader;
 mod relay;
 mod retry;
+mod schedule;
+mod scheduled;
 mod sending;
 mod service;
 mod topic;
@@ -64,11 +66,15 @@ pub use lease::{
 };
 pub use memory::{
     CommitFault, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryLeases, MemoryOutbox,
-    MemoryProfile, MemoryUnit,
+    MemoryProfile, MemorySchedule, MemoryUnit,
 };
 pub use message::{
     Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,
     Message, NAME_LENGTH_MAX, Topic,
+};
+pub use schedule::{
+    BusyTaker, Refused, SCHEDULED_MAX, ScheduleStore, Scheduled, ScheduledReport, TakeScheduled,
+    Taken,
 };
 pub use topic::{TopicPartition, TopicSpec, partition_of};
 
@@ -78,7 +84,7 @@ pub use consumer::{
     BLOCKED_KEYS, Breaker, CONSUMED_MESSAGES, Consumer, ConsumerBuilder, ConsumerState,
     ConsumerStatus, Counts, DEAD_LETTERS, DUPLICATES, Dispatch, DispatchFuture, FAILED_ATTEMPTS,
     GAPS, HANDLED, HELD_MESSAGES, LaneStatus, OPERATION_DURATION, OnPoison, PROCESS_DURATION,
-    Replay, ReplayReport, Request, SENT_MESSAGES, SKIPPED,
+    Replay, ReplayReport, Request, SCHEDULE_LATENESS, SCHEDULED_WAITING, SENT_MESSAGES, SKIPPED,
 };
 pub use context::Context;
 pub use dead_letter::{
@@ -96,6 +102,7 @@ pub use relay::{
     Relay, RelayHandle, RelayStatus,
 };
 pub use retry::{OnError, RetryPolicy};
+pub use scheduled::{SCHEDULED_LIST_MAX, ScheduledEvents};
 pub use sending::PartlyPublished;
 pub use service::{
     BrokerHealth, ConsumerHealth, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping,

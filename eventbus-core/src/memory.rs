@@ -15,6 +15,7 @@ mod member;
 mod named;
 mod outbox;
 mod room;
+mod schedule;
 mod settle;
 mod state;
 mod unit;
@@ -40,6 +41,7 @@ pub use config::{MemoryConfig, MemoryProfile};
 pub use key_state::MemoryKeyState;
 pub use leases::MemoryLeases;
 pub use outbox::MemoryOutbox;
+pub use schedule::MemorySchedule;
 pub use unit::{CommitFault, MemoryUnit};
 
 /// A client of an in-memory server: what is published lives as long as a client or member does.
@@ -105,6 +107,7 @@ struct Server {
     capabilities: Capabilities,
     state: Mutex<State>,
     key_state: MemoryKeyState,
+    schedule: MemorySchedule,
     space: Arc<Notify>,
     clients: AtomicU64,
 }
@@ -113,6 +116,11 @@ impl Server {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing is left half done by a panic that a later call could not read.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is like no other broker.
+    fn is_itself(&self) -> bool {
+        self.config.profile == MemoryProfile::Memory
     }
 
     fn client(self: &Arc<Self>) -> MemoryBroker {
@@ -146,6 +154,7 @@ impl MemoryBroker {
         let server = Arc::new(Server {
             capabilities: state.capabilities.clone(),
             key_state: MemoryKeyState::with_clock(Arc::clone(&config.clock)),
+            schedule: MemorySchedule::new(),
             space: Arc::clone(&state.space),
             state: Mutex::new(state),
             config,
@@ -184,8 +193,14 @@ impl MemoryBroker {
     /// another broker, which brings no such store either.
     pub fn key_state(&self) -> Option<MemoryKeyState> {
         let server = &self.client.server;
-        let is_itself = server.config.profile == MemoryProfile::Memory;
-        is_itself.then(|| server.key_state.clone())
+        server.is_itself().then(|| server.key_state.clone())
+    }
+
+    /// Where events of buses on this server wait for their time: one schedule for all its clients.
+    /// None where it is like another broker, which brings none either.
+    pub fn schedule(&self) -> Option<MemorySchedule> {
+        let server = &self.client.server;
+        server.is_itself().then(|| server.schedule.clone())
     }
 
     /// How many settlements the server ignored because their lane had been given away or they had

@@ -37,6 +37,7 @@ pub struct Outgoing<E> {
     origin: Option<Origin>,
     metadata: Metadata,
     expires_at: Option<Timestamp>,
+    not_before: Option<Timestamp>,
 }
 
 impl<E> Outgoing<E> {
@@ -48,7 +49,12 @@ impl<E> Outgoing<E> {
             origin: None,
             metadata: Metadata::new(),
             expires_at: None,
+            not_before: None,
         }
+    }
+
+    pub(crate) fn not_before(&self) -> Option<Timestamp> {
+        self.not_before
     }
 
     pub(crate) fn key(&self) -> Option<Key>
@@ -84,6 +90,14 @@ impl<E> Outgoing<E> {
     #[must_use]
     pub fn with_expiry(mut self, time: Timestamp) -> Self {
         self.expires_at = Some(time);
+        self
+    }
+
+    /// Sets a time before which it is not published: until then it waits in the schedule of the
+    /// bus; see [`EventBus::publish_at`](crate::EventBus::publish_at).
+    #[must_use]
+    pub fn with_not_before(mut self, time: Timestamp) -> Self {
+        self.not_before = Some(time);
         self
     }
 }
@@ -233,6 +247,7 @@ pub(crate) fn into_message<E: Event>(
         origin,
         metadata,
         expires_at,
+        not_before,
     } = outgoing;
     let id = id.unwrap_or(frame.id);
     let origin = origin.unwrap_or(frame.origin);
@@ -250,13 +265,14 @@ pub(crate) fn into_message<E: Event>(
         frame
             .format
             .write(&envelope, <E::Codec as Codec<E>>::CONTENT_TYPE, &data)?;
-    let headers = match (&origin.traceparent, expires_at) {
-        (None, None) => headers,
-        (traceparent, expires_at) => headers
+    let headers = match (&origin.traceparent, expires_at, not_before) {
+        (None, None, None) => headers,
+        (traceparent, expires_at, not_before) => headers
             .to_builder()
             .push_some(header::TRACEPARENT, traceparent.as_ref())?
             .push_some(header::TRACESTATE, origin.tracestate.as_ref())?
             .push_some(header::EXPIRES_AT, expires_at.map(|time| time.to_string()))?
+            .push_some(header::NOT_BEFORE, not_before.map(|time| time.to_string()))?
             .build(),
     };
     let mut message = Message::new(frame.topic, payload).with_headers(headers);

@@ -240,6 +240,9 @@ struct Stages {
 impl Stages {
     fn start(service: Service) -> Self {
         let name = &service.watched.name;
+        for bus in service.watched.buses() {
+            bus.start_schedule();
+        }
         let mut stages = Self {
             servers: Parts::new(name),
             consumers: Parts::new(name),

@@ -7,6 +7,7 @@ pub mod key_state;
 pub mod lease;
 pub mod outbox;
 mod probe;
+pub mod schedule;
 mod test_bus;
 
 pub use broker::BrokerHarness;
@@ -14,4 +15,5 @@ pub use key_state::KeyStateHarness;
 pub use lease::LeaseHarness;
 pub use outbox::{OutboxHarness, OutboxTransaction};
 pub use probe::{Ledger, Probe, Record, text_of, within};
+pub use schedule::ScheduleHarness;
 pub use test_bus::TestBus;

@@ -73,7 +73,7 @@ impl Clock for TestClock {
 const RUN_OUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl TestBus {
-    /// A bus on a new in-memory broker; stops tokio's clock if it runs.
+    /// A bus on a new in-memory broker, with a schedule; stops tokio's clock if it runs.
     ///
     /// # Panics
     ///
@@ -129,9 +129,12 @@ impl TestBus {
             begun: Instant::now(),
         });
         let server = MemoryBroker::with(config.with_clock(Arc::clone(&clock)));
-        let bus = EventBus::builder(wrap(server.clone()))
+        let mut bus = EventBus::builder(wrap(server.clone()))
             .source("test")
             .clock(Arc::clone(&clock));
+        if let Some(schedule) = server.schedule() {
+            bus = bus.schedule(Arc::new(schedule));
+        }
         Self {
             bus: set_up(bus, clock).build(),
             server,
@@ -212,7 +215,7 @@ impl TestBus {
         self.settled().await;
     }
 
-    /// Lets time pass until no retry and no probe is pending.
+    /// Lets time pass until no retry, no probe and no scheduled event is pending.
     ///
     /// # Panics
     ///

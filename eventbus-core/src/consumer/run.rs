@@ -434,7 +434,7 @@ async fn publish(scope: &Scope, messages: Vec<Message>) -> Outcome {
         return Outcome::Done;
     }
     scope.set_awaits_others(true);
-    let sent = scope.runtime().bus.send(messages).await;
+    let sent = scope.runtime().bus.send_in_time(messages).await;
     scope.set_awaits_others(false);
     match sent {
         Ok(()) => Outcome::Done,

@@ -159,6 +159,9 @@ pub(crate) async fn start<V: Layers>(
         inboxes.push(inbox);
     }
 
+    if runtime.replay.is_none() {
+        runtime.bus.start_schedule();
+    }
     let keeping = runtime.held.as_ref().map(|held| {
         runtime.bus.add_keeper(held);
         let keeper = Keeper::new(Arc::clone(&runtime), Arc::clone(held), inboxes.clone());

@@ -32,6 +32,10 @@ pub const GAPS: &str = "eventbus.gaps";
 pub const BLOCKED_KEYS: &str = "eventbus.blocked_keys";
 /// Messages put aside into the store of held keys.
 pub const HELD_MESSAGES: &str = "eventbus.held";
+/// Messages that wait in the schedule of a bus.
+pub const SCHEDULED_WAITING: &str = "eventbus.scheduled.waiting";
+/// How late the schedule's oldest message is that is due, in seconds.
+pub const SCHEDULE_LATENESS: &str = "eventbus.scheduled.lateness";
 
 /// What a consumer has counted since it was spawned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,5 +1,5 @@
 //! How the events of a key are looked for: groups first, then one bounded read, then
-//! what is held, then dead letters.
+//! what waits for its time, what is held, then dead letters.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, IntoFuture};
@@ -82,11 +82,16 @@ impl Lookup {
             events: Vec::new(),
             earlier: 0,
             held: Vec::new(),
+            scheduled: Vec::new(),
             dead_letters: Vec::new(),
             unknown: Vec::new(),
         };
         let positions = self.positions(&mut found).await?;
         self.read_events(&mut found, &positions).await?;
+        if self.bus.schedule().is_some() {
+            let scheduled = self.bus.scheduled()?;
+            found.scheduled = scheduled.of_key(&self.topic, &self.key).await?;
+        }
         for group in self.groups(&mut found, &positions)? {
             self.find_held(&mut found, &group).await?;
             let letters = self.letters_of(&found.topic, group).await;

@@ -8,6 +8,7 @@ use crate::delivery::Position;
 use crate::envelope::{Envelope, EventId};
 use crate::key_state::HeldReport;
 use crate::message::{Group, Key, Topic};
+use crate::schedule::ScheduledReport;
 
 /// Where the events of a key are; found by [`EventBus::whereabouts`](crate::EventBus::whereabouts).
 ///
@@ -26,6 +27,8 @@ pub struct Whereabouts {
     pub earlier: u64,
     /// The groups for which the key is held: parked, or until a delayed attempt.
     pub held: Vec<HeldFor>,
+    /// What of the key waits for its time and is not published yet.
+    pub scheduled: Vec<ScheduledReport>,
     /// Dead letters of the key that any group left, open or not, oldest first in each group.
     pub dead_letters: Vec<DeadLetter>,
     /// What could not be found out. Empty: nothing is missing above.
@@ -104,7 +107,11 @@ pub struct Unknown {
 impl fmt::Display for Whereabouts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, key {}:", self.topic, self.key)?;
-        if self.events.is_empty() && self.held.is_empty() && self.dead_letters.is_empty() {
+        if self.events.is_empty()
+            && self.held.is_empty()
+            && self.scheduled.is_empty()
+            && self.dead_letters.is_empty()
+        {
             f.write_str(" nothing found")?;
         }
         if self.earlier > 0 {
@@ -119,6 +126,11 @@ impl fmt::Display for Whereabouts {
                 Some(until) => write!(f, "\n  held for {group} until {until}")?,
             }
             write!(f, ": {}", report.wait.error)?;
+        }
+        for waiting in &self.scheduled {
+            let event_type = waiting.event_type.as_deref().unwrap_or("event");
+            let (id, due) = (&waiting.id, waiting.due);
+            write!(f, "\n  {event_type} {id} waits until {due}")?;
         }
         for letter in &self.dead_letters {
             write!(

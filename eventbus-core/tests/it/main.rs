@@ -18,6 +18,8 @@ mod publishing;
 mod relay;
 mod replay;
 mod review;
+mod schedule;
+mod scheduled;
 mod service;
 mod shutdown;
 mod units;
