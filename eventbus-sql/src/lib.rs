@@ -3,4 +3,4 @@
 
 mod sqlite;
 
-pub use sqlite::{SqliteBroker, SqliteConfig, SqliteKeyState};
+pub use sqlite::{SqliteBroker, SqliteConfig, SqliteKeyState, SqliteSchedule};

@@ -16,6 +16,7 @@ use super::deliveries::MemberHandle;
 use super::headers::Packed;
 use super::key_state::SqliteKeyState;
 use super::leases;
+use super::schedule::SqliteSchedule;
 use super::topics::TopicLanes;
 use super::writer::Refused;
 
@@ -113,6 +114,12 @@ impl SqliteBroker {
     #[must_use]
     pub fn key_state(&self) -> SqliteKeyState {
         SqliteKeyState::new(self.client.database.clone())
+    }
+
+    /// Where events of buses on this file wait for their time: in the same file.
+    #[must_use]
+    pub fn schedule(&self) -> SqliteSchedule {
+        SqliteSchedule::new(self.client.database.clone())
     }
 
     /// How many settlements were ignored because their lane had been given away or they had been

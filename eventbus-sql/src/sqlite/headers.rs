@@ -131,6 +131,21 @@ pub(super) fn unpack(
     unpacked.ok_or_else(|| damaged(topic, position))
 }
 
+/// Reads a message without its payload from its head, unchecked: where it is only shown.
+pub(super) fn peek(topic: &Topic, head: Bytes) -> Message {
+    let mut message = Message::new(topic.clone(), Bytes::new());
+    let lengths = Lengths::read(&head);
+    let Some(key) = lengths.map(|lengths| lengths.key) else {
+        return message;
+    };
+    let headers_at = HEAD_FIXED + key.unwrap_or(0);
+    if headers_at <= head.len() {
+        message = message.with_headers(Headers::from_packed(head.slice(headers_at..)));
+        message.key = key.map(|_| Key::new(head.slice(HEAD_FIXED..headers_at)));
+    }
+    message
+}
+
 /// What a head says of the parts of its row.
 struct Lengths {
     key: Option<usize>,

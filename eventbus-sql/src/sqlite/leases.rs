@@ -355,7 +355,7 @@ fn listed(items: impl Iterator<Item = String>) -> String {
 
 /// Which start of the machine this is, and the milliseconds since then. All processes of the file
 /// are on one machine, and its date may be set. Where the system does not tell, the date serves.
-fn machine_clock() -> (String, i64) {
+pub(super) fn machine_clock() -> (String, i64) {
     let since_start = || {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let uptime = fs::read_to_string("/proc/uptime").ok()?;

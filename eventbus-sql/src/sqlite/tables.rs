@@ -7,9 +7,10 @@ use sqlx::{AssertSqlSafe, Row, SqlSafeStr, SqlStr, SqliteConnection};
 use super::error::into_error;
 
 /// What brings an older version to the next, in order.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     include_str!("../../migrations/sqlite/0001_log.sql"),
     include_str!("../../migrations/sqlite/0002_held_keys.sql"),
+    include_str!("../../migrations/sqlite/0003_schedule.sql"),
 ];
 
 const PREFIX_RULE: &str = "a prefix has a letter, then up to 31 letters, digits and underscores, and does not begin with sqlite_";
@@ -173,7 +174,7 @@ fn version_in(row: &SqliteRow) -> Option<usize> {
     usize::try_from(version).ok()
 }
 
-const TABLES: [&str; 9] = [
+const TABLES: [&str; 11] = [
     "topics",
     "lanes",
     "messages",
@@ -183,6 +184,8 @@ const TABLES: [&str; 9] = [
     "claims",
     "held_names",
     "held_messages",
+    "scheduled",
+    "schedule",
 ];
 
 /// Runs statements that answer nothing.

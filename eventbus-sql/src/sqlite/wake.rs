@@ -67,6 +67,8 @@ pub(super) struct Wakes {
     lanes: Mutex<HashMap<u32, Weak<LaneEnd>>>,
     /// The generation of each group whose members wait for changes.
     groups: Mutex<HashMap<i64, watch::Sender<i64>>>,
+    /// The version of the schedule, for those who wait for what it holds.
+    schedule: watch::Sender<i64>,
     waiting: AtomicUsize,
     waits: Notify,
 }
@@ -86,6 +88,7 @@ impl Wakes {
         Self {
             lanes: Mutex::new(HashMap::new()),
             groups: Mutex::new(HashMap::new()),
+            schedule: watch::Sender::new(0),
             waiting: AtomicUsize::new(0),
             waits: Notify::new(),
         }
@@ -136,6 +139,17 @@ impl Wakes {
                 newer
             });
         }
+    }
+
+    /// Hears of messages that are due earlier than all others.
+    pub(super) fn schedule(&self) -> watch::Receiver<i64> {
+        self.schedule.subscribe()
+    }
+
+    /// Takes note of the schedule's version.
+    pub(super) fn schedule_changed(&self, version: i64) {
+        self.schedule
+            .send_if_modified(|known| std::mem::replace(known, version.max(*known)) < version);
     }
 
     /// Has the file looked at until the guard is dropped.
@@ -203,7 +217,7 @@ async fn version(connection: &mut SqliteConnection) -> Result<i64> {
         .map_err(|error| into_error("watch database", error))
 }
 
-/// Reads the ends and generations that somebody waits for.
+/// Reads the ends, generations and versions that somebody waits for.
 async fn look(wakes: &Wakes, tables: &Tables, connection: &mut SqliteConnection) -> Result<()> {
     let native = |error| into_error("watch database", error);
     let lanes = wakes.watched_lanes();
@@ -222,13 +236,18 @@ async fn look(wakes: &Wakes, tables: &Tables, connection: &mut SqliteConnection)
     if !groups.is_empty() {
         let rows = sqlx::query(tables.sql(GENERATIONS))
             .bind(format!("{groups:?}"))
-            .fetch_all(connection)
+            .fetch_all(&mut *connection)
             .await
             .map_err(native)?;
         for row in &rows {
             let group = row.try_get(0).map_err(native)?;
             wakes.group_changed(group, row.try_get(1).map_err(native)?);
         }
+    }
+    if wakes.schedule.receiver_count() > 0 {
+        let query = sqlx::query(tables.sql("SELECT version FROM {p}schedule"));
+        let row = query.fetch_one(connection).await.map_err(native)?;
+        wakes.schedule_changed(row.try_get(0).map_err(native)?);
     }
     Ok(())
 }

@@ -6,10 +6,12 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use eventbus_core::{
-    Deliveries, Group, Key, Member, Message, Publisher, Signal, Subscriber, Subscription, Topic,
-    Verdict,
+    Deliveries, EventId, Group, Key, Member, Message, Publisher, ScheduleStore, Scheduled, Signal,
+    Subscriber, Subscription, Topic, Verdict,
 };
 use eventbus_sql::{SqliteBroker, SqliteConfig};
+
+use crate::scheduled;
 
 const ROLE: &str = "EVENTBUS_SQL_CHILD";
 /// What a child's lines begin with, so that those of the test harness are told apart.
@@ -159,7 +161,8 @@ async fn plays_its_role() {
         return;
     };
     let (role, file) = role.split_once(' ').expect("a role and a file");
-    let broker = SqliteBroker::connect(config(Path::new(file)))
+    let file = Path::new(file);
+    let broker = SqliteBroker::connect(config(file))
         .await
         .expect("the file opens");
     match role.split_once(':').unwrap_or((role, "")) {
@@ -169,8 +172,20 @@ async fn plays_its_role() {
         ("tail", _) => tail(&broker).await,
         ("linger", _) => linger(&broker).await,
         ("fill", _) => fill(&broker).await,
+        ("schedule", millis) => schedule(file, millis_of(millis)).await,
+        ("schedule-and-die", step) => {
+            let step: &'static str = step.to_owned().leak();
+            tracing::subscriber::set_global_default(DiesAt(step)).expect("it is the first");
+            schedule(file, Duration::from_millis(100)).await;
+        }
+        ("schedule-nothing", _) => schedule_nothing(file).await,
+        ("store-only", millis) => store_only(&broker, millis_of(millis)).await,
         _ => panic!("no such role: {role}"),
     }
+}
+
+fn millis_of(text: &str) -> Duration {
+    Duration::from_millis(text.parse().expect("a number"))
 }
 
 /// Publishes numbers for ever and says each that was acknowledged.
@@ -278,4 +293,70 @@ async fn fill(broker: &SqliteBroker) {
     let again = broker.publish(error.into_messages()).await;
     assert!(again.is_ok(), "there is room again");
     say("recovered");
+}
+
+/// Ends this process at a step, as a power cut would.
+struct DiesAt(&'static str);
+
+impl tracing::Subscriber for DiesAt {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.target() == "eventbus::step"
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Step(&'static str);
+        impl tracing::field::Visit for Step {
+            fn record_str(&mut self, _: &tracing::field::Field, value: &str) {
+                if value == self.0 {
+                    std::process::abort();
+                }
+            }
+
+            fn record_debug(&mut self, _: &tracing::field::Field, _: &dyn std::fmt::Debug) {}
+        }
+        event.record(&mut Step(self.0));
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// Schedules 50 numbers in one call, and waits for its end.
+async fn schedule(file: &Path, after: Duration) {
+    let bus = scheduled::open(file).await;
+    let time = scheduled::in_time(after);
+    let messages = (0..50).map(|number| scheduled::later(number, time));
+    let stored = bus.publish_messages(messages.collect()).await;
+    stored.expect("they are stored");
+    say("stored");
+    wait_for_nod();
+}
+
+/// Puts one number into the schedule, as a process that ends before its time.
+async fn store_only(broker: &SqliteBroker, after: Duration) {
+    let time = scheduled::in_time(after);
+    let message = scheduled::later(1, time);
+    let one = Scheduled::new(EventId::from_name("1"), time, message);
+    let stored = broker.schedule().add(&[one]).await;
+    stored.expect("it is stored");
+    say("stored");
+    wait_for_nod();
+}
+
+/// Publishes what others schedule.
+async fn schedule_nothing(file: &Path) {
+    let bus = scheduled::open(file).await;
+    let any = Message::new(Topic::from_static("others"), "any");
+    bus.publish_messages(vec![any]).await.expect("it is taken");
+    say("ready");
+    wait_for_nod();
 }

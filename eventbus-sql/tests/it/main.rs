@@ -8,3 +8,5 @@ mod key_state;
 mod place;
 mod processes;
 mod retention;
+mod schedule;
+mod scheduled;
