@@ -82,18 +82,23 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
         #[cfg(feature = "memory")]
         "memory" => {
             let broker = eventbus_core::MemoryBroker::from_url(url)?;
-            let key_state = broker.key_state();
-            let builder = EventBus::builder(broker);
-            Ok(match key_state {
-                Some(store) => builder.key_state(Arc::new(store)),
-                None => builder,
-            })
+            let (key_state, schedule) = (broker.key_state(), broker.schedule());
+            let mut builder = EventBus::builder(broker);
+            if let Some(store) = key_state {
+                builder = builder.key_state(Arc::new(store));
+            }
+            if let Some(store) = schedule {
+                builder = builder.schedule(Arc::new(store));
+            }
+            Ok(builder)
         }
         #[cfg(feature = "sqlite")]
         "sqlite" => {
             let broker = eventbus_sql::SqliteBroker::from_url(url).await?;
             let key_state = Arc::new(broker.key_state());
-            Ok(EventBus::builder(broker).key_state(key_state))
+            let schedule = Arc::new(broker.schedule());
+            let builder = EventBus::builder(broker).key_state(key_state);
+            Ok(builder.schedule(schedule))
         }
         scheme => Err(unknown(scheme, url)),
     }

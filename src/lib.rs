@@ -41,8 +41,8 @@ pub use eventbus_core::{
     Context, Counts, Handler, LaneStatus, Limits, NoUnit, OnError, OnPoison, Replay, ReplayReport,
     RetryPolicy, Start, Until,
 };
-// What could not be handled, and keys that wait for an operator.
-pub use eventbus_core::{DeadLetter, DeadLetters, Edit, HeldKeys, Redrive};
+// What could not be handled, keys that wait for an operator, and events that wait for their time.
+pub use eventbus_core::{DeadLetter, DeadLetters, Edit, HeldKeys, Redrive, ScheduledEvents};
 // Consumers, servers and what is beside them as one service; where events are.
 pub use eventbus_core::{
     BrokerHealth, ConsumerHealth, EventPlace, GroupPosition, GroupProgress, HeldFor, Lookup,
@@ -53,7 +53,7 @@ pub use eventbus_core::{OnRefused, Relay, RelayHandle, RelayStatus};
 // Errors, time, and the broker in memory.
 pub use eventbus_core::{
     BoxError, Clock, Error, ErrorKind, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryProfile,
-    MemoryUnit, Result, Retry, SystemClock, error_chain,
+    MemorySchedule, MemoryUnit, Result, Retry, SystemClock, error_chain,
 };
 // What `#[derive(Event)]` writes names these here.
 #[doc(hidden)]

@@ -1,6 +1,10 @@
-//! What a store implements so that keys are held, leases shared out and events sent later, all
-//! durably; and who holds leases over it.
+//! What a store implements so that keys are held, leases shared out, events sent later and events
+//! kept until their time, all durably; and who holds leases over it.
 
+pub use eventbus_core::{
+    BusyTaker, MemorySchedule, Refused, SCHEDULED_MAX, ScheduleStore, Scheduled, ScheduledReport,
+    TakeScheduled, Taken,
+};
 pub use eventbus_core::{
     Claim, Due, DueName, HELD_KEYS_MAX, HeldMessage, HeldName, HeldPlace, HeldReport, HoldEntry,
     KeyAction, KeyDecision, KeyStateDesk, KeyStateStore, Wait,
@@ -12,3 +16,5 @@ pub use eventbus_core::{
 pub use eventbus_core::{
     MemoryOutbox, OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore, outbox_lane,
 };
+#[cfg(feature = "sqlite")]
+pub use eventbus_sql::{SqliteKeyState, SqliteSchedule};

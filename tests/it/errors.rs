@@ -247,6 +247,10 @@ async fn unsupported(lines: &mut Lines) {
             .await,
     );
     lines.refused(payments().replay(Replay::from(Start::Earliest)).await);
+    let delay = Duration::from_secs(900);
+    lines.refused(rabbit.publish_after(order("42"), delay).await);
+    lines.refused(rabbit.cancel(&EventId::from_name("reminder")).await);
+    lines.refused(rabbit.scheduled());
     lines.refused(
         rabbit
             .read(&topics, Start::Earliest, Some(Until::Now))
@@ -366,6 +370,22 @@ async fn handling(lines: &mut Lines) {
     test.publish(order("42")).await.expect("it is taken");
     test.run_out().await;
     lines.letters(&test).await;
+
+    let test = TestBus::new();
+    let consumer = test
+        .consumer("reminding")
+        .unit(MemoryUnit::new(test.broker().clone(), ()))
+        .retry(RetryPolicy::none())
+        .on(
+            async |order: OrderCreated, cx: Context<(), MemoryUnit<()>>| {
+                cx.publish_after(order, Duration::from_secs(900))?;
+                Ok(())
+            },
+        );
+    let _consumer = test.spawn(consumer).await;
+    test.publish(order("42")).await.expect("it is taken");
+    test.run_out().await;
+    lines.letters(&test).await;
 }
 
 async fn replaying(lines: &mut Lines) {
@@ -424,6 +444,8 @@ async fn closed(lines: &mut Lines) {
     test.close().await.expect("it closes");
     lines.refused(test.publish(order("42")).await);
     lines.refused(test.consumer("payments").on(handled).spawn().await);
+    let delay = Duration::from_secs(900);
+    lines.refused(test.publish_after(order("42"), delay).await);
     lines.refused(test.health().await);
     lines.refused(consumer.run_until(std::future::pending()).await);
 }
