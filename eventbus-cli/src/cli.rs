@@ -8,6 +8,7 @@ use crate::command::keys::KeysCommand;
 use crate::command::lag::LagArgs;
 use crate::command::publish::PublishArgs;
 use crate::command::replay::ReplayArgs;
+use crate::command::schedule::ScheduleCommand;
 use crate::command::tail::TailArgs;
 use crate::command::topics::TopicsCommand;
 use crate::command::whereabouts::WhereaboutsArgs;
@@ -44,6 +45,7 @@ Start here:
   eventbus lag                              how far behind everybody is
   eventbus keys parked                      what waits behind an event that can't be handled
   eventbus dlq list                         what could not be handled, and why
+  eventbus schedule list                    what waits for its time
 
 Exit codes:
   0  done
@@ -68,6 +70,9 @@ pub(crate) enum Command {
     /// Look at keys that wait behind an event that can't be handled, and decide about them
     #[command(subcommand)]
     Keys(KeysCommand),
+    /// Look at events that wait for their time, and take them back
+    #[command(subcommand)]
+    Schedule(ScheduleCommand),
     /// Find the events of a key and what each group did with them
     Whereabouts(WhereaboutsArgs),
     /// Give a group events of the past again

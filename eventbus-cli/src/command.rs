@@ -6,6 +6,7 @@ pub(crate) mod keys;
 pub(crate) mod lag;
 pub(crate) mod publish;
 pub(crate) mod replay;
+pub(crate) mod schedule;
 pub(crate) mod tail;
 pub(crate) mod topics;
 pub(crate) mod whereabouts;
@@ -41,6 +42,7 @@ pub(crate) async fn run(cli: Cli, out: &mut Output<'_>) -> anyhow::Result<Outcom
         Command::Lag(args) => lag::run(args, &bus, out).await,
         Command::Dlq(command) => dead_letters::run(command, &bus, out).await,
         Command::Keys(command) => keys::run(command, &bus, out).await,
+        Command::Schedule(command) => schedule::run(command, &bus, out).await,
         Command::Whereabouts(args) => whereabouts::run(args, &bus, out).await,
         Command::Replay(args) => replay::run(args, &bus, out).await,
         Command::Health(args) => health::run(args, &bus, out).await,

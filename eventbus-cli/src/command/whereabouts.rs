@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::dead_letters::ShownLetter;
+use super::schedule::Waiting;
 use crate::Outcome;
 use crate::output::{Output, progress};
 use crate::place;
@@ -18,8 +19,8 @@ Examples:
   eventbus whereabouts order-events 42 --since 2d     on a large topic: only the last two days
 
 Shows each event of the key, and for each group that reads the topic whether it has settled the
-event, how many messages stand before it, or that it is held with its key; and the dead letters of
-the key, whatever became of them. What the broker can't tell is named as unknown.")]
+event, how many messages stand before it, or that it is held with its key; what of the key
+waits for its time; and the dead letters of the key, whatever became of them. What the broker can't tell is named as unknown.")]
 pub(crate) struct WhereaboutsArgs {
     /// The topic
     #[arg(value_parser = super::topic)]
@@ -68,6 +69,7 @@ struct Document {
     earlier: u64,
     events: Vec<Value>,
     held: Vec<Value>,
+    scheduled: Vec<Waiting>,
     dead_letters: Vec<ShownLetter>,
     unknown: Vec<Value>,
 }
@@ -81,6 +83,7 @@ fn document(places: &Whereabouts) -> Document {
         earlier: places.earlier,
         events: places.events.iter().map(event).collect(),
         held: places.held.iter().map(held).collect(),
+        scheduled: places.scheduled.iter().map(Waiting::new).collect(),
         dead_letters: letters.map(ShownLetter::of).collect(),
         unknown: unknown
             .map(|unknown| json!({ "what": unknown.what, "reason": unknown.reason }))

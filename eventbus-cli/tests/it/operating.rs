@@ -258,6 +258,49 @@ fn a_file_that_is_not_there_is_not_created_by_looking() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn scheduled_events_are_listed_and_cancelled() {
+    let shop = Shop::with_orders(&[1]);
+    assert_eq!(shop.run("schedule list"), "nothing waits for its time\n");
+    let bus = EventBus::connect(&shop.url()).await.expect("it connects");
+    let later = async |order_id, hours: u64| {
+        let delay = std::time::Duration::from_secs(3600 * hours);
+        let published = bus.publish_after(OrderCreated { order_id }, delay).await;
+        published.expect("it is stored").to_string()
+    };
+    let (second, first) = (later(2, 2).await, later(1, 1).await);
+
+    let listed = shop.json("schedule list");
+    let ids: Vec<_> = listed.as_array().expect("a list").iter().collect();
+    assert_eq!(
+        (&ids[0]["id"], &ids[1]["id"]),
+        (&json!(first), &json!(second))
+    );
+    assert_eq!(listed[0]["type"], "OrderCreated");
+    assert_eq!(
+        (&listed[0]["topic"], &listed[0]["taken"]),
+        (&json!("orders"), &json!(false))
+    );
+    let of_key = shop.json("schedule list --topic orders --key 2");
+    assert_eq!(of_key.as_array().map(Vec::len), Some(1));
+    assert!(
+        shop.run("schedule list --limit 1")
+            .contains("raise --limit")
+    );
+    let places = shop.json("whereabouts orders 1");
+    assert_eq!(places["scheduled"][0]["id"], json!(first));
+
+    let cancelled = shop.json(&format!("schedule cancel {first}"));
+    assert_eq!(cancelled, json!({ "cancelled": 1 }));
+    let error = shop.refused(&format!("schedule cancel {first} {second}"));
+    assert!(
+        error.contains(&format!("not waiting any more: {first}")),
+        "{error}"
+    );
+    assert_eq!(shop.run("schedule list"), "nothing waits for its time\n");
+    bus.close().await.expect("it closes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn parked_keys_are_listed_retried_and_discarded() {
     let shop = Shop::with_orders(&[1, 2, 1]);
     let billing = Billing::with(&shop, OnPoison::ParkKey).await;
