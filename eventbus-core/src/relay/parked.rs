@@ -60,7 +60,11 @@ impl Runner {
     }
 
     async fn publish_held(&self, message: &HeldMessage) -> Result<()> {
-        let sent = self.relay.bus.send(vec![message.message.clone()]).await;
+        let sent = self
+            .relay
+            .bus
+            .send_in_time(vec![message.message.clone()])
+            .await;
         sent.map_err(Error::from)?;
         self.relay.shared.lock().published += 1;
         metrics::counter!(super::RELAYED).increment(1);

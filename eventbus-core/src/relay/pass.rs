@@ -58,7 +58,7 @@ impl Runner {
             return Ok(Pass::Progress);
         }
         let messages = ahead.iter().map(|next| next.message.clone()).collect();
-        let Err(error) = self.relay.bus.send(messages).await else {
+        let Err(error) = self.relay.bus.send_in_time(messages).await else {
             self.took(&ahead).await?;
             return Ok(Pass::Progress);
         };

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use async_trait::async_trait;
 use eventbus_core::{
     Context, Error, ErrorKind, EventBus, HeldKeys, HeldPlace, KeyAction, MemoryKeyState,
-    MemoryLeases, MemoryOutbox, OnRefused, Origin, OutboxDepth, OutboxMessage, OutboxStore, Relay,
-    RelayHandle, Result, RetryPolicy,
+    MemoryLeases, MemoryOutbox, OnRefused, Origin, OutboxDepth, OutboxMessage, OutboxStore,
+    Outgoing, Relay, RelayHandle, Result, RetryPolicy,
 };
 use eventbus_testkit::TestBus;
 use tokio::sync::oneshot;
@@ -413,4 +413,21 @@ async fn a_batch_belongs_to_a_request_and_not_to_a_handler() {
         "{}",
         letters[0].error
     );
+}
+
+#[tokio::test]
+async fn what_has_a_time_to_come_goes_on_to_the_schedule() {
+    let stage = Stage::new();
+    let later = stage.test.clock().now().plus(60 * MINUTE);
+    let mut batch = stage.test.batch(Origin::new()).unwrap();
+    let reminder = Outgoing::new(amount(1, 2)).with_not_before(later);
+    batch.publish(reminder).unwrap();
+    batch.publish(amount(1, 1)).unwrap();
+    stage.outbox.append(batch.into_messages()).unwrap();
+    let relay = stage.start(stage.relay());
+    stage.drain().await;
+    assert_eq!(stage.published().await[&1], [1]);
+    stage.test.advance(61 * MINUTE).await;
+    assert_eq!(stage.published().await[&1], [1, 2]);
+    relay.stop().await;
 }
