@@ -7,7 +7,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use tracing::Span;
+use tracing::level_filters::LevelFilter;
+use tracing::{Span, trace};
 
 use super::dispatch::{Layers, Request};
 use super::keys::Keep;
@@ -180,11 +181,15 @@ impl<V: Layers> Runner<V> {
                 Ok(()) if !scope.is_touched() && !is_kept(&scope) => {
                     drop(entered);
                     if self.span.is_some() {
+                        handler_ended();
                         self.span = None;
                     }
                     return Poll::Ready(Ended::Done);
                 }
-                result => self.other = Some(concluding(scope, result.map_err(Into::into))),
+                result => {
+                    handler_ended();
+                    self.other = Some(concluding(scope, result.map_err(Into::into)));
+                }
             }
         }
         let Some(other) = &mut self.other else {
@@ -217,14 +222,15 @@ fn concluding(
     Box::pin(async move { Ending::One(conclude(&scope, result).await) })
 }
 
-/// The span of a run, after OpenTelemetry's messaging conventions, if anybody listens.
+/// The span of a run, after OpenTelemetry's messaging conventions, if anybody may listen.
 #[inline]
 fn process_span(scope: &Scope) -> Option<Span> {
-    tracing::enabled!(tracing::Level::INFO).then(|| enabled_span(scope))
+    (LevelFilter::current() >= LevelFilter::INFO).then(|| begin_span(scope))
 }
 
 #[cold]
-fn enabled_span(scope: &Scope) -> Span {
+fn begin_span(scope: &Scope) -> Span {
+    trace!(target: "eventbus::step", step = "handle.before");
     let message = scope.message();
     tracing::info_span!(
         "process",
@@ -242,11 +248,19 @@ fn enabled_span(scope: &Scope) -> Span {
     )
 }
 
+/// Says that a handler ended; called only where somebody may listen or the message costs more anyway.
+#[cold]
+fn handler_ended() {
+    trace!(target: "eventbus::step", step = "handle.after");
+}
+
 async fn call<V: Layers>(service: &mut V, request: Request) -> Result<(), BoxError> {
     poll_fn(|cx| service.poll_ready(cx))
         .await
         .map_err(Into::into)?;
-    service.call(request).await.map_err(Into::into)
+    let result = service.call(request).await;
+    handler_ended();
+    result.map_err(Into::into)
 }
 
 /// Whether a context outlives its handler: the worker and the run hold the scope, nobody else should.
@@ -456,7 +470,10 @@ async fn store(scope: &Scope, diagnosis: &Diagnosis) -> Outcome {
         Ok(letter) => letter,
         Err(error) => return Outcome::Unavailable(error.into()),
     };
-    match scope.runtime().bus.send(vec![letter]).await {
+    trace!(target: "eventbus::step", step = "dead_letter.before");
+    let sent = scope.runtime().bus.send(vec![letter]).await;
+    trace!(target: "eventbus::step", step = "dead_letter.after");
+    match sent {
         Ok(()) => Outcome::DeadLettered,
         // Whatever the reason, nothing is settled before the dead letter is stored.
         Err(error) => Outcome::Unavailable(error.into()),
@@ -473,6 +490,7 @@ async fn keep(scope: &Scope, keep: &Keep) -> Outcome {
         return Outcome::Fenced;
     };
     let store = &held.store;
+    trace!(target: "eventbus::step", step = "park.before");
     let kept = match keep {
         Keep::Hold(entry) => store
             .hold(&claim, std::slice::from_ref(entry))
@@ -488,6 +506,7 @@ async fn keep(scope: &Scope, keep: &Keep) -> Outcome {
             .map(|()| None),
         Keep::Advance { name, number } => store.advance(&claim, name, Some(*number)).await,
     };
+    trace!(target: "eventbus::step", step = "park.after");
     match kept {
         Ok(first) => Outcome::Kept(first),
         Err(error) if error.kind() == ErrorKind::Conflict => {
