@@ -30,10 +30,12 @@ The file is TOML, or JSON where its name ends in .json:
   name = \"order-events\"
   partitions = 20         # the broker's default when left out
   retention = \"90d\"       # how long messages are kept; left to the broker when left out
+  retention_bytes = 1000000000   # how much is kept, over all partitions; the same
 
   {\"topic\": [{\"name\": \"order-events\", \"partitions\": 20, \"retention\": \"90d\"}]}
 
-What exists is never changed: more partitions would put keys elsewhere and break their order.
+What exists is never changed: more partitions would put keys elsewhere and break their order, a
+shorter retention would remove messages. Where a retention can be changed, the difference says how.
 Exit code 3: something differs from the file.";
 
 #[derive(Args, Clone, Debug)]
@@ -87,6 +89,7 @@ struct DeclaredTopic {
     name: String,
     partitions: Option<u32>,
     retention: Option<String>,
+    retention_bytes: Option<u64>,
 }
 
 impl DeclaredTopic {
@@ -105,6 +108,9 @@ impl DeclaredTopic {
                 format!("{}: retention is a time such as 12h or 90d", self.name)
             })?;
             spec = spec.with_retention(retention);
+        }
+        if let Some(bytes) = self.retention_bytes {
+            spec = spec.with_retention_bytes(bytes);
         }
         Ok(spec)
     }
@@ -292,13 +298,13 @@ mod tests {
 
     #[test]
     fn a_file_is_read_as_toml_and_as_json() {
-        let toml = "[[topic]]\nname = \"a\"\npartitions = 3\nretention = \"2d\"\n\n[[topic]]\nname = \"b\"\n";
-        let json =
-            r#"{"topic": [{"name": "a", "partitions": 3, "retention": "2d"}, {"name": "b"}]}"#;
+        let toml = "[[topic]]\nname = \"a\"\npartitions = 3\nretention = \"2d\"\nretention_bytes = 4096\n\n[[topic]]\nname = \"b\"\n";
+        let json = r#"{"topic": [{"name": "a", "partitions": 3, "retention": "2d", "retention_bytes": 4096}, {"name": "b"}]}"#;
         let expected = [
             TopicSpec::new(Topic::from_static("a"))
                 .with_partitions(3)
-                .with_retention(2 * DAY),
+                .with_retention(2 * DAY)
+                .with_retention_bytes(4096),
             TopicSpec::new(Topic::from_static("b")),
         ];
         for (text, is_json) in [(toml, false), (json, true), (json, false)] {
