@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use eventbus_core::{
-    AdminRequest, Broker, Clock, Group, Message, Publisher, Subscription, Timestamp, Topic,
-    TopicSpec, Until,
+    AdminReply, AdminRequest, Broker, Clock, Group, Message, Publisher, Subscription, Timestamp,
+    Topic, TopicSpec, Until,
 };
 use eventbus_sql::{SqliteBroker, SqliteConfig};
 use eventbus_testkit::{Probe, text_of, within};
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{AssertSqlSafe, ConnectOptions};
 
 use crate::place::Place;
 
@@ -38,7 +40,7 @@ impl Clock for Calendar {
 struct Stage {
     broker: SqliteBroker,
     calendar: Arc<Calendar>,
-    _place: Place,
+    place: Place,
 }
 
 impl Stage {
@@ -56,8 +58,18 @@ impl Stage {
         Self {
             broker,
             calendar,
-            _place: place,
+            place,
         }
+    }
+
+    /// How the topic differs from this.
+    async fn drift(&self, spec: &TopicSpec) -> Vec<String> {
+        let request = AdminRequest::ApplyTopics(vec![spec.clone()]);
+        let reply = self.broker.admin(request).await;
+        let AdminReply::Topics(mut reports) = reply.expect("it answers") else {
+            panic!("topics were asked for");
+        };
+        reports.remove(0).drift
     }
 
     async fn publish(&self, texts: impl IntoIterator<Item = String>) {
@@ -173,4 +185,30 @@ async fn a_group_that_nobody_has_seen_for_long_expires_and_gets_a_gap() {
     assert_eq!(text_of(&rest[0]), texts(11, 12)[0]);
     let (_, from, to) = probe.gaps()[0];
     assert_eq!((from.0, to.0), (4, 11));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retention_declared_later_is_not_taken_and_its_drift_says_how_to_change_it() {
+    let stage = Stage::new(TopicSpec::new(TOPIC)).await;
+    stage.publish(texts(0, 20)).await;
+    let spec = TopicSpec::new(TOPIC)
+        .with_retention(HOUR)
+        .with_retention_bytes(11 * 10);
+    let drift = stage.drift(&spec).await;
+    assert_eq!(drift.len(), 2, "{drift:?}");
+    assert_eq!(stage.drift(&spec).await, drift, "it was not changed");
+
+    let mut connection = SqliteConnectOptions::new()
+        .filename(stage.place.file("kept.db"))
+        .connect()
+        .await
+        .expect("it opens");
+    for difference in drift {
+        let (_, statement) = difference.split_once("in the file: ").expect("it is there");
+        let statement = AssertSqlSafe(statement.to_owned());
+        let executed = sqlx::query(statement).execute(&mut connection).await;
+        assert_eq!(executed.expect("it is right").rows_affected(), 1);
+    }
+    assert!(stage.drift(&spec).await.is_empty());
+    stage.becomes(&texts(10, 20)).await;
 }
