@@ -82,17 +82,45 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         mailer_url: Some(mailer.url.clone()),
         stock: book.stock.clone(),
     };
-    let shop = Shop::start(&bus, Service::value_variants(), surroundings).await?;
+    let (shop, service) = Shop::open(&bus, Service::value_variants(), surroundings).await?;
+    let mut shown = None;
+    let show = async { shown = Some(show(&args, &bus, &shop, &book, [&psp, &mailer]).await) };
+    service.run_until(show).await.context("run the shop")?;
+    let (drawings, summary) = shown.context("the shop ended before the demo did")??;
 
+    let mut out: Box<dyn Write + Send> = match args.json {
+        true => Box::new(std::io::stderr()),
+        false => Box::new(std::io::stdout()),
+    };
+    writeln!(out, "{drawings}{summary}")?;
+    if args.json {
+        let line = serde_json::to_string(&summary.line())?;
+        writeln!(std::io::stdout(), "{line}")?;
+    }
+    Ok(match summary.complaints.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// Places the orders, waits for their ends and asks everybody: two orders drawn, and the summary.
+async fn show(
+    args: &DemoArgs,
+    bus: &EventBus,
+    shop: &Shop,
+    book: &Arc<OrderBook>,
+    [psp, mailer]: [&FakeProcess; 2],
+) -> anyhow::Result<(String, Summary)> {
     let bar = progress_bar(args.orders);
-    let gateway = shop.gateway_url().context("the demo runs a gateway")?;
+    let gateway = shop.gateway_url.as_deref();
+    let gateway = gateway.context("the demo runs a gateway")?;
     let board = shop.board.clone().context("the demo runs a gateway")?;
     let warehouse = shop.warehouse.clone().context("the demo has stock")?;
-    let checkout = Checkout::place_all(gateway, &book, &board, args.rate, &bar).await?;
+    let checkout = Checkout::place_all(gateway, book, &board, args.rate, &bar).await?;
     let unfinished = wait_for_ends(&board, &bar).await;
     bar.finish_and_clear();
 
-    let history = History::read(&bus).await?;
+    let history = History::read(bus).await?;
     let findings = Findings {
         psp: ask(&psp.url).await?,
         mailer: ask(&mailer.url).await?,
@@ -102,28 +130,13 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         on_shelf: warehouse.on_shelf().await?,
         set_aside: warehouse.set_aside().await?,
     };
-    let summary = Summary::of(&book, &checkout, &history, &findings);
-    let shown = checkout.one_of_each_end(&book, &findings.orders);
-    shop.stop().await?;
-
-    let mut out: Box<dyn Write + Send> = match args.json {
-        true => Box::new(std::io::stderr()),
-        false => Box::new(std::io::stdout()),
-    };
-    for (title, order_id) in shown {
+    let summary = Summary::of(book, &checkout, &history, &findings);
+    let shown = checkout.one_of_each_end(book, &findings.orders);
+    let drawings = shown.into_iter().map(|(title, order_id)| {
         let drawing = timeline::draw(&history.of(order_id));
-        writeln!(out, "{title}: {order_id}\n{drawing}")?;
-    }
-    writeln!(out, "{summary}")?;
-    if args.json {
-        let line = serde_json::to_string(&summary.line())?;
-        writeln!(std::io::stdout(), "{line}")?;
-    }
-    bus.close().await?;
-    Ok(match summary.complaints.is_empty() {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
-    })
+        format!("{title}: {order_id}\n{drawing}\n")
+    });
+    Ok((drawings.collect(), summary))
 }
 
 /// The in-memory broker gets room for all events of the run, to be able to show and count them.

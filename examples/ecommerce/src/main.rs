@@ -7,7 +7,9 @@
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use eventbus::prelude::shutdown_signal;
 use tracing::info;
@@ -100,6 +102,10 @@ struct RunArgs {
     /// The gateway's port on loopback; 0 takes a free one
     #[arg(long, default_value_t = 8080)]
     port: u16,
+    /// How long the shop goes on taking orders when it is told to stop, so that those who watch
+    /// `/readyz` send no more; six seconds at most
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    notice: u64,
     /// Only these services, such as `order,payment`; needs a broker that processes can share
     #[arg(long, value_delimiter = ',')]
     only: Vec<Service>,
@@ -188,17 +194,18 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         mailer_url: mailer.as_ref().map(|mailer| mailer.url.clone()),
         stock: usual_stock(),
     };
-    let mut shop = Shop::start(&bus, &services, surroundings).await?;
-    if let Some(url) = shop.gateway_url() {
+    let (shop, service) = Shop::open(&bus, &services, surroundings).await?;
+    if let Some(url) = shop.gateway_url {
         info!("taking orders at {url}/orders, until ctrl-c");
     }
     info!("{OPEN}");
-    let ended = tokio::select! {
-        () = shutdown_signal() => Ok(()),
-        error = shop.failed() => Err(error),
+    let told_to_stop = async {
+        shutdown_signal().await;
+        info!("stopping");
     };
-    info!("stopping");
-    let stopped = shop.stop().await;
-    bus.close().await?;
-    ended.and(stopped)
+    let service = service.notice(Duration::from_secs(args.notice));
+    service
+        .run_until(told_to_stop)
+        .await
+        .context("run the shop")
 }

@@ -1,7 +1,8 @@
-//! Starts services and stops them in the right order: the gateway first, so that no order comes in
-//! that nobody would handle, then the consumers.
+//! Puts the services of the shop together: topics, consumers, the gateway's listener. Starting and
+//! stopping them in the right order is the business of the SDK.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,17 +10,16 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use eventbus::desk::HeldReport;
 use eventbus::prelude::{Connect as _, ConsumerBuilder, EventBus};
-use eventbus::{DeadLetters, Durability};
-use tokio::sync::watch;
-use tokio::task::JoinSet;
+use eventbus::{DeadLetters, Durability, Stopping, health};
+use tokio::net::TcpListener;
 use tokio::time::timeout;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use crate::catalogue;
 use crate::client::mailer::HttpMailer;
 use crate::client::psp::HttpPsp;
 use crate::events::topics;
-use crate::service::gateway::{self, Board, Gateway};
+use crate::service::gateway::{self, Board};
 use crate::service::inventory::{self, Warehouse};
 use crate::service::notification::{self, Notifications};
 use crate::service::order::{self, Orders};
@@ -78,127 +78,137 @@ pub struct Surroundings {
     pub stock: BTreeMap<String, u32>,
 }
 
-/// Services at work.
+/// What there is to see of a shop.
 #[derive(Debug)]
 pub struct Shop {
     /// What the gateway knows of the orders, if it is among the services.
     pub board: Option<Board>,
     /// What the inventory holds, if it is among the services.
     pub warehouse: Option<Warehouse>,
-    gateway: Option<Gateway>,
+    /// Where the gateway listens, if it is among the services.
+    pub gateway_url: Option<String>,
     buses: Vec<(Service, EventBus)>,
     dead_letters: Vec<DeadLetters>,
-    consumers: JoinSet<(Service, eventbus::Result<()>)>,
-    stop: watch::Sender<bool>,
-    /// Orders under way are lost with the process, so stopping waits for them.
-    loses_orders: bool,
 }
 
 impl Shop {
-    /// Starts these services; the gateway comes last.
+    /// Puts these services together. Their consumers begin at once; orders are taken when what is
+    /// returned runs.
     ///
     /// # Errors
     ///
     /// When the broker, a topic, a consumer or the gateway's port is not to be had.
-    pub async fn start(
+    pub async fn open(
         bus: &EventBus,
         services: &[Service],
         surroundings: Surroundings,
-    ) -> anyhow::Result<Self> {
+    ) -> anyhow::Result<(Self, eventbus::Service)> {
         apply_topics(bus).await?;
         let mut shop = Self {
             board: None,
             warehouse: None,
-            gateway: None,
+            gateway_url: None,
             buses: Vec::new(),
             dead_letters: Vec::new(),
-            consumers: JoinSet::new(),
-            stop: watch::Sender::new(false),
-            loses_orders: lives_in_process(bus),
         };
+        let mut parts = bus.service("shop");
         for service in services {
             let bus = bus.with_source(service.name());
-            shop.consume(*service, &bus, &surroundings).await?;
+            parts = shop.consume(parts, *service, &bus, &surroundings).await?;
             shop.buses.push((*service, bus));
         }
-        let mut buses = shop.buses.iter();
-        let gateway = buses.find(|(service, _)| *service == Service::Gateway);
-        if let (Some((_, bus)), Some(board)) = (gateway, &shop.board) {
-            let started = Gateway::start(bus.clone(), board.clone(), surroundings.port);
-            shop.gateway = Some(started.await?);
-        }
-        Ok(shop)
+        Ok((shop, parts))
     }
 
     /// Starts the consumer of one service.
     async fn consume(
         &mut self,
+        parts: eventbus::Service,
         service: Service,
         bus: &EventBus,
         surroundings: &Surroundings,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<eventbus::Service> {
         let data = &surroundings.data;
         match service {
             Service::Gateway => {
                 let board = self.board.insert(Board::open(data).await?).clone();
-                self.spawn(service, gateway::consumer(bus, board)).await
+                let parts = self.serve(parts, bus, &board, surroundings.port).await?;
+                self.spawn(parts, service, gateway::consumer(bus, board))
+                    .await
             }
             Service::Order => {
                 let orders = Orders::open(data).await?;
-                self.spawn(service, order::consumer(bus, orders)).await
+                self.spawn(parts, service, order::consumer(bus, orders))
+                    .await
             }
             Service::Inventory => {
                 let warehouse = Warehouse::open(data, &surroundings.stock).await?;
                 let warehouse = self.warehouse.insert(warehouse).clone();
-                self.spawn(service, inventory::consumer(bus, warehouse))
+                self.spawn(parts, service, inventory::consumer(bus, warehouse))
                     .await
             }
             Service::Payment => {
                 let url = surroundings.psp_url.as_deref();
                 let psp = HttpPsp::new(url.context("payment needs a provider")?)?;
                 let payments = Payments::open(data, psp).await?;
-                self.spawn(service, payment::consumer(bus, payments)).await
+                self.spawn(parts, service, payment::consumer(bus, payments))
+                    .await
             }
             Service::Shipping => {
                 let labels = Labels::open(data).await?;
-                self.spawn(service, shipping::consumer(bus, labels)).await
+                self.spawn(parts, service, shipping::consumer(bus, labels))
+                    .await
             }
             Service::Notification => {
                 let url = surroundings.mailer_url.as_deref();
                 let mailer = HttpMailer::new(url.context("notification needs a provider")?)?;
                 let notifications = Notifications::open(data, mailer).await?;
-                self.spawn(service, notification::consumer(bus, notifications))
-                    .await
+                let consumer = notification::consumer(bus, notifications);
+                self.spawn(parts, service, consumer).await
             }
         }
     }
 
     async fn spawn<S>(
         &mut self,
+        parts: eventbus::Service,
         service: Service,
         consumer: ConsumerBuilder<S>,
-    ) -> anyhow::Result<()>
+    ) -> anyhow::Result<eventbus::Service>
     where
         S: Send + Sync + 'static,
     {
         let consumer = consumer.spawn().await;
         let consumer = consumer.with_context(|| format!("start the {} service", service.name()))?;
         self.dead_letters.push(consumer.dead_letters());
-        let mut stop = self.stop.subscribe();
-        self.consumers.spawn(async move {
-            let stopped = async move {
-                // A dropped sender stops the consumers as well.
-                let _ = stop.wait_for(|stop| *stop).await;
-            };
-            (service, consumer.run_until(stopped).await)
-        });
         info!(service = service.name(), "started");
-        Ok(())
+        Ok(parts.consumer(consumer))
     }
 
-    /// Where the gateway listens, if it is among the services.
-    pub fn gateway_url(&self) -> Option<&str> {
-        self.gateway.as_ref().map(|gateway| gateway.url.as_str())
+    /// Listens for orders, and for those who ask whether the shop is alive and ready.
+    async fn serve(
+        &mut self,
+        parts: eventbus::Service,
+        bus: &EventBus,
+        board: &Board,
+        port: u16,
+    ) -> anyhow::Result<eventbus::Service> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await;
+        let listener = listener.with_context(|| {
+            format!("listen on port {port}: choose another with `--port`, 0 takes a free one")
+        })?;
+        self.gateway_url = Some(format!("http://{}", listener.local_addr()?));
+        let routes = gateway::routes(bus.clone(), board.clone());
+        let routes = routes.merge(health::router(&parts.handle()));
+        let unfinished = lives_in_process(bus).then_some(board.clone());
+        Ok(parts.server("gateway", |stop: Stopping| async move {
+            let server = axum::serve(listener, routes).with_graceful_shutdown(stop);
+            server.await?;
+            if let Some(board) = unfinished {
+                wait_for_orders(&board).await;
+            }
+            Ok::<(), std::io::Error>(())
+        }))
     }
 
     /// What the services could not handle, each in a sentence.
@@ -224,45 +234,6 @@ impl Shop {
             }
         }
         Ok(sentences)
-    }
-
-    /// Resolves when a consumer ended by itself, which is an error.
-    pub async fn failed(&mut self) -> anyhow::Error {
-        match self.consumers.join_next().await {
-            Some(Ok((service, Err(error)))) => {
-                anyhow::Error::new(error).context(format!("the {} service ended", service.name()))
-            }
-            Some(Ok((service, Ok(())))) => {
-                anyhow::anyhow!("the {} service ended by itself", service.name())
-            }
-            Some(Err(error)) => anyhow::Error::new(error).context("a service panicked"),
-            // Without a consumer there is nothing that could end.
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Stops taking orders and lets the handlers finish.
-    ///
-    /// # Errors
-    ///
-    /// The first error of a consumer; all are stopped nevertheless.
-    pub async fn stop(mut self) -> anyhow::Result<()> {
-        if let Some(gateway) = self.gateway.take() {
-            gateway.stop().await;
-            if let Some(board) = self.board.filter(|_| self.loses_orders) {
-                wait_for_orders(&board).await;
-            }
-        }
-        self.stop.send_replace(true);
-        let mut outcome = Ok(());
-        while let Some(ended) = self.consumers.join_next().await {
-            let (service, ended) = ended.context("a service panicked")?;
-            if let Err(error) = ended {
-                error!(service = service.name(), error = ?error, "did not stop cleanly");
-                outcome = outcome.and(Err(error));
-            }
-        }
-        outcome.context("stop the services")
     }
 }
 
@@ -304,6 +275,7 @@ async fn apply_topics(bus: &EventBus) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Orders under way are lost with such a broker's process, so stopping waits for them.
 async fn wait_for_orders(board: &Board) {
     let mut open = board.count_open();
     let over = timeout(FINISH_WITHIN, open.wait_for(|open| *open == 0)).await;

@@ -30,14 +30,12 @@ mod caller;
 mod keys;
 mod order_form;
 mod problem;
-mod server;
 
 pub use board::{Board, OrderView, Status};
 use caller::Caller;
 use keys::Keys;
 use order_form::OrderForm;
 use problem::Problem;
-pub use server::Gateway;
 
 /// How long a client waits for the event bus before it is told to come again.
 const PUBLISH_WITHIN: Duration = Duration::from_secs(5);
@@ -50,13 +48,13 @@ struct Desk {
     keys: Keys,
 }
 
-fn routes(bus: EventBus, board: Board) -> Router {
+/// What clients may ask of the gateway.
+pub fn routes(bus: EventBus, board: Board) -> Router {
     let keys = board.keys();
     let desk = Desk { bus, board, keys };
     Router::new()
         .route("/orders", post(take_order))
         .route("/orders/{id}", get(show_order))
-        .route("/health", get(show_health))
         .fallback(nothing_here)
         .method_not_allowed_fallback(wrong_method)
         .with_state(Arc::new(desk))
@@ -137,10 +135,6 @@ async fn show_order(
         "tracking": order.tracking,
     }))
     .into_response())
-}
-
-async fn show_health() -> Json<serde_json::Value> {
-    Json(json!({ "status": "up" }))
 }
 
 async fn nothing_here(uri: Uri) -> Problem {

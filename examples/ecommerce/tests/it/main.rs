@@ -161,11 +161,28 @@ impl Shop {
         location.expect("text").to_owned()
     }
 
-    /// Tells it to stop, and gives what it said.
-    fn stop(mut self) -> String {
+    fn tell_to_stop(&self) {
         let pid = self.process.0.id().to_string();
         let told = Command::new("kill").args(["-TERM", &pid]).status();
         assert!(told.expect("kill is there").success());
+    }
+
+    /// What it says of itself, once that is `status`.
+    async fn readiness(&self, status: u16) -> Value {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let asked = client().get(format!("{}/readyz", self.url)).send().await;
+            let answer = asked.expect("it answers");
+            if answer.status() == status {
+                return answer.json().await.expect("JSON");
+            }
+            assert!(Instant::now() < deadline, "never {status}: {answer:?}");
+        }
+    }
+
+    /// Tells it to stop, and gives what it said.
+    fn stop(mut self) -> String {
+        self.tell_to_stop();
         assert!(self.process.ended());
         let mut rest = String::new();
         self.log.read_to_string(&mut rest).expect("text");
@@ -187,6 +204,21 @@ async fn told_to_stop_a_shop_in_memory_finishes_the_orders_it_took() {
     shop.order().await;
     let said = shop.stop();
     assert!(!said.contains("lost"), "{said}");
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn told_to_stop_a_shop_is_not_ready_and_takes_orders_until_that_was_noticed() {
+    let mut shop = Shop::open(&["--broker", "memory:", "--notice", "3"]);
+    let ready = shop.readiness(200).await;
+    assert_eq!(ready["consumers"].as_array().map(Vec::len), Some(6));
+    shop.tell_to_stop();
+    let leaving = shop.readiness(503).await;
+    assert_eq!(leaving["reasons"], json!(["the service is stopping"]));
+    shop.order().await;
+    assert!(shop.process.ended());
+    let alive = client().get(format!("{}/livez", shop.url)).send().await;
+    assert!(alive.is_err(), "{alive:?}");
 }
 
 #[cfg(unix)]

@@ -171,7 +171,7 @@ impl Problem {
             StatusCode::NOT_FOUND,
             "nothing-here",
             "There is nothing here",
-            "this shop has POST /orders, GET /orders/{id} and GET /health",
+            "this shop has POST /orders, GET /orders/{id}, GET /livez and GET /readyz",
         )
     }
 
