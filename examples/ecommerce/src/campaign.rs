@@ -32,32 +32,44 @@ use crate::shop::{self, connect};
 mod check;
 mod journal;
 mod load;
+mod operator;
 mod victim;
 mod witnesses;
 
 use check::Verdict;
 use journal::{Journal, Note};
 use load::Load;
+use operator::Operator;
 use victim::Yard;
-use witnesses::Witnesses;
+use witnesses::{PAYMENT, Witnesses};
 
-/// Every named step of publishing, handling, dead-lettering and settling.
-const STEPS: [&str; 8] = [
-    "publish.before",
-    "publish.after",
-    "settle.before",
-    "settle.after",
-    "sql.commit.before",
-    "sql.commit.after",
-    "store.commit.before",
-    "store.commit.after",
+/// Every named step of publishing, handling, dead-lettering and settling, and at which of its first
+/// so many times it is crashed.
+const STEPS: [(&str, u64); 14] = [
+    ("publish.before", OFTEN),
+    ("publish.after", OFTEN),
+    ("handle.before", OFTEN),
+    ("handle.after", OFTEN),
+    ("settle.before", OFTEN),
+    ("settle.after", OFTEN),
+    ("dead_letter.before", RARELY),
+    ("dead_letter.after", RARELY),
+    ("park.before", RARELY),
+    ("park.after", RARELY),
+    ("sql.commit.before", OFTEN),
+    ("sql.commit.after", OFTEN),
+    ("store.commit.before", OFTEN),
+    ("store.commit.after", OFTEN),
 ];
-/// A step is crashed at one of its first so many times.
-const STEP_TIMES: u64 = 40;
-/// The payment provider does not know such cards until it is healed: their orders become dead
-/// letters, which are re-driven then. One order in so many has one.
+/// What happens with each order, and what happens with those that need a person.
+const OFTEN: u64 = 40;
+const RARELY: u64 = 4;
+/// Until it is healed, the payment provider does not know cards of the first kind, whose orders
+/// become dead letters, and looks into those of the second, whose orders are held and then parked.
+/// What is left of both is tried again then. One order in so many has such a card.
 const REFUSED: &str = "9999";
-const REFUSED_EVERY: usize = 40;
+const REVIEWED: &str = "9998";
+const ODD_CARD_EVERY: usize = 40;
 /// A step that was not reached for so long is not going to be.
 const STEP_WITHIN: Duration = Duration::from_secs(15);
 /// How often is asked whether everything is settled, and how often the answer has to be yes.
@@ -175,6 +187,7 @@ async fn campaign(args: &CampaignArgs, data: &DataDir) -> anyhow::Result<Verdict
         Arc::clone(&journal),
     );
 
+    let operator = Operator::start(&yard.broker, args.seed, Arc::clone(&journal));
     let bar = progress_bar(rounds.len());
     let mut unreached = BTreeSet::new();
     for round in rounds {
@@ -194,6 +207,7 @@ async fn campaign(args: &CampaignArgs, data: &DataDir) -> anyhow::Result<Verdict
     bar.finish_and_clear();
 
     sleep(AFTERWARDS).await;
+    operator.finish().await?;
     yard.heal().await?;
     let told = load.finish().await?;
     let bus = connect(&yard.broker).await?;
@@ -264,11 +278,11 @@ fn rounds(args: &CampaignArgs, random: &mut Rng) -> Vec<Round> {
     for _ in 0..args.terms {
         rounds.push(Round::Term(Duration::from_millis(random.u64(100..1500))));
     }
-    for step in STEPS {
+    for (step, times) in STEPS {
         for _ in 0..args.steps {
             rounds.push(Round::Step(CrashPoint {
                 step: step.to_owned(),
-                time: random.u64(1..=STEP_TIMES),
+                time: random.u64(1..=times),
             }));
         }
     }
@@ -283,9 +297,10 @@ fn book(args: &CampaignArgs, rounds: usize) -> Arc<OrderBook> {
     let mut book = OrderBook::write(orders, args.seed, &format!("campaign-{}", args.seed));
     book.posts
         .retain(|post| !matches!(post.end, End::Refused(_)));
-    for post in book.posts.iter_mut().step_by(REFUSED_EVERY) {
+    let odd = book.posts.iter_mut().step_by(ODD_CARD_EVERY);
+    for (post, card) in odd.zip([REFUSED, REVIEWED].into_iter().cycle()) {
         if post.end == End::Shipped {
-            post.body = with_card(&post.body, REFUSED);
+            post.body = with_card(&post.body, card);
         }
     }
     Arc::new(book)
@@ -302,7 +317,7 @@ fn with_card(body: &str, suffix: &str) -> String {
 /// how much that was.
 async fn redrive(bus: &EventBus) -> anyhow::Result<usize> {
     let topics = [InventoryReserved::TOPIC];
-    let desk = bus.dead_letters("payment", &topics)?;
+    let desk = bus.dead_letters(PAYMENT, &topics)?;
     let redrive = Redrive::all()
         .by("campaign")
         .because("the provider is healed");
@@ -311,9 +326,9 @@ async fn redrive(bus: &EventBus) -> anyhow::Result<usize> {
         .await
         .context("re-drive the dead letters")?;
     let mut again = usize::try_from(report.done)?;
-    for held in shop::held(bus, "payment").await? {
+    for held in shop::held(bus, PAYMENT).await? {
         if witnesses::waits_for_us(&held) {
-            let retry = bus.held_keys("payment")?;
+            let retry = bus.held_keys(PAYMENT)?;
             let because = "the provider is healed";
             again += usize::from(retry.retry(&held.held, "campaign", because).await?);
         }

@@ -358,7 +358,7 @@ impl fmt::Display for Verdict {
             ("  published again", self.events_again.to_string()),
             ("events handled", self.handled.to_string()),
             ("  handled again", self.handled_again.to_string()),
-            ("dead letters re-driven", self.redriven.to_string()),
+            ("dead or parked, handled then", self.redriven.to_string()),
             ("charges asked for again", self.psp_repeats.to_string()),
             ("mails asked for again", self.mailer_repeats.to_string()),
             ("start to next 202, median", format!("{} ms", at(50))),

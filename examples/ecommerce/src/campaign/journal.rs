@@ -29,6 +29,8 @@ pub enum Note<'a> {
     Started(&'a str),
     /// A process ended.
     Ended(&'a str),
+    /// The operator decided about a parked key.
+    Decided(&'a str),
     /// A client is about to post an order under this key.
     Posting(&'a str),
     /// It was taken.

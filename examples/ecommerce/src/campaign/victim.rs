@@ -14,7 +14,7 @@ use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
 
 use super::journal::{Journal, Note};
-use super::{CampaignArgs, REFUSED};
+use super::{CampaignArgs, REFUSED, REVIEWED};
 use crate::crash_point::CrashPoint;
 use crate::fake::{FakeProcess, ledger_of};
 use crate::shop::{OPEN, broker_url};
@@ -78,7 +78,8 @@ impl Yard {
         journal: Arc<Journal>,
     ) -> anyhow::Result<Self> {
         let port = free_port()?;
-        let faults = ["--seed", &args.seed.to_string(), "--refuse", REFUSED];
+        let seed = args.seed.to_string();
+        let faults = ["--seed", &seed, "--refuse", REFUSED, "--review", REVIEWED];
         let faults = faults.map(OsString::from);
         let mut yard = Self {
             data: data.to_owned(),
@@ -186,7 +187,7 @@ impl Yard {
         provider.kill_and_start().await
     }
 
-    /// Lets the payment provider know all cards from now on.
+    /// Lets the payment provider know all cards, and look into none, from now on.
     ///
     /// # Errors
     ///

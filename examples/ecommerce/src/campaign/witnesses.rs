@@ -58,6 +58,9 @@ pub struct Published {
     pub id: String,
 }
 
+/// The service that needs a person now and then.
+pub const PAYMENT: &str = "payment";
+
 /// The services, each a consumer group and a database, and the topics that they consume.
 pub const SERVICES: [(&str, &[Topic]); 6] = [
     (
@@ -80,7 +83,7 @@ pub const SERVICES: [(&str, &[Topic]); 6] = [
         ],
     ),
     ("inventory", &[OrderCreated::TOPIC, PaymentProcessed::TOPIC]),
-    ("payment", &[InventoryReserved::TOPIC]),
+    (PAYMENT, &[InventoryReserved::TOPIC]),
     ("shipping", &[PaymentProcessed::TOPIC]),
     (
         "notification",

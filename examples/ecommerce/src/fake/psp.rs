@@ -38,6 +38,9 @@ pub struct PspArgs {
     /// Refuses calls for cards whose token ends like this, which no asking again helps against
     #[arg(long, value_name = "SUFFIX")]
     refuse: Option<String>,
+    /// Looks into calls for cards whose token ends like this first, and never comes to an end
+    #[arg(long, value_name = "SUFFIX")]
+    review: Option<String>,
 }
 
 /// How the tokens of declined cards end.
@@ -57,6 +60,8 @@ pub enum Reaction {
     Busy,
     /// Nothing happens, however often it is asked.
     Refuse,
+    /// Nothing happens yet: somebody looks into it.
+    Review,
 }
 
 /// The provider's books.
@@ -65,6 +70,7 @@ pub struct FakePsp {
     faults: FixedState,
     decline: String,
     refuse: Option<String>,
+    review: Option<String>,
     calm: bool,
     ledger: Ledger<Entry>,
 }
@@ -110,6 +116,7 @@ impl FakePsp {
             faults: FixedState::with_seed(seed),
             decline: decline.to_owned(),
             refuse: None,
+            review: None,
             calm: false,
             ledger,
         }
@@ -121,10 +128,15 @@ impl FakePsp {
     ///
     /// When the ledger cannot be written.
     pub fn call(&mut self, key: &str, charge: &Charge) -> io::Result<Reaction> {
-        if let Some(refuse) = &self.refuse
-            && charge.card.ends_with(refuse)
-        {
+        let is_of = |suffix: &Option<String>| {
+            let suffix = suffix.as_deref();
+            suffix.is_some_and(|suffix| charge.card.ends_with(suffix))
+        };
+        if is_of(&self.refuse) {
             return Ok(Reaction::Refuse);
+        }
+        if is_of(&self.review) {
+            return Ok(Reaction::Review);
         }
         let first = self.ledger.called(key)?;
         let roll = self.faults.hash_one(key) % 1000;
@@ -184,6 +196,7 @@ pub async fn run(args: PspArgs) -> anyhow::Result<()> {
     let ledger = Ledger::open(args.fake.ledger.as_deref())?;
     let mut psp = FakePsp::new(args.seed, &args.decline, ledger);
     psp.refuse = args.refuse;
+    psp.review = args.review;
     psp.calm = args.calm;
     let psp = Arc::new(Mutex::new(psp));
     let routes = Router::new()
@@ -214,6 +227,7 @@ async fn take_charge(
             let text = "this provider does not know such cards";
             (StatusCode::BAD_REQUEST, text).into_response()
         }
+        Ok(Reaction::Review) => (StatusCode::LOCKED, "somebody looks into it").into_response(),
         Ok(Reaction::Busy) => {
             let retry = [(header::RETRY_AFTER, "0")];
             (StatusCode::SERVICE_UNAVAILABLE, retry, "busy").into_response()
