@@ -3,6 +3,9 @@
 //! the median of the ratios of pairs.
 //!
 //! `cargo bench -p eventbus --bench sqlite` (PAIRS=15 for more pairs)
+//!
+//! With `-- latency`: how long an idle consumer takes to hear of a message. With `-- backlog`: what
+//! a message costs at a backlog of ten million; that takes minutes and 5 GB of disk.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +25,11 @@ use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Row, SqliteConnection};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
+#[path = "sqlite/backlog.rs"]
+mod backlog;
+#[path = "sqlite/latency.rs"]
+mod latency;
+
 const BATCH: usize = 500;
 const BATCHES: usize = 200;
 const SINGLES: usize = 64;
@@ -39,7 +47,8 @@ struct OrderCreated {
     cents: i64,
 }
 
-type Handled = (AtomicUsize, Notify);
+/// How many are handled, whom to tell, of how many.
+type Handled = (AtomicUsize, Notify, AtomicUsize);
 
 /// One comparison: its goal, and the rates of both arms.
 struct Comparison {
@@ -50,6 +59,7 @@ struct Comparison {
 }
 
 fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
     let pairs = std::env::var("PAIRS");
     let pairs = pairs.ok().and_then(|pairs| pairs.parse().ok());
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -57,9 +67,19 @@ fn main() {
         .enable_all()
         .build()
         .expect("a runtime can be built");
+    if let [of, file] = arguments.as_slice()
+        && of == "latency-of"
+    {
+        return runtime.block_on(latency::handle(Path::new(file)));
+    }
     let directory = std::env::temp_dir().join(format!("eventbus-bench-{}", std::process::id()));
     std::fs::create_dir_all(&directory).expect("the directory can be created");
-    runtime.block_on(compare(&directory, pairs.unwrap_or(5)));
+    match arguments.first().map(String::as_str) {
+        Some("latency") => runtime.block_on(latency::measure(&directory)),
+        Some("backlog") => runtime.block_on(backlog::compare(&directory)),
+        // Cargo adds an argument of its own.
+        _ => runtime.block_on(compare(&directory, pairs.unwrap_or(5))),
+    }
     std::fs::remove_dir_all(&directory).expect("the directory can be removed");
 }
 
@@ -148,19 +168,22 @@ impl Files<'_> {
     }
 }
 
+fn order(order_id: u64) -> OrderCreated {
+    OrderCreated {
+        order_id,
+        customer: "x".repeat(60),
+        address: "y".repeat(92),
+        cents: 1_999,
+    }
+}
+
 /// Messages as a bus writes them, keys and headers included.
 async fn messages() -> Vec<Message> {
     let bus = EventBus::builder(MemoryBroker::new())
         .format(FlatFormat)
         .build();
     for order_id in 0..BATCH as u64 {
-        let order = OrderCreated {
-            order_id,
-            customer: "x".repeat(60),
-            address: "y".repeat(92),
-            cents: 1_999,
-        };
-        bus.publish(order).await.expect("memory takes it");
+        bus.publish(order(order_id)).await.expect("memory takes it");
     }
     let mut reader = bus
         .read(&[OrderCreated::TOPIC], Start::Earliest, Some(Until::Now))
@@ -323,6 +346,7 @@ async fn broker_consume(file: &Path, messages: &[Message]) -> f64 {
     fill(&broker, messages, BACKLOG / BATCH).await;
     let bus = EventBus::builder(broker).format(FlatFormat).build();
     let handled: Arc<Handled> = Arc::default();
+    handled.2.store(BACKLOG, Ordering::Relaxed);
     let start = Instant::now();
     let consumer = bus
         .consumer("bench")
@@ -343,8 +367,8 @@ async fn broker_consume(file: &Path, messages: &[Message]) -> f64 {
 
 async fn count_one(order: OrderCreated, cx: Context<Handled>) -> Result<(), BoxError> {
     std::hint::black_box(&order);
-    let (handled, done) = cx.state();
-    if handled.fetch_add(1, Ordering::Relaxed) + 1 == BACKLOG {
+    let (handled, done, all) = cx.state();
+    if handled.fetch_add(1, Ordering::Relaxed) + 1 == all.load(Ordering::Relaxed) {
         done.notify_one();
     }
     Ok(())
