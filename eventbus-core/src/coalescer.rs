@@ -71,7 +71,7 @@ impl<T> Mailbox<T> {
     }
 
     /// Drops what is there and what is put in from now on: nobody takes it out any more.
-    fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut items = self.lock();
         items.closed = true;
         let unwanted = std::mem::take(&mut items.there);

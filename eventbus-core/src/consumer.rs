@@ -10,7 +10,7 @@
 use std::fmt;
 use std::hash::BuildHasher;
 use std::marker::PhantomData;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use foldhash::fast::FixedState;
@@ -33,6 +33,7 @@ use crate::topic::TopicSpec;
 use crate::unit_of_work::{NoUnit, Unit, UnitOfWork};
 
 pub(crate) mod backoff;
+mod departure;
 pub(crate) mod dispatch;
 mod gate;
 pub(crate) mod held;
@@ -172,6 +173,9 @@ pub(crate) struct Runtime {
     pub(crate) held: Option<Arc<HeldLanes>>,
     pub(crate) gate: Gate,
     pub(crate) lanes: Lanes,
+    /// Whether the consumer ends, and nothing more is passed to its workers. Locked while they are
+    /// told something, so that all of them hear everything in the same order.
+    ending: Mutex<bool>,
     pub(crate) telemetry: Telemetry,
     handlers: Vec<Registered>,
     hasher: FixedState,
@@ -252,6 +256,10 @@ impl Runtime {
             || one.route().map(|route| route.handler) == other.route().map(|route| route.handler)
     }
 
+    pub(crate) fn ending(&self) -> MutexGuard<'_, bool> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Forgets lanes that are not ours any more.
     pub(crate) fn close_lanes(&self, lanes: &[Lane]) {
         self.lanes.close(lanes);
@@ -281,6 +289,10 @@ impl Runtime {
             error = error.with("position", position);
         }
         self.fail(error);
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failure.get().is_some()
     }
 
     pub(crate) fn take_failure(&self) -> Option<Error> {
@@ -550,7 +562,8 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
         self
     }
 
-    /// Sets how long a shutdown waits for running handlers; by default 25 seconds.
+    /// Sets how long a shutdown may take for running handlers, and for what has to be handled so that
+    /// [nothing is handled twice](crate::Consumer::shutdown); by default 25 seconds.
     pub fn shutdown_timeout(mut self, timeout: Duration) -> Self {
         self.settings.shutdown_timeout = timeout;
         self
@@ -719,6 +732,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             held,
             gate: Gate::new(settings.breaker),
             lanes: Lanes::default(),
+            ending: Mutex::new(false),
             settings,
             handlers,
             hasher: FixedState::default(),

@@ -209,8 +209,9 @@ pub struct Limits {
     pub bytes: usize,
     /// Most messages unsettled on one lane.
     pub lane_messages: usize,
-    /// How long a lane may be kept after `Revoking`. Handlers get nine tenths of it; the rest is
-    /// for settling what they did and for the release.
+    /// How long a lane may be kept after `Revoking`. Handlers get nine tenths of it, those that run
+    /// and those of what came before them; the rest is for settling what they did and for the
+    /// release.
     pub revoke_timeout: Duration,
 }
 

@@ -309,7 +309,8 @@ impl Gate {
         self.lock().held.as_ref().map(|held| held.reason.clone())
     }
 
-    fn wake(&self) {
+    /// Lets all workers look again.
+    pub(crate) fn wake(&self) {
         let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
         for worker in workers.iter() {
             worker.wake();

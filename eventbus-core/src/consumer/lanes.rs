@@ -32,6 +32,8 @@ struct LaneEntry {
     topic: Topic,
     partition: u32,
     in_flight: usize,
+    /// Behind the last tag that was delivered.
+    delivered: u64,
     /// Deliveries by when they came, oldest first.
     arrivals: VecDeque<Arrival>,
 }
@@ -61,6 +63,7 @@ impl Lanes {
                 topic: assignment.topic,
                 partition: assignment.partition,
                 in_flight: 0,
+                delivered: 0,
                 arrivals: VecDeque::new(),
             });
         }
@@ -86,13 +89,30 @@ impl Lanes {
             let last = stretch[stretch.len() - 1].receipt;
             if let Some(entry) = find(&mut lanes, last.lane) {
                 entry.in_flight += stretch.len();
+                entry.delivered = last.tag + 1;
                 entry.arrivals.push_back(Arrival {
-                    end: last.tag + 1,
+                    end: entry.delivered,
                     unsettled: stretch.len(),
                     at: now,
                 });
             }
         }
+    }
+
+    /// All lanes that are open.
+    pub(crate) fn open_lanes(&self) -> Vec<Lane> {
+        self.lock()
+            .iter()
+            .flatten()
+            .map(|entry| entry.lane)
+            .collect()
+    }
+
+    /// Of these lanes those that are open, each with the tag behind the last that was delivered.
+    pub(crate) fn delivered_ends(&self, lanes: &[Lane]) -> Vec<(Lane, u64)> {
+        let mut entries = self.lock();
+        let delivered = |lane: &Lane| Some((*lane, find(&mut entries, *lane)?.delivered));
+        lanes.iter().filter_map(delivered).collect()
     }
 
     /// The partition of a lane, `None` when it is closed.

@@ -12,9 +12,10 @@ use tokio::time::Instant;
 
 use super::Runtime;
 use super::backoff::Backoff;
+use super::departure::Departure;
 use super::scope::Skip;
 use super::settler::SettleItem;
-use super::worker::{Inbox, Item, Revocation};
+use super::worker::{Inbox, Item};
 use crate::broker::Deliveries;
 use crate::coalescer::Coalescer;
 use crate::delivery::{Assignment, Delivery, Lane, Signal, Verdict};
@@ -112,7 +113,11 @@ impl Pump {
 
     /// Passes a signal on and says how long to wait before the next one.
     fn hear(&mut self, signal: Signal) -> Option<Duration> {
+        let runtime = Arc::clone(&self.runtime);
+        let ending = runtime.ending();
         match signal {
+            // The next owner gets them.
+            Signal::Delivered(_) if *ending => {}
             Signal::Delivered(deliveries) => return self.deliver(deliveries),
             Signal::Assigned(assignments) => {
                 self.open
@@ -126,13 +131,16 @@ impl Pump {
                 let timeout = self.runtime.settings.limits.revoke_timeout;
                 let until = Instant::now() + timeout / 10 * 9;
                 self.unclaim(&lanes);
-                self.revoke(lanes, Some(until));
+                // Some workers may have ended; the others know already what they still handle.
+                let workers = if *ending { 0 } else { self.inboxes.len() };
+                let departure = Departure::until(&runtime, lanes, until, workers);
+                self.leave(departure.with_release(self.settler.clone()));
             }
             Signal::Lost(lanes) => {
                 tracing::warn!(group = %self.runtime.group, lanes = lanes.len(), "lanes were lost");
                 self.unclaim(&lanes);
-                self.runtime.close_lanes(&lanes);
-                self.revoke(lanes, None);
+                runtime.close_lanes(&lanes);
+                self.leave(Departure::lost(&runtime, lanes));
             }
             Signal::Gap { lane, from, to } => {
                 self.runtime.telemetry.gap();
@@ -208,6 +216,8 @@ impl Pump {
 
     /// Lets a lane go on that was claimed.
     fn hear_claimed(&mut self, claimed: Claimed) {
+        let runtime = Arc::clone(&self.runtime);
+        let ending = runtime.ending();
         let Some(deliveries) = self.unclaimed.remove(&claimed.lane) else {
             return;
         };
@@ -216,7 +226,9 @@ impl Pump {
                 if let Some(held) = &self.runtime.held {
                     held.open(claimed.lane, claim, names);
                 }
-                self.pass(deliveries);
+                if !*ending {
+                    self.pass(deliveries);
+                }
             }
             Err(error) => self.runtime.fail(error),
         }
@@ -288,15 +300,10 @@ impl Pump {
         }
     }
 
-    fn revoke(&self, lanes: Vec<Lane>, finish_until: Option<Instant>) {
-        let revocation = Revocation::new(
-            lanes,
-            finish_until,
-            self.inboxes.len(),
-            self.settler.clone(),
-        );
+    fn leave(&self, departure: Departure) {
+        let departure = Arc::new(departure);
         for inbox in &self.inboxes {
-            inbox.push(Item::Revoke(Arc::clone(&revocation)));
+            inbox.push(Item::Leave(Arc::clone(&departure)));
         }
     }
 }

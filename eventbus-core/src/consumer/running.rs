@@ -9,13 +9,14 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::Runtime;
+use super::departure::Departure;
 use super::dispatch::Layers;
 use super::held::Keeper;
 use super::lanes::LaneStatus;
 use super::pump::Pump;
 use super::settler::{self, SettleItem};
 use super::telemetry::Counts;
-use super::worker::{Inbox, Item, Stop, Worker};
+use super::worker::{Inbox, Item, Worker};
 use crate::broker::Deliveries;
 use crate::clock::FOREVER;
 use crate::coalescer::Coalescer;
@@ -328,8 +329,14 @@ impl Consumer {
         self.stop(deadline, false).await.map(|_| ())
     }
 
-    /// Stops pulling, lets running handlers end within the shutdown timeout, settles, gives the
-    /// lanes back and leaves the group. What was not handled goes to the next owner.
+    /// Stops pulling, lets running handlers end, settles, gives the lanes back and leaves the group.
+    ///
+    /// What came before anything that has begun is still handled, partition by partition, so that the
+    /// next owner goes on where this one ended and handles nothing twice; what came behind it goes
+    /// to the next owner. This takes at most the shutdown timeout. What can't be handled in that
+    /// time is left as well, and what was settled behind it is handled again, unless the broker
+    /// declares `selective_settlement`; a warning says how much. That is so while the consumer is
+    /// paused or holds, for blocked keys, and for retries that are due later.
     ///
     /// # Cancellation
     ///
@@ -360,13 +367,27 @@ impl Consumer {
         self.stop(Instant::now() + FOREVER, true).await
     }
 
+    /// Lets the workers end, once everything is handled, or all lanes have left by a deadline.
+    fn tell_stop(&self, deadline: Option<Instant>) -> Option<Arc<Departure>> {
+        let runtime = &self.runtime;
+        let mut ending = runtime.ending();
+        *ending = true;
+        let lanes = runtime.lanes.open_lanes();
+        let departure = deadline
+            .map(|until| Arc::new(Departure::until(runtime, lanes, until, self.inboxes.len())));
+        for inbox in &self.inboxes {
+            if let Some(departure) = &departure {
+                inbox.push(Item::Leave(Arc::clone(departure)));
+            }
+            inbox.push(Item::Stop);
+        }
+        departure
+    }
+
     async fn stop(mut self, deadline: Instant, finish: bool) -> Result<Counts> {
         // What it has not brought yet stays in the store.
         self.keeping = None;
-        let stop = Arc::new(Stop { deadline, finish });
-        for inbox in &self.inboxes {
-            inbox.push(Item::Stop(Arc::clone(&stop)));
-        }
+        let departure = self.tell_stop((!finish).then_some(deadline));
         let runtime = Arc::clone(&self.runtime);
         let workers_end = async {
             while let Some(ended) = self.workers.join_next().await {
@@ -379,10 +400,13 @@ impl Consumer {
             () = workers_end => {}
             () = runtime.failed(), if finish => {}
         }
-        // Workers end as soon as nothing runs: one that took all its time has dropped what ran. Who
-        // gives no time wants that.
         let timeout = self.runtime.settings.shutdown_timeout;
-        let dropped = !finish && !timeout.is_zero() && Instant::now() >= deadline;
+        let again = departure
+            .as_ref()
+            .map_or(0, |departure| departure.handled_again());
+        if again > 0 {
+            tracing::warn!(group = %self.runtime.group, events = again, "the next owner handles events again: something before them could not be handled in time");
+        }
         // All verdicts are with the settler now; what it cannot record in time is handed out again.
         self.settler.add(SettleItem::Stop);
         let group = self.runtime.group.clone();
@@ -418,11 +442,17 @@ impl Consumer {
                 "the broker did not answer in time: it notices by itself that the member is gone",
             ))
         })?;
-        if dropped && unsettled > 0 {
+        let dropped = departure
+            .as_ref()
+            .map_or(0, |departure| departure.dropped());
+        // Who gives no time wants them dropped.
+        if dropped > 0 && !timeout.is_zero() {
             return Err(late(
                 "handlers did not end in time and were dropped: what was not settled goes to the next owner; raise `.shutdown_timeout(…)` or make them faster",
             )
             .with("timeout", format_args!("{timeout:?}"))
+            .with("handlers dropped", dropped)
+            .with("handled again", again)
             .with("not settled", unsettled));
         }
         Ok(self.runtime.telemetry.counts())

@@ -19,6 +19,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep};
 
 use super::Runtime;
+use super::departure::Departure;
 use super::dispatch::Layers;
 use super::held::HeldDelivery;
 use super::keys::{Keys, NodeId};
@@ -38,17 +39,16 @@ mod leaving;
 mod receiving;
 mod starting;
 
-pub(crate) use leaving::{Revocation, Stop};
-
 /// What a worker is told.
 #[derive(Debug)]
 pub(crate) enum Item {
     Deliveries(Vec<Delivery>),
     /// From the store of held keys.
     Held(Box<HeldDelivery>),
-    Revoke(Arc<Revocation>),
-    Stop(Arc<Stop>),
-    /// The gate changed: look again.
+    Leave(Arc<Departure>),
+    /// No delivery comes after it: end when everything is done.
+    Stop,
+    /// The gate changed, or how much of what leaves is handled: look again.
     Wake,
 }
 
@@ -75,6 +75,22 @@ impl Inbox {
     }
 }
 
+/// An inbox while its worker lives. What comes later is dropped, so that no departure waits for a
+/// worker that has ended.
+struct OpenInbox(Arc<Inbox>);
+
+impl OpenInbox {
+    fn poll_take(&self, cx: &mut Context<'_>, into: &mut Vec<Item>) -> Poll<()> {
+        self.0.0.poll_take(cx, into)
+    }
+}
+
+impl Drop for OpenInbox {
+    fn drop(&mut self) {
+        self.0.0.close();
+    }
+}
+
 /// How often a worker looks anew within one turn before it lets other tasks run.
 const PASSES_MAX: usize = 16;
 
@@ -83,10 +99,11 @@ pub(crate) struct Worker<V: Layers> {
     runtime: Arc<Runtime>,
     /// Its number at the gate.
     number: usize,
-    inbox: Arc<Inbox>,
     part: Arc<Part>,
     settler: Coalescer<SettleItem>,
+    /// Before all that holds departures: when lanes are passed on, their handlers are gone.
     slots: SlotSet<V>,
+    inbox: OpenInbox,
     /// What runs in each slot.
     running: Vec<Option<Running>>,
     /// What has come and was not looked at yet, oldest first: behind everything in `keys`.
@@ -98,8 +115,12 @@ pub(crate) struct Worker<V: Layers> {
     timers: BinaryHeap<Reverse<(Instant, NodeId, u64)>>,
     /// Scopes to be used again.
     pool: Vec<Arc<Scope>>,
-    revocations: Vec<Arc<Revocation>>,
-    stop: Option<Arc<Stop>>,
+    /// Lanes that leave, in the order in which all workers heard of it.
+    departures: Vec<Arc<Departure>>,
+    /// More of what leaves may have to be left than when it was looked at last.
+    to_leave: bool,
+    /// No delivery comes any more.
+    stopping: bool,
     /// Verdicts of this turn.
     settled: Vec<(Receipt, Verdict)>,
     tally: Tally,
@@ -161,18 +182,19 @@ impl<V: Layers> Worker<V> {
             tally: Tally::default(),
             runtime,
             number,
-            inbox,
             part,
             settler,
             slots: SlotSet::new(slots, service),
+            inbox: OpenInbox(inbox),
             running: (0..slots).map(|_| None).collect(),
             incoming: VecDeque::new(),
             place: None,
             keys: Keys::default(),
             timers: BinaryHeap::new(),
             pool: Vec::new(),
-            revocations: Vec::new(),
-            stop: None,
+            departures: Vec::new(),
+            to_leave: false,
+            stopping: false,
             settled: Vec::new(),
             received: Vec::new(),
             ended: Vec::new(),
@@ -203,13 +225,15 @@ impl<V: Layers> Worker<V> {
         loop {
             let now = Instant::now();
             self.turn = self.since_begun(now);
-            let mut progress = self.receive(cx, now);
+            let mut progress = self.receive(cx);
             progress |= self.fire_timers(now);
+            if !self.departures.is_empty() {
+                self.leave();
+            }
             progress |= self.start_ready();
             progress |= self.slots.poll(&mut self.ended);
             self.conclude();
-            self.check_stop(now);
-            progress |= self.check_revocations(now);
+            progress |= !self.departures.is_empty() && self.check_departures(now);
             // Looked at last, once a turn: what a dropped run leaves is started in the next pass.
             if !progress && !self.expire_runs(now) {
                 break;

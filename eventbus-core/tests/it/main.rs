@@ -7,6 +7,7 @@ mod dead_letters;
 mod failures;
 mod fixtures;
 mod formats;
+mod hand_over;
 mod held;
 mod key_state;
 mod layers;

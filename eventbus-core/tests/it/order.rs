@@ -12,7 +12,7 @@ use proptest::prelude::{ProptestConfig, Strategy, prop_assert, proptest};
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-use case::{Case, any_case, calm_case};
+use case::{Case, any_case, calm_case, hand_over_case};
 use drive::drive;
 use planted::Plant;
 
@@ -50,6 +50,12 @@ proptest! {
 
     #[test]
     fn without_faults_every_message_is_handled_once(case in calm_case()) {
+        let broken = check(&case, Plant::Nothing);
+        prop_assert!(broken.is_ok(), "{}", broken.unwrap_err());
+    }
+
+    #[test]
+    fn members_that_come_and_go_in_time_handle_nothing_twice(case in hand_over_case()) {
         let broken = check(&case, Plant::Nothing);
         prop_assert!(broken.is_ok(), "{}", broken.unwrap_err());
     }

@@ -21,7 +21,7 @@ impl<V: Layers> Worker<V> {
         let Some(partition) = self.runtime.lanes.partition(lane) else {
             return;
         };
-        if self.stop.is_some() || self.is_revoked(lane) {
+        if self.stopping || self.departure(lane).is_some() {
             // It stays in the store, for the next owner.
             return;
         }

@@ -45,6 +45,7 @@ impl<V: Layers> Worker<V> {
     }
 
     pub(super) fn conclude_run(&mut self, running: Running, result: Caught<Ended>) {
+        self.to_leave |= !matches!(result, Ok(Ended::Done));
         match result {
             Ok(Ended::Done) => running.nodes.iter().for_each(|id| self.done(id)),
             Ok(Ended::Otherwise(ending)) => match (running.nodes, *ending) {
@@ -161,6 +162,8 @@ impl<V: Layers> Worker<V> {
             }
             Outcome::Failed(cause) => self.failed(id, cause),
             Outcome::Kept(first) => self.kept(id, first),
+            // Nobody claims anew for a consumer that ends.
+            Outcome::Fenced if self.stopping => self.drop_node(id),
             Outcome::Fenced => self.again_after(id, RECLAIM),
             Outcome::Full(error) => {
                 self.block(id, &error);
@@ -290,6 +293,9 @@ impl<V: Layers> Worker<V> {
 
     /// Lets a delivery hold its key on the broker, and tries again at the longest time there is.
     fn block(&mut self, id: NodeId, cause: &dyn std::fmt::Display) {
+        if self.departure(self.keys.get(id).scope.lane()).is_some() {
+            return self.drop_node(id);
+        }
         let node = self.keys.get_mut(id);
         if !std::mem::replace(&mut node.blocked, true) {
             self.tally.blocked += 1;
@@ -314,7 +320,8 @@ impl<V: Layers> Worker<V> {
     }
 
     pub(super) fn again_after(&mut self, id: NodeId, delay: Duration) {
-        if self.is_leaving(id) {
+        let due = Instant::now() + delay;
+        if self.leaves_before(id, due) {
             return self.drop_node(id);
         }
         if delay.is_zero() {
@@ -323,8 +330,7 @@ impl<V: Layers> Worker<V> {
         let node = self.keys.get_mut(id);
         node.state = NodeState::Waiting;
         let sequence = node.sequence;
-        self.timers
-            .push(Reverse((Instant::now() + delay, id, sequence)));
+        self.timers.push(Reverse((due, id, sequence)));
     }
 
     #[inline]

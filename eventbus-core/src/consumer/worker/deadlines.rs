@@ -19,18 +19,13 @@ impl<V: Layers> Worker<V> {
     }
 
     pub(super) fn set_alarm(&mut self, cx: &mut Context<'_>) {
-        let revocation = self
-            .revocations
-            .iter()
-            .filter_map(|revocation| revocation.finish_until)
-            .min();
-        let stop = self.stop.as_ref().map(|stop| stop.deadline);
+        let departures = self.departures.iter();
+        let departures = departures.filter_map(|departure| departure.finish_until());
         let wanted = self
             .next_due()
             .into_iter()
             .chain(self.tick_at)
-            .chain(revocation)
-            .chain(stop)
+            .chain(departures)
             .min();
         let Some(wanted) = wanted else { return };
         let armed = self
@@ -79,6 +74,7 @@ impl<V: Layers> Worker<V> {
 
     /// What follows when a run is over its deadline: its handler failed, or what it waits for is away.
     fn expire(&mut self, running: Running) {
+        self.to_leave = true;
         let deadline = self.runtime.settings.deadline;
         let awaits_others = running
             .nodes

@@ -1,74 +1,58 @@
-//! What leaves: lanes that are revoked or lost, and everything when the consumer ends.
+//! What leaves: what of it is still handled, and when nothing of it is left.
 
 use std::cmp::Reverse;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::time::Instant;
 
 use super::Worker;
-use crate::coalescer::Coalescer;
+use crate::consumer::departure::Departure;
 use crate::consumer::dispatch::Layers;
 use crate::consumer::gate::Probed;
-use crate::consumer::keys::{NodeId, NodeState};
-use crate::consumer::settler::SettleItem;
-use crate::delivery::Lane;
+use crate::consumer::keys::{Keep, Node, NodeId, NodeState, Stage};
+use crate::delivery::{Lane, Receipt};
 
-/// Lanes being taken away, until no worker runs a handler of theirs.
-#[derive(Debug)]
-pub(crate) struct Revocation {
-    lanes: Vec<Lane>,
-    /// Revoked lanes are finished and settled until then; lost ones are dropped at once.
-    pub(super) finish_until: Option<Instant>,
-    workers: AtomicUsize,
-    settler: Coalescer<SettleItem>,
-}
+impl<V: Layers> Worker<V> {
+    /// What a lane leaves with; none while it stays.
+    pub(super) fn departure(&self, lane: Lane) -> Option<&Arc<Departure>> {
+        // The first one knows what waits: a later one may have come when workers had ended.
+        let mut departures = self.departures.iter();
+        departures.find(|departure| departure.has(lane))
+    }
 
-impl Revocation {
-    pub(crate) fn new(
-        lanes: Vec<Lane>,
-        finish_until: Option<Instant>,
-        workers: usize,
-        settler: Coalescer<SettleItem>,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            lanes,
-            finish_until,
-            workers: AtomicUsize::new(workers),
-            settler,
+    /// Whether a delivery is the next owner's, so that nothing more is done with it.
+    pub(super) fn is_leaving(&self, id: NodeId) -> bool {
+        !self.departures.is_empty() && self.leaves_before(id, Instant::now())
+    }
+
+    /// Whether a delivery is the next owner's at this time. A held one stays in its store.
+    pub(super) fn leaves_before(&self, id: NodeId, time: Instant) -> bool {
+        let node = self.keys.get(id);
+        let lane = node.scope.lane();
+        let mut departures = self.departures.iter();
+        departures.any(|departure| {
+            departure.has(lane) && (node.held.is_some() || departure.is_over(time))
         })
     }
 
-    /// One worker has nothing of these lanes any more. The last one passes them on, behind all
-    /// verdicts that the workers gave before.
-    fn cleared(&self) {
-        if self.workers.fetch_sub(1, Ordering::AcqRel) == 1 && self.finish_until.is_some() {
-            self.settler.add(SettleItem::Release(self.lanes.clone()));
-        }
-    }
-}
-
-/// The end of a consumer.
-#[derive(Debug)]
-pub(crate) struct Stop {
-    /// Runs may go on until then.
-    pub(crate) deadline: Instant,
-    /// Whether what has not been started is handled, too: at the end of a replay.
-    pub(crate) finish: bool,
-}
-
-impl<V: Layers> Worker<V> {
-    pub(super) fn is_leaving(&self, id: NodeId) -> bool {
-        if self.stop.as_ref().is_some_and(|stop| !stop.finish) {
-            return true;
-        }
-        self.is_revoked(self.keys.get(id).scope.lane())
+    /// Whether nothing is started now: it is not known yet what is still to be handled.
+    #[cold]
+    pub(super) fn is_measuring(&self) -> bool {
+        let mut departures = self.departures.iter();
+        departures.any(|departure| !departure.is_known())
     }
 
-    /// Whether a lane is being taken away.
-    pub(super) fn is_revoked(&self, lane: Lane) -> bool {
-        let mut revocations = self.revocations.iter();
-        revocations.any(|revocation| revocation.lanes.contains(&lane))
+    /// Notes that a delivery begins; false when it is the next owner's.
+    #[inline]
+    pub(super) fn begin(&self, id: NodeId) -> bool {
+        self.departures.is_empty() || self.begin_leaving(id)
+    }
+
+    #[cold]
+    fn begin_leaving(&self, id: NodeId) -> bool {
+        let node = self.keys.get(id);
+        let departure = self.departure(node.scope.lane());
+        node.held.is_some() || departure.is_none_or(|departure| departure.begin(receipt_of(node)))
     }
 
     /// Leaves a delivery to the next owner.
@@ -88,31 +72,156 @@ impl<V: Layers> Worker<V> {
         if std::mem::take(&mut self.keys.get_mut(id).blocked) {
             self.tally.blocked -= 1;
         }
+        let node = self.keys.get(id);
+        if node.held.is_none()
+            && let Some(departure) = self.departure(node.scope.lane())
+        {
+            departure.leave(receipt_of(node));
+        }
     }
 
-    pub(super) fn begin_revocation(&mut self, revocation: Arc<Revocation>) {
+    pub(super) fn begin_departure(&mut self, departure: Arc<Departure>) {
         self.place = None;
-        self.incoming
-            .retain(|delivery| !revocation.lanes.contains(&delivery.receipt.lane));
-        let of_lanes: Vec<_> = self
-            .keys
-            .ids()
-            .filter(|id| revocation.lanes.contains(&self.keys.get(*id).scope.lane()))
-            .collect();
-        for id in of_lanes {
-            if !matches!(
-                self.keys.get(id).state,
-                NodeState::Running(_) | NodeState::Dropped
-            ) {
-                self.drop_node(id);
+        // From here on it is looked for in one place only.
+        self.queue_incoming();
+        self.departures.push(Arc::clone(&departure));
+        self.to_leave = true;
+        let Some(until) = departure.finish_until() else {
+            self.drop_idle(&departure);
+            self.cancel_runs(&departure);
+            return self
+                .settled
+                .retain(|(receipt, _)| !departure.has(receipt.lane));
+        };
+        for id in self.hopeless(&departure, until) {
+            self.drop_node(id);
+        }
+        departure.report(&self.waiting(&departure));
+    }
+
+    /// What waits in a lane that leaves.
+    fn idle(&self, departure: &Departure) -> Vec<NodeId> {
+        let is_idle = |id: &NodeId| {
+            let node = self.keys.get(*id);
+            let stays = matches!(node.state, NodeState::Running(_) | NodeState::Dropped);
+            !stays && departure.has(node.scope.lane())
+        };
+        self.keys.ids().filter(is_idle).collect()
+    }
+
+    /// The receipts of what waits in a lane that leaves.
+    fn waiting(&self, departure: &Departure) -> Vec<Receipt> {
+        let idle = self.idle(departure).into_iter();
+        let nodes = idle.map(|id| self.keys.get(id));
+        nodes
+            .filter(|node| node.held.is_none())
+            .map(receipt_of)
+            .collect()
+    }
+
+    /// Leaves what is not to be handled any more, when anything about that may have changed.
+    #[cold]
+    pub(super) fn leave(&mut self) {
+        if !std::mem::take(&mut self.to_leave) {
+            return;
+        }
+        let departures = self.departures.clone();
+        for departure in &departures {
+            departure.wait(&self.waiting(departure));
+        }
+        for departure in &departures {
+            for id in self.idle(departure) {
+                if !self.stays(id) {
+                    self.drop_node(id);
+                }
             }
         }
-        self.revocations.push(Arc::clone(&revocation));
-        if revocation.finish_until.is_none() {
-            self.cancel_runs(&revocation.lanes);
-            self.settled
-                .retain(|(receipt, _)| !revocation.lanes.contains(&receipt.lane));
+    }
+
+    /// Whether what waits in a lane that leaves is still handled.
+    fn stays(&self, id: NodeId) -> bool {
+        let node = self.keys.get(id);
+        if node.held.is_some() {
+            // It is done, and the next owner is not to do it again.
+            return matches!(&node.stage, Stage::Keep(keep) if matches!(**keep, Keep::Advance { .. }));
         }
+        let departure = self.departure(node.scope.lane());
+        self.runtime.gate.is_open()
+            && !self.runtime.has_failed()
+            && departure.is_none_or(|departure| departure.covers(receipt_of(node)))
+    }
+
+    /// What is not tried again before `until`, or would only fail.
+    fn hopeless(&self, departure: &Departure, until: Instant) -> Vec<NodeId> {
+        let waiting = self.timers.iter().filter(|Reverse((due, id, sequence))| {
+            self.keys.is_current(*id, *sequence) && {
+                let node = self.keys.get(*id);
+                let is_hopeless = *due >= until || node.blocked;
+                is_hopeless && node.state == NodeState::Waiting && departure.has(node.scope.lane())
+            }
+        });
+        waiting.map(|Reverse((_, id, _))| *id).collect()
+    }
+
+    /// Lets go of the lanes that nothing is left of; says whether handlers had to be dropped.
+    #[cold]
+    pub(super) fn check_departures(&mut self, now: Instant) -> bool {
+        let mut dropped = false;
+        let mut index = 0;
+        // Each stays in the list until it is done: what shares a run with it may be leaving, too.
+        while let Some(departure) = self.departures.get(index).map(Arc::clone) {
+            if departure.is_over(now) {
+                self.drop_idle(&departure);
+                dropped |= self.cancel_runs(&departure);
+            }
+            if self.has_any(&departure) {
+                index += 1;
+                continue;
+            }
+            // Verdicts first, so that they stand before the release.
+            self.flush();
+            self.sweep();
+            self.departures.remove(index);
+        }
+        dropped
+    }
+
+    /// Whether anything of lanes that leave runs or is still to be handled.
+    fn has_any(&self, departure: &Departure) -> bool {
+        self.keys.ids().any(|id| {
+            let node = self.keys.get(id);
+            node.state != NodeState::Dropped && departure.has(node.scope.lane())
+        })
+    }
+
+    /// Leaves everything that waits.
+    fn drop_idle(&mut self, departure: &Departure) {
+        for id in self.idle(departure) {
+            self.drop_node(id);
+        }
+    }
+
+    /// Drops the handlers of lanes that leave; a group that holds others, too, is repeated for those.
+    fn cancel_runs(&mut self, departure: &Departure) -> bool {
+        let mut dropped = 0;
+        let mut cancelled = false;
+        for slot in 0..self.running.len() {
+            let Some(running) = &self.running[slot] else {
+                continue;
+            };
+            let of_lanes = |id: NodeId| departure.has(self.keys.get(id).scope.lane());
+            if !running.nodes.iter().any(of_lanes) {
+                continue;
+            }
+            if let Some(running) = self.running[slot].take() {
+                cancelled = true;
+                dropped += usize::from(running.is_handler);
+                self.slots.cancel(slot);
+                self.unstart(&running.nodes);
+            }
+        }
+        departure.drop_handlers(dropped);
+        cancelled
     }
 
     /// Forgets what was left to the next owner: while nothing may be started, or an older delivery
@@ -126,102 +235,11 @@ impl<V: Layers> Worker<V> {
             .retain(|Reverse((_, id, sequence))| keys.is_current(*id, *sequence));
     }
 
-    /// Passes on the lanes that nothing runs on any more; says whether handlers had to be dropped.
-    pub(super) fn check_revocations(&mut self, now: Instant) -> bool {
-        let mut dropped = false;
-        let mut index = 0;
-        // Each stays in the list until it is done: what shares a run with it may be leaving, too.
-        while let Some(revocation) = self.revocations.get(index).map(Arc::clone) {
-            if revocation.finish_until.is_some_and(|until| until <= now) {
-                dropped |= self.cancel_runs(&revocation.lanes);
-            }
-            if self.runs_any(&revocation.lanes) {
-                index += 1;
-                continue;
-            }
-            // Verdicts first, so that they stand before the release.
-            self.flush();
-            self.sweep();
-            self.revocations.remove(index);
-            revocation.cleared();
-        }
-        dropped
-    }
-
-    fn runs_any(&self, lanes: &[Lane]) -> bool {
-        self.running.iter().flatten().any(|running| {
-            running
-                .nodes
-                .iter()
-                .any(|id| lanes.contains(&self.keys.get(id).scope.lane()))
-        })
-    }
-
-    /// Drops the handlers of these lanes; a group that holds others, too, is repeated for those.
-    fn cancel_runs(&mut self, lanes: &[Lane]) -> bool {
-        let mut cancelled = false;
-        for slot in 0..self.running.len() {
-            let Some(running) = &self.running[slot] else {
-                continue;
-            };
-            let of_lanes = |id: NodeId| lanes.contains(&self.keys.get(id).scope.lane());
-            if !running.nodes.iter().any(of_lanes) {
-                continue;
-            }
-            if let Some(running) = self.running[slot].take() {
-                cancelled = true;
-                self.slots.cancel(slot);
-                self.unstart(&running.nodes);
-            }
-        }
-        cancelled
-    }
-
-    pub(super) fn begin_stop(&mut self, stop: Arc<Stop>, now: Instant) {
-        if !stop.finish {
-            self.incoming.clear();
-            let idle: Vec<_> = self
-                .keys
-                .ids()
-                .filter(|id| {
-                    !matches!(
-                        self.keys.get(*id).state,
-                        NodeState::Running(_) | NodeState::Dropped
-                    )
-                })
-                .collect();
-            for id in idle {
-                self.drop_node(id);
-            }
-        }
-        self.stop = Some(stop);
-        self.check_stop(now);
-    }
-
-    pub(super) fn check_stop(&mut self, now: Instant) {
-        if self.stop.as_ref().is_none_or(|stop| stop.deadline > now) {
-            return;
-        }
-        self.incoming.clear();
-        for slot in 0..self.running.len() {
-            if let Some(running) = self.running[slot].take() {
-                self.slots.cancel(slot);
-                self.unstart(&running.nodes);
-            }
-        }
-        let left: Vec<_> = self.keys.ids().collect();
-        for id in left {
-            if self.keys.get(id).state != NodeState::Dropped {
-                self.drop_node(id);
-            }
-        }
-        while let Some(id) = self.keys.pop_ready() {
-            let scope = self.keys.remove(id);
-            self.recycle(scope);
-        }
-    }
-
     pub(super) fn is_finished(&self) -> bool {
-        self.stop.is_some() && self.keys.is_empty() && self.incoming.is_empty()
+        self.stopping && self.keys.is_empty() && self.incoming.is_empty()
     }
+}
+
+fn receipt_of(node: &Node) -> Receipt {
+    node.scope.delivery().receipt
 }

@@ -3,34 +3,31 @@
 use std::sync::Arc;
 use std::task::Context;
 
-use tokio::time::Instant;
-
 use super::{Item, Worker};
 use crate::consumer::dispatch::Layers;
 use crate::consumer::scope::Scope;
 use crate::delivery::Delivery;
 
 impl<V: Layers> Worker<V> {
-    pub(super) fn receive(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
+    pub(super) fn receive(&mut self, cx: &mut Context<'_>) -> bool {
         let mut received = std::mem::take(&mut self.received);
-        let progress = self.inbox.0.poll_take(cx, &mut received).is_ready();
+        let progress = self.inbox.poll_take(cx, &mut received).is_ready();
         for item in received.drain(..) {
             match item {
                 Item::Deliveries(deliveries) => self.accept(deliveries),
                 Item::Held(held) => self.accept_held(*held),
-                Item::Revoke(revocation) => self.begin_revocation(revocation),
-                Item::Stop(stop) => self.begin_stop(stop, now),
-                Item::Wake => {}
+                Item::Leave(departure) => self.begin_departure(departure),
+                Item::Stop => self.stopping = true,
+                Item::Wake => self.to_leave = true,
             }
         }
         self.received = received;
         progress
     }
 
-    fn accept(&mut self, deliveries: Vec<Delivery>) {
-        if self.stop.as_ref().is_some_and(|stop| !stop.finish) {
-            // Never started: the next owner gets them.
-            return;
+    fn accept(&mut self, mut deliveries: Vec<Delivery>) {
+        if !self.departures.is_empty() {
+            self.leave_new(&mut deliveries);
         }
         self.place = None;
         match self.incoming.is_empty() {
@@ -42,6 +39,12 @@ impl<V: Layers> Worker<V> {
             // What is to be handled together is looked for in the queue.
             self.queue_incoming();
         }
+    }
+
+    /// Leaves what comes on lanes that leave: it has never begun.
+    #[cold]
+    fn leave_new(&self, deliveries: &mut Vec<Delivery>) {
+        deliveries.retain(|delivery| self.departure(delivery.receipt.lane).is_none());
     }
 
     /// Puts everything that has come into the queue.

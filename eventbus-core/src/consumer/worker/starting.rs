@@ -59,6 +59,9 @@ impl<V: Layers> Worker<V> {
         let mut started = 0;
         self.held = false;
         self.probe_at = None;
+        if !self.departures.is_empty() && self.is_measuring() {
+            return false;
+        }
         while started < STARTS_MAX && self.slots.has_room() {
             let step = match self.keys.pop_ready() {
                 Some(id) => self.start_queued(id),
@@ -102,6 +105,11 @@ impl<V: Layers> Worker<V> {
             }
         };
         self.keys.get_mut(id).probe = probe;
+        if !self.begin(id) {
+            self.forget(id);
+            self.drop_settled(id);
+            return Step::PassedOver;
+        }
         self.start_one(id);
         Step::Started
     }
@@ -306,7 +314,7 @@ impl<V: Layers> Worker<V> {
             }
         }
         let (scope, first) = (&self.keys.get(id).scope, &self.keys.get(first).scope);
-        self.runtime.may_share_run(scope, first)
+        self.runtime.may_share_run(scope, first) && self.begin(id)
     }
 
     fn start_run(&mut self, nodes: Nodes, run: Run, is_handler: bool) {

@@ -14,7 +14,7 @@ use super::recorder::{Event, Handed, How, Noted};
 /// How soon a member hears that a lane was lost: timers are a millisecond coarse.
 const HEARS_WITHIN: Duration = Duration::from_millis(3);
 
-/// How soon a shutdown ends after the last handler.
+/// How soon a shutdown ends after the last handler, or after the lanes of what waited left.
 const LEAVES_WITHIN: Duration = Duration::from_millis(10);
 
 /// How many events are told with what is wrong.
@@ -69,7 +69,8 @@ struct Member {
     /// Every receipt there was.
     seen: HashSet<Receipt>,
     leaves_at: Option<Duration>,
-    handler_ended_at: Duration,
+    /// When its last handler ended, or lanes left it.
+    busy_until: Duration,
     is_gone: bool,
 }
 
@@ -80,7 +81,8 @@ impl Member {
             .map(|handed| handed.receipt)
     }
 
-    fn give_up(&mut self, lanes: &[Lane]) {
+    fn give_up(&mut self, at: Duration, lanes: &[Lane]) {
+        self.busy_until = at;
         self.held
             .retain(|receipt, _| !lanes.contains(&receipt.lane));
     }
@@ -147,7 +149,7 @@ impl<'a> Checker<'a> {
         match &noted.event {
             Event::Delivered(batch) => self.delivered(id, batch),
             Event::Lost(lanes) => {
-                self.member(id).give_up(lanes);
+                self.member(id).give_up(at, lanes);
                 for one in &mut self.running {
                     if one.member == id && lanes.contains(&one.receipt.lane) {
                         one.lost_at = Some(at);
@@ -160,7 +162,7 @@ impl<'a> Checker<'a> {
                 });
                 Ok(())
             }
-            Event::Released(lanes) => self.released(id, lanes),
+            Event::Released(lanes) => self.released(at, id, lanes),
             Event::Settled(receipts) => receipts
                 .iter()
                 .try_for_each(|receipt| self.settled(id, *receipt)),
@@ -218,8 +220,8 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn released(&mut self, id: usize, lanes: &[Lane]) -> Result<(), String> {
-        self.member(id).give_up(lanes);
+    fn released(&mut self, at: Duration, id: usize, lanes: &[Lane]) -> Result<(), String> {
+        self.member(id).give_up(at, lanes);
         let mut running = self.running.iter();
         match running.find(|one| one.member == id && lanes.contains(&one.receipt.lane)) {
             Some(one) => Err(format!(
@@ -324,7 +326,7 @@ impl<'a> Checker<'a> {
             return Err(format!("held: message {number} ended unstarted"));
         };
         let running = self.running.remove(index);
-        self.member(id).handler_ended_at = at;
+        self.member(id).busy_until = at;
         if how != How::Ok {
             return Ok(());
         }
@@ -385,12 +387,10 @@ impl<'a> Checker<'a> {
         }
         let member = self.member(id);
         member.is_gone = true;
-        let could = member
-            .handler_ended_at
-            .max(member.leaves_at.unwrap_or_default());
+        let could = member.busy_until.max(member.leaves_at.unwrap_or_default());
         let late = at.saturating_sub(could);
         match late > LEAVES_WITHIN {
-            true => Err(format!("left: {late:?} after the last handler had ended")),
+            true => Err(format!("left: {late:?} after it had nothing left to do")),
             false => Ok(()),
         }
     }
@@ -424,7 +424,7 @@ impl<'a> Checker<'a> {
             return Err(format!("dead letters: {counts}"));
         }
         if self.case.is_calm() && (wanted > 1 || published > 1) {
-            return Err(format!("twice: {counts} without a fault"));
+            return Err(format!("twice: {counts} without a reason"));
         }
         Ok(())
     }

@@ -317,7 +317,7 @@ impl Driver {
             .with_revoke_timeout(setting.revoke_timeout);
         let shutdown_timeout = match member % 2 {
             0 => setting.shutdown_timeout,
-            _ => Duration::from_secs(10),
+            _ => setting.shutdown_timeout.max(Duration::from_secs(10)),
         };
         let (poison, attempts) = match setting.blocked_until {
             Some(_) => (OnPoison::BlockKey, setting.attempts_max),
@@ -387,7 +387,7 @@ impl Driver {
             log.note(member, Event::Leaves);
             // A pause does not keep a consumer from its end.
             let shutdown = consumer.shutdown();
-            let never = Duration::from_secs(24 * 60 * 60);
+            let never = Duration::from_secs(7 * 24 * 60 * 60);
             let ended = tokio::time::timeout(crash_after.unwrap_or(never), shutdown).await;
             match (ended, crash_after) {
                 (Ok(Ok(())), _) => log.note(member, Event::Left),
@@ -397,7 +397,7 @@ impl Driver {
                 }
                 (Ok(Err(error)), _) => return Err(format!("shutdown: {error:?}")),
                 (Err(_), Some(_)) => log.note(member, Event::Crashes),
-                (Err(_), None) => return Err("stuck: a shutdown did not end in a day".to_owned()),
+                (Err(_), None) => return Err("stuck: a shutdown did not end in a week".to_owned()),
             }
             Ok(())
         }));
