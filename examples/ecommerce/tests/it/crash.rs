@@ -27,7 +27,6 @@ fn a_shop_that_is_told_to_stop_under_load_loses_nothing() {
 }
 
 #[test]
-#[ignore = "a stop leaves deliveries below others that it settles, and those are handled again"]
 fn a_shop_that_is_told_to_stop_under_load_handles_nothing_twice() {
     campaign(&["--kills", "0", "--steps", "0", "--terms", "20", "--once"]);
 }
