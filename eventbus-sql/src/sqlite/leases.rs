@@ -205,7 +205,7 @@ impl Exchange {
             .bind(self.request.process.to_string())
             .bind(topics.join("\n"))
             .bind(boot)
-            .bind(now.saturating_add(ttl))
+            .bind(now.saturating_add(ttl).saturating_add(STEP_MILLIS))
             .fetch_one(connection)
             .await
             .map_err(native)?;
@@ -352,6 +352,9 @@ fn native(error: sqlx::Error) -> Error {
 fn listed(items: impl Iterator<Item = String>) -> String {
     format!("[{}]", items.collect::<Vec<_>>().join(","))
 }
+
+/// The machine's clock moves by it, so a deadline is that much later to be none too early.
+const STEP_MILLIS: i64 = 10;
 
 /// Which start of the machine this is, and the milliseconds since then. All processes of the file
 /// are on one machine, and its date may be set. Where the system does not tell, the date serves.
