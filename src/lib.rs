@@ -34,7 +34,7 @@ pub use eventbus_core::{
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;
 #[cfg(feature = "sqlite")]
-pub use eventbus_sql::{SqliteBroker, SqliteConfig};
+pub use eventbus_sql::{SqliteBroker, SqliteConfig, SqliteOutbox, SqliteStore, SqliteTransaction};
 // Consumers and their handlers.
 pub use eventbus_core::{
     BatchHandler, BatchItem, Breaker, Consumer, ConsumerBuilder, ConsumerState, ConsumerStatus,

@@ -3,4 +3,6 @@
 
 mod sqlite;
 
-pub use sqlite::{SqliteBroker, SqliteConfig, SqliteKeyState, SqliteSchedule};
+pub use sqlite::{
+    SqliteBroker, SqliteConfig, SqliteOutbox, SqliteSchedule, SqliteStore, SqliteTransaction,
+};

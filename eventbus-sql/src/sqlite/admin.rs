@@ -267,7 +267,7 @@ const MOVE: &str = "
 impl Reset {
     async fn run(&self, connection: &mut SqliteConnection) -> Result<Moved> {
         let Self { tables, group, .. } = self;
-        leases::end_overdue(tables, *group, "[]", connection).await?;
+        leases::end_overdue(tables, &leases::LANES, *group, "[]", connection).await?;
         let members = leases::members(tables, *group, connection).await?;
         let busy = members.iter().any(|member| {
             let mut topics = member.topics.iter();

@@ -258,16 +258,16 @@ impl Appender {
     }
 }
 
-fn add<'t, T>(arguments: &mut SqliteArguments, value: T) -> Result<(), Failure>
+pub(super) fn add<'t, T>(arguments: &mut SqliteArguments, value: T) -> sqlx::Result<()>
 where
     T: sqlx::Encode<'t, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>,
 {
     let added = Arguments::add(arguments, value);
-    added.map_err(|error| sqlx::Error::Encode(error).into())
+    added.map_err(sqlx::Error::Encode)
 }
 
 /// How many of so many rows the next statement takes.
-fn statement_rows(left: usize) -> usize {
+pub(super) fn statement_rows(left: usize) -> usize {
     match left {
         ROWS_MAX.. => ROWS_MAX,
         0..=ROWS_EXACT => left,

@@ -14,9 +14,9 @@ use super::config::SqliteConfig;
 use super::database::Shared;
 use super::deliveries::MemberHandle;
 use super::headers::Packed;
-use super::key_state::SqliteKeyState;
-use super::leases;
+use super::leases::{self, LANES};
 use super::schedule::SqliteSchedule;
+use super::store::SqliteStore;
 use super::topics::TopicLanes;
 use super::writer::Refused;
 
@@ -112,8 +112,8 @@ impl SqliteBroker {
 
     /// Where buses on this file hold keys: in the same file.
     #[must_use]
-    pub fn key_state(&self) -> SqliteKeyState {
-        SqliteKeyState::new(self.client.database.clone())
+    pub fn key_state(&self) -> SqliteStore {
+        SqliteStore::on(self.client.database.clone())
     }
 
     /// Where events of buses on this file wait for their time: in the same file.
@@ -202,7 +202,7 @@ impl Client {
         let mut closed = Ok(());
         for member in members.iter().filter_map(Weak::upgrade) {
             if let Some(seat) = member.end() {
-                let left = leases::leave(&self.database, seat.group.id, seat.member).await;
+                let left = leases::leave(&self.database, &LANES, seat.group.id, seat.member).await;
                 closed = closed.and(left);
             }
         }

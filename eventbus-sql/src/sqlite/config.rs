@@ -44,6 +44,12 @@ pub struct SqliteConfig {
     /// How long a group is remembered that has no member: until then retention keeps what it has
     /// not read.
     pub group_expiry: Duration,
+    /// How long the inbox remembers that an event was handled: longer than any duplicate is late,
+    /// such as one that an operator re-drives.
+    pub inbox_retention: Duration,
+    /// How long a handler or a request may keep a transaction open, while nobody else writes to the
+    /// file. What takes longer is given up, and whatever shares its commit is to be done again.
+    pub transaction_limit: Duration,
     /// How often retention and the expiry of groups are looked at.
     pub retention_interval: Duration,
     /// What gives messages the time at which they were taken, and says how old they are.
@@ -52,7 +58,8 @@ pub struct SqliteConfig {
 
 impl SqliteConfig {
     /// The defaults on this file: prefix `eventbus_`, 4 partitions, 5 seconds for writes, leases of
-    /// 10 seconds, groups remembered for 7 days, retention looked at every minute.
+    /// 10 seconds, groups remembered for 7 days, as is what was handled, transactions of 30 seconds, retention
+    /// looked at every minute.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
@@ -62,6 +69,8 @@ impl SqliteConfig {
             busy_timeout: Duration::from_secs(5),
             lease: Duration::from_secs(10),
             group_expiry: 7 * DAY,
+            inbox_retention: 7 * DAY,
+            transaction_limit: Duration::from_secs(30),
             retention_interval: Duration::from_secs(60),
             clock: Arc::new(SystemClock),
         }
@@ -103,6 +112,20 @@ impl SqliteConfig {
         self
     }
 
+    /// Sets how long the inbox remembers that an event was handled.
+    #[must_use]
+    pub fn with_inbox_retention(mut self, retention: Duration) -> Self {
+        self.inbox_retention = retention;
+        self
+    }
+
+    /// Sets how long a transaction may be open, at least a tenth of a second.
+    #[must_use]
+    pub fn with_transaction_limit(mut self, limit: Duration) -> Self {
+        self.transaction_limit = limit.max(LEASE_MIN);
+        self
+    }
+
     /// Sets how often retention is looked at, at least every ten milliseconds apart.
     #[must_use]
     pub fn with_retention_interval(mut self, interval: Duration) -> Self {
@@ -118,8 +141,8 @@ impl SqliteConfig {
     }
 
     /// Reads `sqlite://shop.db` (beside the working directory) or `sqlite:///var/lib/shop.db`, with
-    /// `prefix`, `partitions`, `busy_timeout`, `lease`, `group_expiry` and `retention_interval` as
-    /// options behind `?`. Times are numbers with a unit: `500ms`, `5s`, `10m`, `1h`, `7d`.
+    /// `prefix`, `partitions`, `busy_timeout`, `lease`, `group_expiry`, `inbox_retention`,
+    /// `transaction_limit` and `retention_interval` as options behind `?`. Times are numbers with a unit: `500ms`, `5s`, `10m`, `1h`, `7d`.
     ///
     /// # Errors
     ///
@@ -177,6 +200,11 @@ impl SqliteConfig {
                 self.lease = lease.ok_or("`lease` is at least 100ms")?;
             }
             "group_expiry" => self.group_expiry = time()?,
+            "inbox_retention" => self.inbox_retention = time()?,
+            "transaction_limit" => {
+                let limit = Some(time()?).filter(|limit| *limit >= LEASE_MIN);
+                self.transaction_limit = limit.ok_or("`transaction_limit` is at least 100ms")?;
+            }
             "retention_interval" => {
                 let interval = Some(time()?).filter(|interval| *interval >= INTERVAL_MIN);
                 self.retention_interval =
@@ -184,7 +212,7 @@ impl SqliteConfig {
             }
             _ => {
                 return Err(
-                    "the options are prefix, partitions, busy_timeout, lease, group_expiry and retention_interval",
+                    "the options are prefix, partitions, busy_timeout, lease, group_expiry, inbox_retention, transaction_limit and retention_interval",
                 );
             }
         }
@@ -197,6 +225,8 @@ impl SqliteConfig {
             && self.busy_timeout == other.busy_timeout
             && self.lease == other.lease
             && self.group_expiry == other.group_expiry
+            && self.inbox_retention == other.inbox_retention
+            && self.transaction_limit == other.transaction_limit
             && self.retention_interval == other.retention_interval
     }
 

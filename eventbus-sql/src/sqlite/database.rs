@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep};
 use super::config::SqliteConfig;
 use super::error::into_error;
 use super::janitor;
+use super::lending::{Lender, WritingConnection};
 use super::tables::Tables;
 use super::topics::Topics;
 use super::wake::{self, Wakes};
@@ -103,7 +104,7 @@ pub(super) struct Database {
     pub(super) tables: Tables,
     pub(super) writer: Writer,
     pub(super) wakes: Arc<Wakes>,
-    readers: SqlitePool,
+    pub(super) readers: SqlitePool,
     topics: Mutex<Topics>,
     /// Settlements that were ignored because their epoch was over.
     stale: Arc<AtomicU64>,
@@ -135,8 +136,10 @@ impl Database {
             .connect_lazy_with(options.clone().pragma("query_only", "ON"));
         let wakes = Arc::new(Wakes::new());
         let stale = Arc::new(AtomicU64::new(0));
+        let guarded = WritingConnection::guard(connection).await;
         let (writer, task) = WriterTask::new(
-            connection,
+            guarded.map_err(|error| into_error("open database", error))?,
+            Lender::new(config.transaction_limit),
             options.clone(),
             tables.clone(),
             Arc::clone(&config.clock),

@@ -88,7 +88,7 @@ impl Drop for MemberHandle {
         // Without a runtime the leases end with their time.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move {
-                if let Err(error) = leases::leave(&database, group, member).await {
+                if let Err(error) = leases::leave(&database, &leases::LANES, group, member).await {
                     tracing::warn!(%error, "a dropped member's leases end only with their time");
                 }
             });

@@ -70,7 +70,7 @@ const INSERT_CURSORS: &str = "
     INSERT INTO {p}cursors (consumer_group, lane, position, seal)
     SELECT ?1, value->>0, value->>1, value->>2 FROM json_each(?2)";
 
-const INSERT_GROUP: &str = "
+pub(super) const INSERT_GROUP: &str = "
     INSERT INTO {p}consumer_groups (name, seen) VALUES (?1, ?2)
     ON CONFLICT (name) DO UPDATE SET seen = max(seen, excluded.seen), expired = 0
     RETURNING id";

@@ -93,6 +93,7 @@ impl Database {
     /// Lets groups expire and enforces the retention of every topic.
     async fn sweep(&self) -> Result<()> {
         self.expire_groups().await?;
+        self.sweep_inbox().await?;
         for kept in self.kept().await? {
             if let Some(retention) = kept.retention {
                 let before = self.now().as_micros().saturating_sub(retention);

@@ -17,9 +17,8 @@ use futures_util::future::BoxFuture;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
 
-use super::config::SqliteConfig;
-use super::database::Shared;
 use super::error::into_error;
+use super::store::SqliteStore;
 use super::tables::Tables;
 use held::{Held, about};
 use read::{read_held, read_message, read_name, stored_name};
@@ -28,29 +27,7 @@ use statements::{
     SELECT_NEXT_DUE, SELECT_VERSION, WAIT,
 };
 
-/// Keeps held keys in an SQLite file, beside a broker or alone; clones share it.
-///
-/// What is held and decided is on disk when that is acknowledged, and processes of the machine that
-/// open the same file see one store.
-#[derive(Clone, Debug)]
-pub struct SqliteKeyState {
-    database: Shared,
-}
-
-impl SqliteKeyState {
-    /// Opens the file, and creates or updates the store's tables in it.
-    ///
-    /// # Errors
-    ///
-    /// As [`SqliteBroker::connect`](crate::SqliteBroker::connect).
-    pub async fn connect(config: SqliteConfig) -> Result<Self> {
-        Ok(Self::new(Shared::open(&config).await?))
-    }
-
-    pub(super) fn new(database: Shared) -> Self {
-        Self { database }
-    }
-
+impl SqliteStore {
     fn held(&self, claim: Claim) -> Arc<Held> {
         Arc::new(Held {
             tables: self.database.tables.clone(),
@@ -92,7 +69,7 @@ impl SqliteKeyState {
 }
 
 #[async_trait]
-impl KeyStateStore for SqliteKeyState {
+impl KeyStateStore for SqliteStore {
     async fn claim(&self, group: &Group, place: &TopicPartition) -> Result<(Claim, Vec<HeldName>)> {
         let held = self.held(Claim::new(group.clone(), place.clone(), 0));
         let claimed = self
@@ -242,7 +219,7 @@ impl KeyStateStore for SqliteKeyState {
 const BROKEN_PAUSE: Duration = Duration::from_millis(500);
 
 #[async_trait]
-impl KeyStateDesk for SqliteKeyState {
+impl KeyStateDesk for SqliteStore {
     async fn list(
         &self,
         group: &Group,

@@ -54,7 +54,7 @@ impl SqliteLeases {
     }
 }
 
-const EXCHANGE: &str = "renew leases";
+pub(super) const EXCHANGE: &str = "renew leases";
 
 #[async_trait]
 impl LeaseStore for SqliteLeases {
@@ -70,27 +70,21 @@ impl LeaseStore for SqliteLeases {
         let released = released.await?;
         let epochs = request.released.iter().map(|lease| lease.epoch);
         let pairs = released.iter().zip(epochs);
-        let exchange = Exchange {
+        let exchange = Arc::new(Exchange {
             tables: self.database.tables.clone(),
+            table: &LANES,
             group: self.group.id,
             now: self.database.now().as_micros(),
             wanted: format!("{:?}", self.rows(request.wanted.iter()).await?),
             released: listed(pairs.map(|(lane, epoch)| format!("[{lane},{epoch}]"))),
             dead: listed(request.dead.iter().map(|id| format!("\"{id}\""))),
             request: request.clone(),
-        };
-        let exchange = Arc::new(exchange);
-        let answer = self.database.writer.run(EXCHANGE, move |connection| {
-            let exchange = Arc::clone(&exchange);
-            async move { exchange.serve(connection).await }.boxed()
         });
-        let (reply, generation) = answer.await?;
-        self.database.wakes.group_changed(self.group.id, generation);
-        Ok(reply)
+        exchange.run(&self.database).await
     }
 
     async fn leave(&self, _: &Group, member: MemberId) -> Result<()> {
-        leave(&self.database, self.group.id, member).await
+        leave(&self.database, &LANES, self.group.id, member).await
     }
 
     async fn changed(&self, _: &Group) {
@@ -104,15 +98,20 @@ impl LeaseStore for SqliteLeases {
 }
 
 /// Ends a member and frees what it holds.
-pub(super) async fn leave(database: &Database, group: i64, member: MemberId) -> Result<()> {
+pub(super) async fn leave(
+    database: &Database,
+    table: &'static LeaseTable,
+    group: i64,
+    member: MemberId,
+) -> Result<()> {
     let tables = database.tables.clone();
     let left = database.writer.run("leave group", move |connection| {
         let tables = tables.clone();
         async move {
-            let sql = tables.sql("DELETE FROM {p}members WHERE id = ? RETURNING id");
-            let query = sqlx::query(sql).bind(member.to_string());
+            let query = sqlx::query(tables.sql(END_MEMBER)).bind(group);
+            let query = query.bind(member.to_string());
             let gone = query.fetch_all(&mut *connection).await.map_err(native)?;
-            free_orphans(&tables, group, connection).await?;
+            table.free_orphans(&tables, group, connection).await?;
             touch(&tables, group, 0, !gone.is_empty(), connection).await
         }
         .boxed()
@@ -125,6 +124,7 @@ pub(super) async fn leave(database: &Database, group: i64, member: MemberId) -> 
 /// Ends members whose time is over, frees their leases, and returns whether any did.
 pub(super) async fn end_overdue(
     tables: &Tables,
+    table: &LeaseTable,
     group: i64,
     dead: &str,
     connection: &mut SqliteConnection,
@@ -138,7 +138,7 @@ pub(super) async fn end_overdue(
         .fetch_all(&mut *connection)
         .await
         .map_err(native)?;
-    free_orphans(tables, group, connection).await?;
+    table.free_orphans(tables, group, connection).await?;
     Ok(!ended.is_empty())
 }
 
@@ -157,26 +157,44 @@ pub(super) async fn members(
 }
 
 /// One exchange, with what it names found in the tables.
-struct Exchange {
-    tables: Tables,
-    group: i64,
-    now: i64,
-    wanted: String,
-    released: String,
-    dead: String,
-    request: LeaseRequest,
+pub(super) struct Exchange {
+    pub(super) tables: Tables,
+    pub(super) table: &'static LeaseTable,
+    pub(super) group: i64,
+    pub(super) now: i64,
+    pub(super) wanted: String,
+    pub(super) released: String,
+    pub(super) dead: String,
+    pub(super) request: LeaseRequest,
 }
 
 impl Exchange {
+    /// Serves it inside the next commit.
+    pub(super) async fn run(self: Arc<Self>, database: &Database) -> Result<LeaseReply> {
+        let group = self.group;
+        let answer = database.writer.run(EXCHANGE, move |connection| {
+            let exchange = Arc::clone(&self);
+            async move { exchange.serve(connection).await }.boxed()
+        });
+        let (reply, generation) = answer.await?;
+        database.wakes.group_changed(group, generation);
+        Ok(reply)
+    }
+
     async fn serve(&self, connection: &mut SqliteConnection) -> Result<(LeaseReply, i64)> {
-        let Self { tables, group, .. } = self;
-        let mut changed = end_overdue(tables, *group, &self.dead, connection).await?;
+        let Self {
+            tables,
+            table,
+            group,
+            ..
+        } = self;
+        let mut changed = end_overdue(tables, table, *group, &self.dead, connection).await?;
         changed |= self.join(connection).await?;
         changed |= self.release(connection).await?;
         changed |= self.grant(connection).await?;
         let generation = touch(tables, *group, self.now, changed, connection).await?;
         let mut members = members(tables, *group, connection).await?;
-        let held = sqlx::query(tables.sql(SELECT_HELD))
+        let held = sqlx::query(tables.sql(table.select_held))
             .bind(group)
             .fetch_all(connection)
             .await
@@ -217,7 +235,7 @@ impl Exchange {
         if self.request.released.is_empty() {
             return Ok(false);
         }
-        let released = sqlx::query(self.tables.sql(RELEASE))
+        let released = sqlx::query(self.tables.sql(self.table.release))
             .bind(self.group)
             .bind(self.request.member.to_string())
             .bind(&self.released)
@@ -231,7 +249,7 @@ impl Exchange {
         if self.request.wanted.is_empty() {
             return Ok(false);
         }
-        let granted = sqlx::query(self.tables.sql(GRANT))
+        let granted = sqlx::query(self.tables.sql(self.table.grant))
             .bind(self.group)
             .bind(self.request.member.to_string())
             .bind(&self.wanted)
@@ -242,37 +260,22 @@ impl Exchange {
     }
 }
 
+const END_MEMBER: &str = "
+    DELETE FROM {p}members WHERE consumer_group = ?1 AND id = ?2 RETURNING id";
+
 const END_OVERDUE: &str = "
     DELETE FROM {p}members
     WHERE consumer_group = ?1
         AND (boot <> ?2 OR deadline <= ?3 OR id IN (SELECT value FROM json_each(?4)))
     RETURNING id";
 
-const FREE_ORPHANS: &str = "
-    UPDATE {p}cursors SET holder = NULL
-    WHERE consumer_group = ?1 AND holder IS NOT NULL
-        AND holder NOT IN (SELECT id FROM {p}members WHERE consumer_group = ?1)";
-
 const JOIN: &str = "
     INSERT INTO {p}members (id, consumer_group, process, topics, boot, deadline)
     VALUES (?1, ?2, ?3, ?4, ?5, ?6)
-    ON CONFLICT (id) DO UPDATE
+    ON CONFLICT (consumer_group, id) DO UPDATE
     SET process = excluded.process, topics = excluded.topics, boot = excluded.boot,
         deadline = excluded.deadline, renewals = renewals + 1
     RETURNING renewals";
-
-const RELEASE: &str = "
-    UPDATE {p}cursors AS mine SET holder = NULL
-    FROM (SELECT value->>0 AS lane, value->>1 AS epoch FROM json_each(?3)) AS released
-    WHERE mine.consumer_group = ?1 AND mine.holder = ?2
-        AND mine.lane = released.lane AND mine.epoch = released.epoch
-    RETURNING lane";
-
-const GRANT: &str = "
-    UPDATE {p}cursors SET holder = ?2, epoch = epoch + 1
-    WHERE consumer_group = ?1 AND holder IS NULL
-        AND lane IN (SELECT value FROM json_each(?3))
-    RETURNING lane";
 
 const TOUCH: &str = "
     UPDATE {p}consumer_groups
@@ -282,21 +285,54 @@ const TOUCH: &str = "
 const SELECT_MEMBERS: &str = "
     SELECT id, process, topics FROM {p}members WHERE consumer_group = ?";
 
-const SELECT_HELD: &str = "
-    SELECT cursor.holder, topic.name, cursor.lane - topic.first_lane, cursor.epoch
-    FROM {p}cursors AS cursor JOIN {p}topics AS topic ON topic.first_lane = (
-        SELECT max(first_lane) FROM {p}topics WHERE first_lane <= cursor.lane
-    )
-    WHERE cursor.consumer_group = ? AND cursor.holder IS NOT NULL";
+/// What is asked of a table of leases. Its places are JSON, as the table names them.
+pub(super) struct LeaseTable {
+    /// Of the group, frees what members that are gone held.
+    pub(super) free_orphans: &'static str,
+    /// Of the group, frees what the member holds in these epochs.
+    pub(super) release: &'static str,
+    /// Of the group, gives the member the places that are free.
+    pub(super) grant: &'static str,
+    /// Of the group: holder, topic, partition and epoch of each lease.
+    pub(super) select_held: &'static str,
+}
 
-async fn free_orphans(
-    tables: &Tables,
-    group: i64,
-    connection: &mut SqliteConnection,
-) -> Result<()> {
-    let freed = sqlx::query(tables.sql(FREE_ORPHANS)).bind(group);
-    freed.execute(connection).await.map_err(native)?;
-    Ok(())
+/// The leases of partitions of the log, beside how far the group is on them.
+pub(super) const LANES: LeaseTable = LeaseTable {
+    free_orphans: "
+        UPDATE {p}cursors SET holder = NULL
+        WHERE consumer_group = ?1 AND holder IS NOT NULL
+            AND holder NOT IN (SELECT id FROM {p}members WHERE consumer_group = ?1)",
+    release: "
+        UPDATE {p}cursors AS mine SET holder = NULL
+        FROM (SELECT value->>0 AS lane, value->>1 AS epoch FROM json_each(?3)) AS released
+        WHERE mine.consumer_group = ?1 AND mine.holder = ?2
+            AND mine.lane = released.lane AND mine.epoch = released.epoch
+        RETURNING lane",
+    grant: "
+        UPDATE {p}cursors SET holder = ?2, epoch = epoch + 1
+        WHERE consumer_group = ?1 AND holder IS NULL
+            AND lane IN (SELECT value FROM json_each(?3))
+        RETURNING lane",
+    select_held: "
+        SELECT cursor.holder, topic.name, cursor.lane - topic.first_lane, cursor.epoch
+        FROM {p}cursors AS cursor JOIN {p}topics AS topic ON topic.first_lane = (
+            SELECT max(first_lane) FROM {p}topics WHERE first_lane <= cursor.lane
+        )
+        WHERE cursor.consumer_group = ? AND cursor.holder IS NOT NULL",
+};
+
+impl LeaseTable {
+    async fn free_orphans(
+        &self,
+        tables: &Tables,
+        group: i64,
+        connection: &mut SqliteConnection,
+    ) -> Result<()> {
+        let freed = sqlx::query(tables.sql(self.free_orphans)).bind(group);
+        freed.execute(connection).await.map_err(native)?;
+        Ok(())
+    }
 }
 
 /// Takes note that the group lives, and that it changed; returns its generation.
@@ -349,7 +385,7 @@ fn native(error: sqlx::Error) -> Error {
     into_error(EXCHANGE, error)
 }
 
-fn listed(items: impl Iterator<Item = String>) -> String {
+pub(super) fn listed(items: impl Iterator<Item = String>) -> String {
     format!("[{}]", items.collect::<Vec<_>>().join(","))
 }
 

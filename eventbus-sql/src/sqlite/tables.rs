@@ -7,10 +7,11 @@ use sqlx::{AssertSqlSafe, Row, SqlSafeStr, SqlStr, SqliteConnection};
 use super::error::into_error;
 
 /// What brings an older version to the next, in order.
-const MIGRATIONS: [&str; 3] = [
+const MIGRATIONS: [&str; 4] = [
     include_str!("../../migrations/sqlite/0001_log.sql"),
     include_str!("../../migrations/sqlite/0002_held_keys.sql"),
     include_str!("../../migrations/sqlite/0003_schedule.sql"),
+    include_str!("../../migrations/sqlite/0004_unit_of_work.sql"),
 ];
 
 const PREFIX_RULE: &str = "a prefix has a letter, then up to 31 letters, digits and underscores, and does not begin with sqlite_";
@@ -174,7 +175,7 @@ fn version_in(row: &SqliteRow) -> Option<usize> {
     usize::try_from(version).ok()
 }
 
-const TABLES: [&str; 11] = [
+const TABLES: [&str; 14] = [
     "topics",
     "lanes",
     "messages",
@@ -186,6 +187,9 @@ const TABLES: [&str; 11] = [
     "held_messages",
     "scheduled",
     "schedule",
+    "outbox",
+    "inbox",
+    "leases",
 ];
 
 /// Runs statements that answer nothing.

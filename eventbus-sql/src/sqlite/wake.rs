@@ -16,6 +16,7 @@ use tracing::warn;
 use super::append::{LaneRow, SELECT_LANES};
 use super::database::connect;
 use super::error::into_error;
+use super::outbox::last_appended;
 use super::tables::Tables;
 
 /// How often the file is looked at while somebody waits.
@@ -69,6 +70,8 @@ pub(super) struct Wakes {
     groups: Mutex<HashMap<i64, watch::Sender<i64>>>,
     /// The version of the schedule, for those who wait for what it holds.
     schedule: watch::Sender<i64>,
+    /// The last position of the outbox that was seen.
+    outbox: watch::Sender<i64>,
     waiting: AtomicUsize,
     waits: Notify,
 }
@@ -89,6 +92,7 @@ impl Wakes {
             lanes: Mutex::new(HashMap::new()),
             groups: Mutex::new(HashMap::new()),
             schedule: watch::Sender::new(0),
+            outbox: watch::Sender::new(0),
             waiting: AtomicUsize::new(0),
             waits: Notify::new(),
         }
@@ -150,6 +154,20 @@ impl Wakes {
     pub(super) fn schedule_changed(&self, version: i64) {
         self.schedule
             .send_if_modified(|known| std::mem::replace(known, version.max(*known)) < version);
+    }
+
+    /// Hears of what is appended to the outbox.
+    pub(super) fn outbox(&self) -> watch::Receiver<i64> {
+        self.outbox.subscribe()
+    }
+
+    /// Takes note of how far the outbox goes.
+    pub(super) fn outbox_reaches(&self, position: i64) {
+        self.outbox.send_if_modified(|known| {
+            let newer = *known < position;
+            *known = position.max(*known);
+            newer
+        });
     }
 
     /// Has the file looked at until the guard is dropped.
@@ -248,6 +266,10 @@ async fn look(wakes: &Wakes, tables: &Tables, connection: &mut SqliteConnection)
         let query = sqlx::query(tables.sql("SELECT version FROM {p}schedule"));
         let row = query.fetch_one(connection).await.map_err(native)?;
         wakes.schedule_changed(row.try_get(0).map_err(native)?);
+    }
+    if wakes.outbox.receiver_count() > 0 {
+        let last = last_appended(tables, connection).await.map_err(native)?;
+        wakes.outbox_reaches(last);
     }
     Ok(())
 }

@@ -3,7 +3,8 @@
 //! ```text
 //!  publish ─┐                  ┌ BEGIN IMMEDIATE · jobs · positions · rows · cursors · COMMIT (fsync)
 //!  settle ──┼─▶ [ next flush ] ┤
-//!  job ─────┘                  └ then: whoever waits hears of it, whoever reads is woken
+//!  job ─────┤                  └ then: whoever waits hears of it, whoever reads is woken
+//!  borrow ──┘
 //! ```
 //!
 //! A job that fails is undone alone. When a commit of several fails for a reason that lies in one
@@ -11,19 +12,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use eventbus_core::{Clock, Coalescer, Error, ErrorKind, Flushes, Outcome, Result};
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, future::BoxFuture};
+use sqlx::SqliteConnection;
 use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{SqlSafeStr, SqliteConnection};
 use tokio::sync::oneshot;
-use tracing::trace;
+use tracing::{trace, warn};
 
 use super::append::Appender;
 use super::error::into_error;
 use super::headers::Packed;
+use super::lending::{Lender, Loan, WritingConnection, run};
 use super::settle::{self, Advance};
-use super::tables::{Tables, execute};
+use super::tables::Tables;
 use super::wake::Wakes;
 
 /// Hands writes to the task that writes them.
@@ -50,6 +53,8 @@ pub(super) enum Command {
         reply: oneshot::Sender<Result<()>>,
     },
     Job(Box<dyn Job>),
+    /// A piece of work that has the connection for itself meanwhile.
+    Lend(oneshot::Sender<Result<Loan>>),
 }
 
 impl std::fmt::Debug for Command {
@@ -58,6 +63,7 @@ impl std::fmt::Debug for Command {
             Self::Publish { .. } => "Publish",
             Self::Settle { .. } => "Settle",
             Self::Job(_) => "Job",
+            Self::Lend(_) => "Lend",
         })
     }
 }
@@ -82,39 +88,73 @@ pub(super) enum Ran {
 /// Why a commit failed.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
-    pub(super) native: Arc<sqlx::Error>,
+    native: Arc<sqlx::Error>,
+    stage: Stage,
+}
+
+/// Where a commit failed.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    Writing,
+    /// Somebody who had borrowed the connection ended the transaction, or SQLite did after an error.
+    Lent,
+    /// Somebody who had borrowed the connection did not give it back in this time.
+    Overdue(Duration),
     /// The commit itself failed, so that it may be found done after a crash.
-    pub(super) committing: bool,
+    Committing,
 }
 
 impl From<sqlx::Error> for Failure {
     fn from(native: sqlx::Error) -> Self {
-        Self {
-            native: Arc::new(native),
-            committing: false,
-        }
+        Self::at(Stage::Writing, native)
     }
 }
 
 impl Failure {
+    fn at(stage: Stage, native: sqlx::Error) -> Self {
+        Self {
+            native: Arc::new(native),
+            stage,
+        }
+    }
+
+    pub(super) fn ended(native: sqlx::Error) -> Self {
+        Self::at(Stage::Lent, native)
+    }
+
+    pub(super) fn overdue(limit: Duration) -> Self {
+        Self::at(Stage::Overdue(limit), sqlx::Error::WorkerCrashed)
+    }
+
     pub(super) fn error(&self, operation: &'static str) -> Error {
-        into_error(operation, Arc::clone(&self.native))
+        let native = Arc::clone(&self.native);
+        let message = match self.stage {
+            Stage::Writing | Stage::Committing => return into_error(operation, native),
+            Stage::Lent => "another piece of work in the same transaction ended it, or SQLite did after an error: do this one again, and run no COMMIT and no ROLLBACK in a handler".to_owned(),
+            Stage::Overdue(limit) => format!("another piece of work in the same transaction did not end within {limit:?}, so all of it was given up: open transactions late in handlers and requests, and let nothing keep a context or a transaction; or raise `transaction_limit`"),
+        };
+        Error::new(ErrorKind::Unavailable, operation, message).with_source(native)
     }
 
     fn outcome(&self) -> Outcome {
-        match self.committing {
-            true => Outcome::Unknown,
-            false => Outcome::NotTaken,
+        match self.stage {
+            Stage::Committing => Outcome::Unknown,
+            _ => Outcome::NotTaken,
         }
     }
 
     /// Whether one of several writes may be the reason.
     fn is_of_one(&self) -> bool {
-        !self.committing && !self.error("write").is_retryable()
+        matches!(self.stage, Stage::Writing) && !self.error("write").is_retryable()
+    }
+
+    /// Whether a piece of work that had borrowed the connection is the reason.
+    fn is_of_borrower(&self) -> bool {
+        matches!(self.stage, Stage::Lent | Stage::Overdue(_))
     }
 }
 
-fn gone(operation: &'static str) -> Error {
+pub(super) fn gone(operation: &'static str) -> Error {
     Error::new(
         ErrorKind::Closed,
         operation,
@@ -140,6 +180,15 @@ impl Writer {
         let (reply, answer) = oneshot::channel();
         self.commands.add(Command::Settle { advances, reply });
         answer.await.unwrap_or_else(|_| Err(gone("settle")))
+    }
+
+    /// Waits for a turn to write in a transaction that commits soon afterwards.
+    ///
+    /// A dropped future gives the turn up.
+    pub(super) async fn borrow(&self, operation: &'static str) -> Result<Loan> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.add(Command::Lend(reply));
+        answer.await.unwrap_or_else(|_| Err(gone(operation)))
     }
 
     /// Runs `work` inside the next commit and answers when that is on disk.
@@ -202,8 +251,9 @@ where
 #[derive(Debug)]
 pub(super) struct WriterTask {
     flushes: Flushes<Command>,
-    /// None after it broke; the next flush opens another.
-    connection: Option<SqliteConnection>,
+    /// None after it broke or was not given back; the next flush opens another.
+    connection: Option<WritingConnection>,
+    lender: Lender,
     options: SqliteConnectOptions,
     tables: Tables,
     appender: Appender,
@@ -213,7 +263,8 @@ pub(super) struct WriterTask {
 
 impl WriterTask {
     pub(super) fn new(
-        connection: SqliteConnection,
+        connection: WritingConnection,
+        lender: Lender,
         options: SqliteConnectOptions,
         tables: Tables,
         clock: Arc<dyn Clock>,
@@ -224,6 +275,7 @@ impl WriterTask {
         let task = Self {
             flushes,
             connection: Some(connection),
+            lender,
             options,
             appender: Appender::new(tables.clone(), clock),
             tables,
@@ -237,11 +289,14 @@ impl WriterTask {
     pub(super) async fn run(mut self) {
         let mut batch = Vec::new();
         loop {
-            // The outcome is told to each caller, so the ticket's is not asked for.
-            self.flushes.next(&mut batch).await.done();
-            let several = batch.len() > 1;
+            self.next(&mut batch).await;
+            self.lender.take_from(&mut batch);
+            let waiting = batch.len() + self.lender.waiting();
+            if waiting == 0 {
+                continue;
+            }
             self.write(std::mem::take(&mut batch)).await;
-            if several {
+            if waiting > 1 {
                 // Those who were just answered put in what they have next, and it is one commit
                 // instead of two.
                 tokio::task::yield_now().await;
@@ -250,43 +305,78 @@ impl WriterTask {
         }
     }
 
-    /// Commits a batch and answers everybody in it.
-    async fn write(&mut self, mut batch: Vec<Command>) {
-        match self.commit(&mut batch).await {
-            Err(failure) if batch.len() > 1 && failure.is_of_one() => {
-                for command in batch {
-                    let mut alone = vec![command];
-                    let committed = self.commit(&mut alone).await;
-                    answer(alone, committed.as_ref().err());
-                }
-            }
-            committed => answer(batch, committed.as_ref().err()),
+    /// Waits for something to write; what has come joins borrowers that wait already.
+    async fn next(&mut self, batch: &mut Vec<Command>) {
+        // The outcome is told to each caller, so the ticket's is not asked for.
+        if self.lender.waiting() == 0 {
+            self.flushes.next(batch).await.done();
+        } else if let Some(flush) = self.flushes.next(batch).now_or_never() {
+            flush.done();
         }
     }
 
-    async fn commit(&mut self, batch: &mut [Command]) -> Result<(), Failure> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => sqlx::ConnectOptions::connect(&self.options).await?,
-        };
-        let committed = self.commit_on(&mut connection, batch).await;
-        let Err(failure) = committed else {
-            self.connection = Some(connection);
-            return Ok(());
-        };
-        self.appender.forget();
-        // A connection that cannot roll back, be it because SQLite did so by itself, is given up: the
-        // next commit begins with a clean one.
-        let rolled_back = execute("write", &mut connection, "ROLLBACK".into_sql_str()).await;
-        self.connection = rolled_back.is_ok().then_some(connection);
-        Err(failure)
+    /// Commits a batch and answers everybody in it.
+    async fn write(&mut self, mut batch: Vec<Command>) {
+        match self.commit(&mut batch, Borrowers::Served).await {
+            Ok(()) => answer(batch, None),
+            Err(failure) if failure.is_of_borrower() => {
+                warn!(error = %failure.error("commit"), "a transaction was given up");
+                if !batch.is_empty() {
+                    let committed = self.commit(&mut batch, Borrowers::Waiting).await;
+                    answer(batch, committed.as_ref().err());
+                }
+            }
+            Err(failure) if !batch.is_empty() && failure.is_of_one() => {
+                for command in batch {
+                    let mut alone = vec![command];
+                    let committed = self.commit(&mut alone, Borrowers::Waiting).await;
+                    answer(alone, committed.as_ref().err());
+                }
+            }
+            Err(failure) => {
+                self.lender.refuse(&failure);
+                answer(batch, Some(&failure));
+            }
+        }
     }
 
-    async fn commit_on(
+    /// Commits what there is, and answers those who borrowed the connection.
+    async fn commit(&mut self, batch: &mut [Command], borrowers: Borrowers) -> Result<(), Failure> {
+        let committed = self.commit_all(batch, borrowers).await;
+        let failure = committed.as_ref().err();
+        if let Some(appended) = self.lender.answer(failure)
+            && failure.is_none()
+        {
+            self.wakes.outbox_reaches(appended);
+        }
+        if failure.is_some() {
+            self.appender.forget();
+            self.roll_back().await;
+        }
+        committed
+    }
+
+    async fn roll_back(&mut self) {
+        // A connection that cannot roll back, be it because SQLite did so by itself, is given up: the
+        // next commit begins with a clean one.
+        if let Some(writing) = &mut self.connection
+            && run(&mut writing.connection, "ROLLBACK").await.is_err()
+        {
+            self.connection = None;
+        }
+    }
+
+    async fn commit_all(
         &mut self,
-        connection: &mut SqliteConnection,
         batch: &mut [Command],
+        borrowers: Borrowers,
     ) -> Result<(), Failure> {
+        let slot = &mut self.connection;
+        let writing = match slot {
+            Some(writing) => writing,
+            None => slot.insert(WritingConnection::open(&self.options).await?),
+        };
+        let connection = &mut writing.connection;
         let rows = batch.iter().flat_map(Command::rows).collect();
         self.appender.begin(connection, rows).await?;
         for command in &mut *batch {
@@ -297,19 +387,29 @@ impl WriterTask {
         let advances = batch.iter().flat_map(Command::advances);
         let stale = settle::record(&self.tables, connection, advances).await?;
         self.appender.insert(connection).await?;
+        if borrowers == Borrowers::Served {
+            self.lender.lend(slot).await?;
+        }
         trace!(target: "eventbus::step", step = "sql.commit.before");
-        sqlx::query("COMMIT")
-            .execute(connection)
-            .await
-            .map_err(|native| Failure {
-                native: Arc::new(native),
-                committing: true,
-            })?;
+        let Some(writing) = slot else {
+            return Err(sqlx::Error::WorkerCrashed.into());
+        };
+        let committed = run(&mut writing.connection, "COMMIT").await;
+        committed.map_err(|native| Failure::at(Stage::Committing, native))?;
         trace!(target: "eventbus::step", step = "sql.commit.after");
         self.stale.fetch_add(stale, Ordering::Relaxed);
         self.wakes.appended(self.appender.committed());
         Ok(())
     }
+}
+
+/// What becomes of those who wait for the connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Borrowers {
+    /// They get it, one after the other.
+    Served,
+    /// They wait for the next commit.
+    Waiting,
 }
 
 impl Command {
@@ -361,6 +461,8 @@ fn answer(batch: Vec<Command>, failure: Option<&Failure>) {
                 let _ = reply.send(answer);
             }
             Command::Job(job) => job.finish(failure),
+            // Their turn has not come; the lender answers them.
+            Command::Lend(_) => {}
         }
     }
 }

@@ -132,7 +132,7 @@ impl Drop for Process {
     }
 }
 
-fn say(text: impl std::fmt::Display) {
+pub(crate) fn say(text: impl std::fmt::Display) {
     let mut output = std::io::stdout().lock();
     writeln!(output, "{MARK}{text}").expect("the parent listens");
     output.flush().expect("the parent listens");
@@ -180,6 +180,7 @@ async fn plays_its_role() {
         }
         ("schedule-nothing", _) => schedule_nothing(file).await,
         ("store-only", millis) => store_only(&broker, millis_of(millis)).await,
+        ("shop", _) => crate::crash::trade(broker, Path::new(file)).await,
         _ => panic!("no such role: {role}"),
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use eventbus_core::{KeyStateStore, Result};
-use eventbus_sql::{SqliteConfig, SqliteKeyState};
+use eventbus_sql::{SqliteConfig, SqliteStore};
 use eventbus_testkit::{KeyStateHarness, key_state_conformance};
 
 use crate::place::Place;
@@ -11,7 +11,7 @@ use crate::place::Place;
 #[async_trait::async_trait]
 impl KeyStateHarness for Place {
     async fn open(&self) -> Result<Arc<dyn KeyStateStore>> {
-        let store = SqliteKeyState::connect(SqliteConfig::new(self.file("keys.db"))).await?;
+        let store = SqliteStore::connect(SqliteConfig::new(self.file("keys.db"))).await?;
         Ok(Arc::new(store))
     }
 }

@@ -2,11 +2,15 @@
 
 mod child;
 mod conformance;
+mod crash;
 mod damage;
 mod files;
 mod key_state;
+mod leases;
+mod outbox;
 mod place;
 mod processes;
 mod retention;
 mod schedule;
 mod scheduled;
+mod unit;

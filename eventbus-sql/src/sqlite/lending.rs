@@ -1,0 +1,277 @@
+//! The writing connection, lent for pieces of work that share a commit.
+//!
+//! ```text
+//!  BEGIN · what else is to be written ┬ SAVEPOINT · lent ─▶ [ piece of work ] ─▶ kept ───┐
+//!                                     ├ SAVEPOINT · lent ─▶ [ piece of work ] ─▶ undone ─┤
+//!                                     └ …                                                ▼
+//!                            whose work was kept hears of it ◀──────────────────────── COMMIT
+//! ```
+//!
+//! One piece of work at a time, as SQLite has it anyway. Each is undone alone when it fails or is
+//! dropped, and none can end the transaction: what is in it is of several.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use eventbus_core::Result;
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions, Connection, SqliteConnection};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
+
+use super::error::into_error;
+use super::writer::{Command, Failure, gone};
+
+/// After how long of lending a transaction is committed, so that nobody waits for ever.
+const SHARE: Duration = Duration::from_millis(5);
+
+/// The connection that writes, and whether it is lent.
+#[derive(Debug)]
+pub(super) struct WritingConnection {
+    pub(super) connection: SqliteConnection,
+    /// While it is set, SQLite refuses to commit.
+    is_lent: Arc<AtomicBool>,
+}
+
+impl WritingConnection {
+    pub(super) async fn open(options: &SqliteConnectOptions) -> sqlx::Result<Self> {
+        Self::guard(options.connect().await?).await
+    }
+
+    /// Sets a connection up so that whoever borrows it can neither commit nor roll back what is of
+    /// others.
+    pub(super) async fn guard(mut connection: SqliteConnection) -> sqlx::Result<Self> {
+        // The driver makes savepoints of transactions inside the one that it has begun. It goes on
+        // believing in this one, while the writer begins and ends transactions around its back.
+        std::mem::forget(connection.begin_with("BEGIN").await?);
+        run(&mut connection, "ROLLBACK").await?;
+        let is_lent = Arc::new(AtomicBool::new(false));
+        let is_refused = Arc::clone(&is_lent);
+        let mut handle = connection.lock_handle().await?;
+        handle.set_commit_hook(move || !is_refused.load(Ordering::Acquire));
+        drop(handle);
+        Ok(Self {
+            connection,
+            is_lent,
+        })
+    }
+}
+
+pub(super) async fn run(connection: &mut SqliteConnection, sql: &'static str) -> sqlx::Result<()> {
+    sqlx::query(sql).execute(connection).await?;
+    Ok(())
+}
+
+/// The writing connection, inside a transaction, until the piece of work is kept. Dropped, the work
+/// is undone.
+#[derive(Debug)]
+pub(super) struct Loan {
+    /// None once it is given back.
+    lent: Option<(WritingConnection, oneshot::Sender<Returned>)>,
+}
+
+/// A loan that is over.
+#[derive(Debug)]
+struct Returned {
+    writing: WritingConnection,
+    /// None: the work is undone.
+    kept: Option<Kept>,
+}
+
+/// Work that lasts when the transaction does.
+#[derive(Debug)]
+struct Kept {
+    /// The last position it gave in the outbox.
+    appended: Option<i64>,
+    reply: oneshot::Sender<Result<()>>,
+}
+
+impl Loan {
+    pub(super) fn connection(&self) -> &SqliteConnection {
+        let lent = self.lent.as_ref();
+        &lent.expect("a loan that is used is not over").0.connection
+    }
+
+    pub(super) fn connection_mut(&mut self) -> &mut SqliteConnection {
+        let lent = self.lent.as_mut();
+        let lent = lent.expect("a loan that is used is not over");
+        &mut lent.0.connection
+    }
+
+    /// Keeps the work, and resolves when it is on disk. A dropped future leaves the outcome unknown.
+    pub(super) async fn keep(
+        mut self,
+        operation: &'static str,
+        appended: Option<i64>,
+    ) -> Result<()> {
+        let (reply, answer) = oneshot::channel();
+        self.give_back(Some(Kept { appended, reply }));
+        answer.await.unwrap_or_else(|_| Err(gone(operation)))
+    }
+
+    /// Undoes the work, and returns what the file answered last, if that was why it failed.
+    pub(super) async fn undo(mut self, operation: &'static str) -> Result<()> {
+        let handle = self.connection_mut().lock_handle().await;
+        let last = handle.map(|mut handle| handle.last_error());
+        match last {
+            Ok(None) => Ok(()),
+            Ok(Some(error)) => Err(into_error(operation, sqlx::Error::from(error))),
+            Err(error) => Err(into_error(operation, error)),
+        }
+    }
+
+    fn give_back(&mut self, kept: Option<Kept>) {
+        if let Some((writing, back)) = self.lent.take() {
+            // The writer has given it up: what was written is undone as it is closed, and whoever
+            // waits for the reply hears that it is gone.
+            let _ = back.send(Returned { writing, kept });
+        }
+    }
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        self.give_back(None);
+    }
+}
+
+/// Who is to have the connection, and whose work is in the transaction.
+#[derive(Debug)]
+pub(super) struct Lender {
+    waiting: VecDeque<oneshot::Sender<Result<Loan>>>,
+    kept: Vec<Kept>,
+    /// How long one may have it.
+    limit: Duration,
+}
+
+impl Lender {
+    pub(super) fn new(limit: Duration) -> Self {
+        Self {
+            waiting: VecDeque::new(),
+            kept: Vec::new(),
+            limit,
+        }
+    }
+
+    /// Takes over those who want to borrow.
+    pub(super) fn take_from(&mut self, batch: &mut Vec<Command>) {
+        let lends = batch.extract_if(.., |command| matches!(command, Command::Lend(_)));
+        self.waiting
+            .extend(lends.filter_map(|command| match command {
+                Command::Lend(borrower) => Some(borrower),
+                _ => None,
+            }));
+        self.waiting.retain(|borrower| !borrower.is_closed());
+    }
+
+    /// How many wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Lends the connection to one after the other, inside the transaction that is open.
+    pub(super) async fn lend(
+        &mut self,
+        slot: &mut Option<WritingConnection>,
+    ) -> Result<(), Failure> {
+        let until = Instant::now() + SHARE;
+        let mut before = Before::Nothing;
+        while Instant::now() <= until
+            && let Some(borrower) = self.waiting.pop_front()
+            && let Some(mut writing) = slot.take()
+        {
+            if let Err(failure) = before.begin(&mut writing.connection).await {
+                *slot = Some(writing);
+                self.waiting.push_front(borrower);
+                return Err(failure);
+            }
+            let (writing, ended) = self.lend_one(writing, borrower).await?;
+            *slot = Some(writing);
+            before = ended;
+        }
+        match slot {
+            Some(writing) => before.end(&mut writing.connection).await,
+            None => Ok(()),
+        }
+    }
+
+    /// An error has lost the connection.
+    async fn lend_one(
+        &mut self,
+        writing: WritingConnection,
+        borrower: oneshot::Sender<Result<Loan>>,
+    ) -> Result<(WritingConnection, Before), Failure> {
+        let (back, returned) = oneshot::channel();
+        writing.is_lent.store(true, Ordering::Release);
+        // A borrower that is gone drops the loan, and so gives it back.
+        let _ = borrower.send(Ok(Loan {
+            lent: Some((writing, back)),
+        }));
+        let Ok(Ok(Returned { writing, kept })) = timeout(self.limit, returned).await else {
+            return Err(Failure::overdue(self.limit));
+        };
+        writing.is_lent.store(false, Ordering::Release);
+        let ended = match kept {
+            Some(kept) => {
+                self.kept.push(kept);
+                Before::Kept
+            }
+            None => Before::Undone,
+        };
+        Ok((writing, ended))
+    }
+
+    /// Answers those whose work was in the transaction; returns whether there were any, and how far
+    /// the outbox goes.
+    pub(super) fn answer(&mut self, failure: Option<&Failure>) -> Option<i64> {
+        let mut appended = None;
+        for kept in self.kept.drain(..) {
+            appended = appended.max(kept.appended);
+            let answer = failure.map_or(Ok(()), |failure| Err(failure.error("commit")));
+            // Whoever did the work is gone, so nobody waits for the answer.
+            let _ = kept.reply.send(answer);
+        }
+        appended
+    }
+
+    /// Tells those who wait that there is no transaction to be had.
+    pub(super) fn refuse(&mut self, failure: &Failure) {
+        for borrower in self.waiting.drain(..) {
+            // The borrower is gone, so nobody waits for the answer.
+            let _ = borrower.send(Err(failure.error("open transaction")));
+        }
+    }
+}
+
+/// How the piece of work before ended.
+#[derive(Clone, Copy)]
+enum Before {
+    /// There was none.
+    Nothing,
+    Kept,
+    Undone,
+}
+
+impl Before {
+    /// Sets the savepoint to which the next piece of work is undone.
+    async fn begin(self, connection: &mut SqliteConnection) -> Result<(), Failure> {
+        let begun = match self {
+            Self::Nothing => return Ok(run(connection, "SAVEPOINT lent").await?),
+            Self::Kept => run(connection, "RELEASE lent; SAVEPOINT lent").await,
+            Self::Undone => run(connection, "ROLLBACK TO lent").await,
+        };
+        // The savepoint is gone only with the transaction.
+        begun.map_err(Failure::ended)
+    }
+
+    async fn end(self, connection: &mut SqliteConnection) -> Result<(), Failure> {
+        let ended = match self {
+            Self::Nothing => Ok(()),
+            Self::Kept => run(connection, "RELEASE lent").await,
+            Self::Undone => run(connection, "ROLLBACK TO lent").await,
+        };
+        ended.map_err(Failure::ended)
+    }
+}

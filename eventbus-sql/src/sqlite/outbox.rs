@@ -1,0 +1,193 @@
+//! The outbox: messages that wait to be published, as rows, and back.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use eventbus_core::{
+    EventId, Key, Message, OutboxDepth, OutboxMessage, OutboxStore, Result, Timestamp, Topic,
+    header, outbox_lane,
+};
+use futures_util::FutureExt;
+use sqlx::sqlite::{SqliteArguments, SqliteRow};
+use sqlx::{Arguments, Row, SqliteConnection};
+
+use super::append::{add, statement_rows};
+use super::error::into_error;
+use super::headers::{Packed, id_of, unpack};
+use super::store::SqliteStore;
+use super::tables::Tables;
+
+/// Most bytes that one read takes, beyond its first message.
+const READ_BYTES_MAX: i64 = 16 * 1024 * 1024;
+
+const COLUMNS: usize = 9;
+
+const INSERT: &str = "
+    INSERT INTO {p}outbox (lane, id, aggregatetype, aggregateid, type, payload, headers,
+        created_at, tracingspancontext) VALUES ";
+
+/// Of each lane its first ones by the index; then a turn for each lane after the other.
+const SELECT_NEXT: &str = "
+    WITH first AS MATERIALIZED (
+        SELECT message.lane, message.position, length(payload) AS bytes
+        FROM json_each(?1) AS wanted JOIN {p}outbox AS message ON message.position IN (
+            SELECT position FROM {p}outbox WHERE lane = wanted.value ORDER BY position LIMIT ?2
+        )
+    ),
+    turns AS (
+        SELECT position, bytes, row_number() OVER (PARTITION BY lane ORDER BY position) AS turn
+        FROM first
+    ),
+    chosen AS (
+        SELECT position, sum(bytes) OVER (ORDER BY turn, position) - bytes AS before
+        FROM turns ORDER BY turn, position LIMIT ?2
+    )
+    SELECT position, lane, id, aggregatetype, headers, payload
+    FROM chosen JOIN {p}outbox USING (position)
+    WHERE before < ?3 ORDER BY position";
+
+const REMOVE: &str = "
+    DELETE FROM {p}outbox WHERE position IN (SELECT value FROM json_each(?))";
+
+const SELECT_DEPTH: &str = "SELECT lane, count(*) FROM {p}outbox GROUP BY lane ORDER BY lane";
+
+const SELECT_OLDEST: &str = "SELECT created_at FROM {p}outbox ORDER BY position LIMIT 1";
+
+const SELECT_LAST: &str = "SELECT seq FROM sqlite_sequence WHERE name = '{p}outbox'";
+
+/// Appends messages in order, inside the transaction that is open; returns the last position.
+pub(super) async fn append(
+    tables: &Tables,
+    connection: &mut SqliteConnection,
+    messages: &[(EventId, Message)],
+    now: Timestamp,
+) -> sqlx::Result<Option<i64>> {
+    let mut left = messages;
+    let mut last = None;
+    while !left.is_empty() {
+        let (chunk, rest) = left.split_at(statement_rows(left.len()));
+        let mut arguments = SqliteArguments::default();
+        arguments.reserve(chunk.len() * COLUMNS, 0);
+        for (id, message) in chunk {
+            bind(&mut arguments, id, message, now)?;
+        }
+        let row = format!("(?{})", ",?".repeat(COLUMNS - 1));
+        let rows = vec![row.as_str(); chunk.len()].join(",");
+        let insert = tables.sql(&format!("{INSERT}{rows}"));
+        let inserted = sqlx::query_with(insert, arguments).execute(&mut *connection);
+        last = Some(inserted.await?.last_insert_rowid());
+        left = rest;
+    }
+    Ok(last)
+}
+
+fn bind(
+    arguments: &mut SqliteArguments,
+    id: &EventId,
+    message: &Message,
+    now: Timestamp,
+) -> sqlx::Result<()> {
+    let headers = &message.headers;
+    let lane = outbox_lane(message.key.as_ref(), id);
+    let (head, payload) = Packed::new(lane, message).row(id_of(lane, 0), now);
+    add(arguments, lane)?;
+    add(arguments, id.to_string())?;
+    add(arguments, message.topic.to_string())?;
+    match message.key.as_ref().map(Key::as_bytes) {
+        None => add(arguments, None::<String>)?,
+        Some(key) => match std::str::from_utf8(key) {
+            Ok(text) => add(arguments, text.to_owned())?,
+            Err(_) => add(arguments, key.to_vec())?,
+        },
+    }
+    let event_type = headers.get_str(header::TYPE).unwrap_or_default();
+    add(arguments, event_type.to_owned())?;
+    add(arguments, payload)?;
+    add(arguments, head)?;
+    add(arguments, now.as_micros())?;
+    let traceparent = headers.get_str(header::TRACEPARENT);
+    add(
+        arguments,
+        traceparent.map(|traceparent| format!("traceparent={traceparent}\n")),
+    )
+}
+
+/// The last position that was ever given.
+pub(super) async fn last_appended(
+    tables: &Tables,
+    connection: &mut SqliteConnection,
+) -> sqlx::Result<i64> {
+    let row = sqlx::query(tables.sql(SELECT_LAST)).fetch_optional(connection);
+    row.await?.map_or(Ok(0), |row| row.try_get(0))
+}
+
+#[async_trait]
+impl OutboxStore for SqliteStore {
+    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
+        let query = sqlx::query(self.database.sql(SELECT_NEXT))
+            .bind(format!("{lanes:?}"))
+            .bind(i64::try_from(messages_max).unwrap_or(i64::MAX))
+            .bind(READ_BYTES_MAX);
+        let rows = self.database.read(READ, query).await?;
+        rows.iter().map(read).collect()
+    }
+
+    async fn remove(&self, positions: &[u64]) -> Result<()> {
+        let (tables, positions) = (self.database.tables.clone(), format!("{positions:?}"));
+        let removed = self
+            .database
+            .writer
+            .run("remove from outbox", move |connection| {
+                let query = sqlx::query(tables.sql(REMOVE)).bind(positions.clone());
+                let removed = query.execute(connection).map(|removed| match removed {
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(into_error("remove from outbox", error)),
+                });
+                removed.boxed()
+            });
+        removed.await
+    }
+
+    async fn appended(&self) {
+        let _waiting = self.database.wakes.wait();
+        let mut end = self.database.wakes.outbox();
+        if end.changed().await.is_err() {
+            // It is dropped with the database only; then nothing is appended any more.
+            std::future::pending().await
+        }
+    }
+
+    async fn depth(&self) -> Result<OutboxDepth> {
+        let depth = |sql| {
+            self.database
+                .read(READ, sqlx::query(self.database.sql(sql)))
+        };
+        let (lanes, oldest) = (depth(SELECT_DEPTH).await?, depth(SELECT_OLDEST).await?);
+        let mut depth = OutboxDepth::new();
+        for row in &lanes {
+            let messages: i64 = row.try_get(1).map_err(native)?;
+            let lane = row.try_get(0).map_err(native)?;
+            depth.lanes.push((lane, messages as u64));
+        }
+        let oldest = oldest.first().map(|row| row.try_get(0));
+        let oldest = oldest.transpose().map_err(native)?;
+        depth.oldest = oldest.map(Timestamp::from_micros);
+        Ok(depth)
+    }
+}
+
+const READ: &str = "read outbox";
+
+fn read(row: &SqliteRow) -> Result<OutboxMessage> {
+    let text = |index: usize| row.try_get::<String, _>(index).map_err(native);
+    let bytes = |index: usize| row.try_get::<&[u8], _>(index).map_err(native);
+    let position: i64 = row.try_get(0).map_err(native)?;
+    let lane: u32 = row.try_get(1).map_err(native)?;
+    let mut stored = Bytes::from([bytes(4)?, bytes(5)?].concat());
+    let message = unpack(&Topic::new(&text(3)?)?, (lane, 0), &mut stored)?.message;
+    let id = EventId::parse(&text(2)?)?;
+    Ok(OutboxMessage::new(position as u64, lane, id, message))
+}
+
+fn native(error: sqlx::Error) -> eventbus_core::Error {
+    into_error(READ, error)
+}
