@@ -163,8 +163,8 @@ impl Database {
     }
 }
 
-const FIND: &str =
-    "SELECT partitions, first_lane, retention, retention_bytes FROM {p}topics WHERE name = ?";
+/// By the table itself: a topic that a damaged index hides would be created again, empty.
+const FIND: &str = "SELECT partitions, first_lane, retention, retention_bytes FROM {p}topics NOT INDEXED WHERE name = ?";
 
 fn apply(
     tables: Tables,
