@@ -25,12 +25,18 @@ const INSERT: &str = "
     INSERT INTO {p}outbox (lane, id, aggregatetype, aggregateid, type, payload, headers,
         created_at, tracingspancontext) VALUES ";
 
-/// Of each lane its first ones by the index; then a turn for each lane after the other.
+/// Of each lane that has messages an even share by the index, then a turn for each lane after the
+/// other. What it looks at depends on how many are asked for, not on how many wait.
 const SELECT_NEXT: &str = "
-    WITH first AS MATERIALIZED (
+    WITH busy AS MATERIALIZED (
+        SELECT value AS lane FROM json_each(?1)
+        WHERE EXISTS (SELECT 1 FROM {p}outbox AS message WHERE message.lane = value)
+    ),
+    first AS MATERIALIZED (
         SELECT message.lane, message.position, length(payload) AS bytes
-        FROM json_each(?1) AS wanted JOIN {p}outbox AS message ON message.position IN (
-            SELECT position FROM {p}outbox WHERE lane = wanted.value ORDER BY position LIMIT ?2
+        FROM busy JOIN {p}outbox AS message ON message.position IN (
+            SELECT position FROM {p}outbox WHERE lane = busy.lane ORDER BY position
+            LIMIT (SELECT max(1, ?2 / count(*)) FROM busy)
         )
     ),
     turns AS (

@@ -41,11 +41,18 @@ use super::transaction::SqliteOutbox;
 /// ```
 /// use eventbus_core::{BoxError, Context, EventBus, MemoryBroker, Origin};
 /// use eventbus_sql::SqliteStore;
-/// # use eventbus_macros::Event;
+/// # use eventbus_core::{Event, Json, Key, Topic, unknown_version};
 /// # use serde::{Deserialize, Serialize};
-/// # #[derive(Event, Serialize, Deserialize)]
-/// # #[event(crate = "eventbus_core", type = "OrderPlaced", topic = "order-events", key = "order_id")]
+/// # #[derive(Serialize, Deserialize)]
 /// # struct OrderPlaced { order_id: i64 }
+/// # impl Event for OrderPlaced {
+/// #     const TYPE: &'static str = "OrderPlaced";
+/// #     const TOPIC: Topic = Topic::from_static("order-events");
+/// #     const VERSION: u32 = 1;
+/// #     type Codec = Json;
+/// #     fn key(&self) -> Option<Key> { Some(Key::display(self.order_id)) }
+/// #     fn upcast(version: u32, _: &[u8]) -> eventbus_core::Result<Self> { Err(unknown_version::<Self>(version)) }
+/// # }
 ///
 /// async fn reserve(order: OrderPlaced, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
 ///     sqlx::query("UPDATE stock SET free = free - 1").execute(cx.transaction().await?).await?;

@@ -1,8 +1,9 @@
 //! Transactions of a service outside of its handlers, such as those of a web request.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
-use eventbus_core::{Event, EventBus, EventId, Origin, Outgoing, OutgoingBatch, Result};
+use eventbus_core::{Event, EventBus, EventId, Origin, Outgoing, OutgoingBatch, Relay, Result};
 use sqlx::SqliteConnection;
 use tracing::trace;
 
@@ -42,6 +43,26 @@ impl SqliteOutbox {
             batch,
             store: self.store.clone(),
         })
+    }
+
+    /// What publishes the events that were committed, and removes them; every process of the service
+    /// may run one.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use eventbus_core::{EventBus, Result};
+    /// # use eventbus_sql::SqliteStore;
+    /// # async fn example(bus: EventBus, store: SqliteStore) -> Result<()> {
+    /// let relay = store.outbox(&bus).relay();
+    /// bus.service("orders")
+    ///     .background("relay", |stop| relay.run_until(stop))
+    ///     .run_until(async { /* until a signal comes */ })
+    ///     .await
+    /// # }
+    /// ```
+    pub fn relay(&self) -> Relay {
+        Relay::new(&self.bus, Arc::new(self.store.clone()))
     }
 
     /// Appends events, made by [`EventBus::batch`], in a transaction of somebody else's on the same

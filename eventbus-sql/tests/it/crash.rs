@@ -6,40 +6,18 @@ use std::path::Path;
 use std::time::Duration;
 
 use eventbus_core::{
-    BoxError, Consumer, Context, EventBus, Key, OUTBOX_LANES, Origin, OutboxStore, Start, Until,
+    BoxError, Consumer, Context, EventBus, Key, Origin, OutboxStore, Start, Until,
 };
-use eventbus_macros::Event;
 use eventbus_sql::{SqliteBroker, SqliteStore};
-use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::child::{Process, config, say};
+use crate::events::{OrderPlaced, StockReserved};
 use crate::place::Place;
 
-#[derive(Event, Serialize, Deserialize)]
-#[event(
-    crate = "eventbus_core",
-    type = "OrderPlaced",
-    topic = "order-events",
-    key = "number"
-)]
-struct OrderPlaced {
-    number: i64,
-}
-
-#[derive(Event, Serialize, Deserialize)]
-#[event(
-    crate = "eventbus_core",
-    type = "StockReserved",
-    topic = "stock-events",
-    key = "number"
-)]
-struct StockReserved {
-    number: i64,
-}
-
 const LIMIT: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(5);
 const ROUNDS: usize = 6;
 const REQUESTS: usize = 4;
 
@@ -84,16 +62,9 @@ impl Service {
         }
     }
 
-    /// Brings what was committed to the broker, and says whether there was anything.
-    async fn relay(&self) -> bool {
-        let lanes: Vec<u32> = (0..OUTBOX_LANES).collect();
-        let next = self.store.next(&lanes, 20).await.expect("it reads");
-        let messages = next.iter().map(|next| next.message.clone()).collect();
-        let positions: Vec<_> = next.iter().map(|next| next.position).collect();
-        let published = self.bus.publish_messages(messages).await;
-        published.expect("it is published");
-        self.store.remove(&positions).await.expect("it is removed");
-        !next.is_empty()
+    async fn relay(&self, stop: impl Future<Output = ()> + Send) {
+        let relay = self.store.outbox(&self.bus).relay();
+        relay.run_until(stop).await.expect("it relays");
     }
 }
 
@@ -124,11 +95,7 @@ pub(crate) async fn trade(broker: SqliteBroker, file: &Path) {
             }
         });
     }
-    loop {
-        if !service.relay().await {
-            service.store.appended().await;
-        }
-    }
+    service.relay(std::future::pending()).await;
 }
 
 /// How often events of a type were published for each order, by their distinct ids.
@@ -180,16 +147,13 @@ async fn what_a_killed_service_committed_and_published_adds_up() {
         .expect("it opens");
     let service = Service::start(broker, &file).await;
     let orders = rows(&service.store, "orders").await;
-    let finished = async {
-        loop {
-            let idle = !service.relay().await;
-            if idle && rows(&service.store, "reserved").await.len() == orders.len() {
-                break;
-            }
+    let relayed = service.relay(async {
+        let is_waiting = async || service.store.depth().await.expect("it counts").messages() > 0;
+        while rows(&service.store, "reserved").await.len() < orders.len() || is_waiting().await {
+            sleep(PAUSE).await;
         }
-        while service.relay().await {}
-    };
-    timeout(LIMIT, finished).await.expect("nothing is missing");
+    });
+    timeout(LIMIT, relayed).await.expect("nothing is missing");
 
     let once: BTreeMap<i64, usize> = orders.keys().map(|number| (*number, 1)).collect();
     assert!(acknowledged.iter().all(|number| once.contains_key(number)));

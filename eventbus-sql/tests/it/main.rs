@@ -4,6 +4,7 @@ mod child;
 mod conformance;
 mod crash;
 mod damage;
+mod events;
 mod files;
 mod key_state;
 mod leases;

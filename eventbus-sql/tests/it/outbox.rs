@@ -5,32 +5,15 @@ use std::time::Duration;
 
 use eventbus_core::{
     ErrorKind, EventBus, EventId, Key, MemoryBroker, Message, OUTBOX_LANES, Origin, OutboxMessage,
-    OutboxStore, Topic,
+    OutboxStore, Result, Topic,
 };
-use eventbus_macros::Event;
-use eventbus_sql::{SqliteConfig, SqliteOutbox, SqliteStore};
-use serde::{Deserialize, Serialize};
+use eventbus_sql::{SqliteConfig, SqliteOutbox, SqliteStore, SqliteTransaction};
+use eventbus_testkit::{OutboxHarness, OutboxTransaction};
 use sqlx::{Connection, SqliteConnection};
 use tokio::time::timeout;
 
+use crate::events::{MailWanted, OrderPlaced};
 use crate::place::Place;
-
-#[derive(Event, Serialize, Deserialize)]
-#[event(
-    crate = "eventbus_core",
-    type = "OrderPlaced",
-    topic = "order-events",
-    key = "number"
-)]
-struct OrderPlaced {
-    number: i64,
-}
-
-#[derive(Event, Serialize, Deserialize)]
-#[event(crate = "eventbus_core", type = "MailWanted", topic = "mail")]
-struct MailWanted {
-    number: i64,
-}
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -330,4 +313,38 @@ async fn requests_side_by_side_share_commits_and_keep_their_order() {
     numbers.sort();
     numbers.dedup();
     assert_eq!(numbers.len(), 64);
+}
+
+#[async_trait::async_trait]
+impl OutboxHarness for Place {
+    async fn open(&self) -> Result<Arc<dyn OutboxStore>> {
+        Ok(Arc::new(SqliteStore::open(self.file("shop.db")).await?))
+    }
+
+    async fn begin(&self) -> Result<Box<dyn OutboxTransaction>> {
+        let store = SqliteStore::open(self.file("shop.db")).await?;
+        let outbox = store.outbox(&EventBus::new(MemoryBroker::new()));
+        let tx = outbox.begin(Origin::new()).await?;
+        Ok(Box::new(Begun(store, tx)))
+    }
+}
+
+/// A transaction of the store's own.
+struct Begun(SqliteStore, SqliteTransaction);
+
+#[async_trait::async_trait]
+impl OutboxTransaction for Begun {
+    async fn append(&mut self, messages: Vec<(EventId, Message)>) -> Result<()> {
+        self.0.append(&mut self.1, &messages).await
+    }
+
+    async fn commit(self: Box<Self>) -> Result<()> {
+        self.1.commit().await
+    }
+}
+
+mod conformance {
+    use crate::place::Place;
+
+    eventbus_testkit::outbox_conformance!(Place::new());
 }

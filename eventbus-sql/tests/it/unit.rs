@@ -9,36 +9,13 @@ use eventbus_core::{
     BoxError, Breaker, Consumer, ConsumerBuilder, ConsumerState, Context, EventBus, EventId,
     MemoryBroker, OUTBOX_LANES, Origin, OutboxMessage, OutboxStore, Outgoing, RetryPolicy,
 };
-use eventbus_macros::Event;
 use eventbus_sql::{SqliteConfig, SqliteStore};
-use serde::{Deserialize, Serialize};
 use sqlx::{Connection, SqliteConnection};
 use tokio::sync::Barrier;
 use tokio::time::{sleep, timeout};
 
+use crate::events::{OrderPlaced, StockReserved};
 use crate::place::Place;
-
-#[derive(Event, Clone, Serialize, Deserialize)]
-#[event(
-    crate = "eventbus_core",
-    type = "OrderPlaced",
-    topic = "order-events",
-    key = "number"
-)]
-struct OrderPlaced {
-    number: i64,
-}
-
-#[derive(Event, Serialize, Deserialize)]
-#[event(
-    crate = "eventbus_core",
-    type = "StockReserved",
-    topic = "stock-events",
-    key = "number"
-)]
-struct StockReserved {
-    number: i64,
-}
 
 const LIMIT: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(2);
