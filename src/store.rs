@@ -17,4 +17,4 @@ pub use eventbus_core::{
     MemoryOutbox, OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore, outbox_lane,
 };
 #[cfg(feature = "sqlite")]
-pub use eventbus_sql::{SqliteKeyState, SqliteSchedule};
+pub use eventbus_sql::{SqliteOutbox, SqliteSchedule, SqliteStore, SqliteTransaction};
