@@ -264,7 +264,7 @@ async fn look(wakes: &Wakes, tables: &Tables, connection: &mut SqliteConnection)
     }
     if wakes.schedule.receiver_count() > 0 {
         let query = sqlx::query(tables.sql("SELECT version FROM {p}schedule"));
-        let row = query.fetch_one(connection).await.map_err(native)?;
+        let row = query.fetch_one(&mut *connection).await.map_err(native)?;
         wakes.schedule_changed(row.try_get(0).map_err(native)?);
     }
     if wakes.outbox.receiver_count() > 0 {
