@@ -96,8 +96,8 @@ impl<S, U: Unit> Context<S, U> {
     ///
     /// # Errors
     ///
-    /// As [`publish`](Self::publish); `Unsupported` where the bus has no schedule, and in a unit of
-    /// work.
+    /// As [`publish`](Self::publish); `Unsupported` where the bus has no schedule. A unit of work
+    /// without an outbox ([`MemoryUnit`](crate::MemoryUnit)) refuses when it commits.
     pub fn publish_at<E: Event>(
         &self,
         event: impl Into<Outgoing<E>>,

@@ -334,7 +334,7 @@ impl Scope {
             traceparent: known.traceparent().map(str::to_owned),
             tracestate: known.tracestate().map(str::to_owned),
         };
-        self.check_time(&outgoing)?;
+        self.runtime.bus.check_time(outgoing.not_before())?;
         let key = outgoing.key();
         let mut state = self.touch();
         if state.ended {
@@ -374,19 +374,6 @@ impl Scope {
             message,
         });
         Ok(id)
-    }
-
-    /// Refuses a time to come where nothing can wait for it.
-    fn check_time<E: Event>(&self, outgoing: &Outgoing<E>) -> Result<()> {
-        if outgoing.not_before().is_some() && self.runtime.unit.is_some() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "schedule from a handler",
-                "a unit of work sends what it commits at once: keep the time in its data, or schedule from a consumer without one",
-            )
-            .with("type", E::TYPE));
-        }
-        self.runtime.bus.check_time(outgoing.not_before())
     }
 
     /// Takes nothing more from contexts that outlive the handler.

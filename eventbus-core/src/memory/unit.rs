@@ -11,6 +11,7 @@ use tokio::sync::OwnedMutexGuard;
 use crate::broker::{Broker, PublishError};
 use crate::envelope::EventId;
 use crate::error::{Error, ErrorKind, Result};
+use crate::header;
 use crate::message::{Group, Message};
 use crate::unit_of_work::{Committed, InboxEntry, Unit, UnitOfWork, Work};
 
@@ -308,6 +309,14 @@ impl<T: Clone + Send + 'static> Work for MemoryWork<T> {
         if fault == Some(false) {
             return Err(away("commit"));
         }
+        if let Some(later) = outgoing.iter().find(|message| is_for_later(message)) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "commit",
+                "a unit of work in memory sends what it commits at once: schedule in one with an outbox, or from a consumer without a unit",
+            )
+            .with("topic", &later.topic));
+        }
         store.state = state;
         let inbox = store.inboxes.entry(group).or_default();
         for id in ids {
@@ -332,6 +341,10 @@ impl<T: Clone + Send + 'static> Work for MemoryWork<T> {
     async fn roll_back(self: Box<Self>) -> Result<()> {
         Ok(())
     }
+}
+
+fn is_for_later(message: &Message) -> bool {
+    message.headers.get(header::NOT_BEFORE).is_some()
 }
 
 fn away(operation: &'static str) -> Error {

@@ -265,7 +265,7 @@ async fn a_replay_schedules_nothing_unless_it_may_publish() {
 }
 
 #[tokio::test]
-async fn a_unit_of_work_refuses_to_schedule() {
+async fn a_unit_of_work_without_an_outbox_refuses_to_schedule() {
     let test = TestBus::new();
     let unit = MemoryUnit::new(test.broker().clone(), ());
     let consumer = test
