@@ -799,7 +799,7 @@ fn inside_handler(event_type: &'static str) -> Error {
     Error::new(
         ErrorKind::Unsupported,
         "publish",
-        "this runs inside a handler: use `cx.publish(…)`, which sends only if the handler succeeds, or spell it `bus.publish_now(…)`",
+        "this runs inside a handler: use `cx.publish(…)`, or `cx.publish_at(…)` and `cx.publish_after(…)`, which send only if the handler succeeds, or spell it `bus.publish_now(…)`",
     )
     .with("type", event_type)
 }

@@ -533,7 +533,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
     }
 
     /// Passes over events of types that have no handler here, and counts them. Without it they are
-    /// dead-lettered, because they may have been meant for this consumer.
+    /// poison, parked or dead-lettered, because they may have been meant for this consumer.
     pub fn skip_others(mut self) -> Self {
         self.settings.skip_others = true;
         self
@@ -552,7 +552,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
     }
 
     /// Sets how often a message may be handed out without a verdict, where the broker counts, before
-    /// it is dead-lettered because handling it seems to end the process; by default 100. Hand-overs
+    /// it is taken for poison because handling it seems to end the process; by default 100. Hand-overs
     /// between members count, too.
     pub fn hand_outs_max(mut self, times: u32) -> Self {
         self.settings.hand_outs_max = times;

@@ -94,6 +94,10 @@ impl<S, U: Unit> Context<S, U> {
     /// is sent, and before the event handled is settled. Handling again while it waits leaves it as
     /// it is, with its time.
     ///
+    /// In a unit of work it is committed with the rest, and the relay puts it into the schedule a
+    /// moment later: until then [`EventBus::cancel`](crate::EventBus::cancel) does not find it. What
+    /// decides whether it still holds is the business: look again when it comes.
+    ///
     /// # Errors
     ///
     /// As [`publish`](Self::publish); `Unsupported` where the bus has no schedule. A unit of work

@@ -10,8 +10,8 @@ use crate::clock::FOREVER;
 
 /// Decides after each failed attempt whether and when there is another one.
 ///
-/// Attempts are made in place: a message waits in the consumer and holds its key until it is handled
-/// or dead-lettered. [`delayed`](Self::delayed) ones wait in the store of held keys, which takes the
+/// Attempts are made in place: a message waits in the consumer and holds its key until it is handled,
+/// parked or dead-lettered. [`delayed`](Self::delayed) ones wait in the store of held keys, which takes the
 /// later messages of the key along, so that order is kept through minutes and restarts. Times are
 /// lower bounds: up to a tenth is added at random, never taken away. There is
 /// always a first attempt: zero attempts are taken for one.
@@ -73,7 +73,7 @@ pub(crate) enum NextAttempt {
 }
 
 impl RetryPolicy {
-    /// One attempt: any error goes to the dead letters.
+    /// One attempt: what [`OnPoison`](crate::OnPoison) says becomes of any error.
     #[must_use]
     pub fn none() -> Self {
         Self::immediate(1)

@@ -80,7 +80,9 @@ impl EventBus {
     }
 
     /// Takes a scheduled event back: `true` when it will not be published, `false` when it does not
-    /// wait any more. Inside a handler it is done at once, also if the handler fails.
+    /// wait: it is published, or was never scheduled, or is on its way from an outbox to the schedule,
+    /// which takes a relay some milliseconds. Inside a handler it is done at once, also if the
+    /// handler fails.
     ///
     /// # Errors
     ///

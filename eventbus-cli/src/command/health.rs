@@ -15,7 +15,7 @@ use crate::output::{Output, counted};
 #[command(after_help = "\
 Examples:
   eventbus health
-  eventbus health --lag-max 1000 --dead-letters-max 0 || page somebody
+  eventbus health --lag-max 1000 --dead-letters-max 0 --parked-max 0 || page somebody
 
 Exit code 3: the broker does not answer, or something is over its limit; the reasons are printed.")]
 pub(crate) struct HealthArgs {
@@ -25,6 +25,9 @@ pub(crate) struct HealthArgs {
     /// Not healthy when more than so many dead letters are open
     #[arg(long)]
     dead_letters_max: Option<usize>,
+    /// Not healthy when more than so many keys are parked; messages behind them are in no lag
+    #[arg(long)]
+    parked_max: Option<usize>,
     /// How long the broker may take to answer
     #[arg(long, default_value = "5s", value_parser = humantime::parse_duration)]
     within: Duration,
@@ -42,6 +45,8 @@ struct Health {
     lag: Option<u64>,
     /// Open dead letters, where they were asked for.
     dead_letters: Option<usize>,
+    /// Parked keys, where they were asked for.
+    parked: Option<usize>,
 }
 
 pub(crate) async fn run(
@@ -64,6 +69,7 @@ pub(crate) async fn run(
     if health.reasons.is_empty() {
         look_at_lag(&args, bus, &mut health).await?;
         look_at_dead_letters(&args, bus, &mut health).await?;
+        look_at_parked_keys(&args, bus, &mut health).await?;
     }
     show(health, out)
 }
@@ -113,6 +119,23 @@ async fn look_at_dead_letters(
     if open > most {
         let letters = counted(open, "dead letter is", "dead letters are");
         health.reasons.push(format!("{letters} open"));
+    }
+    Ok(())
+}
+
+async fn look_at_parked_keys(
+    args: &HealthArgs,
+    bus: &EventBus,
+    health: &mut Health,
+) -> anyhow::Result<()> {
+    let Some(most) = args.parked_max else {
+        return Ok(());
+    };
+    let parked = super::keys::count_parked(bus).await?;
+    health.parked = Some(parked);
+    if parked > most {
+        let keys = counted(parked, "key is", "keys are");
+        health.reasons.push(format!("{keys} parked"));
     }
     Ok(())
 }

@@ -166,6 +166,13 @@ async fn held(bus: &EventBus, whose: &Whose) -> anyhow::Result<Vec<(HeldKeys, He
     Ok(found)
 }
 
+/// How many keys are parked, over all groups.
+pub(super) async fn count_parked(bus: &EventBus) -> anyhow::Result<usize> {
+    let held = held(bus, &Whose::default()).await?;
+    let parked = held.iter().filter(|(_, report)| report.wait.is_parked());
+    Ok(parked.count())
+}
+
 /// The groups that are meant: those that are named, or all that read anything.
 async fn groups(bus: &EventBus, whose: &Whose) -> anyhow::Result<BTreeSet<String>> {
     if !whose.group.is_empty() {

@@ -320,6 +320,9 @@ async fn parked_keys_are_listed_retried_and_discarded() {
             .contains("no stock for order 2")
     );
 
+    shop.eventbus("health --parked-max 1").assert().code(3);
+    shop.run("health --parked-max 2");
+
     billing.stock.send_replace(true);
     let error = shop.refused("keys retry 7 --group billing");
     assert!(error.contains("no group holds the key 7"), "{error}");
@@ -337,6 +340,9 @@ async fn parked_keys_are_listed_retried_and_discarded() {
     while shop.json("dlq list").as_array().map(Vec::len) != Some(1) {
         tokio::task::yield_now().await;
     }
+    let letter = &shop.json("dlq list")[0];
+    let error = letter["error"].as_str().expect("it has one");
+    assert!(error.contains("no stock for order 2"), "{error}");
     assert_eq!(shop.run("keys parked"), "no key is parked\n");
     billing.stop().await;
 }

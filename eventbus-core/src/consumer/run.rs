@@ -16,6 +16,7 @@ use super::scope::{Failure, Scope};
 use crate::broker::PublishError;
 use crate::dead_letter::{self, Cause, Diagnosis};
 use crate::error::{BoxError, Error, ErrorKind};
+use crate::header;
 use crate::key_state::HeldMessage;
 use crate::message::Message;
 use crate::unit_of_work::{UnitOfWork, Work};
@@ -474,10 +475,28 @@ async fn store(scope: &Scope, diagnosis: &Diagnosis) -> Outcome {
     let sent = scope.runtime().bus.send(vec![letter]).await;
     trace!(target: "eventbus::step", step = "dead_letter.after");
     match sent {
-        Ok(()) => Outcome::DeadLettered,
+        Ok(()) => {
+            log_dead_letter(scope, diagnosis);
+            Outcome::DeadLettered
+        }
         // Whatever the reason, nothing is settled before the dead letter is stored.
         Err(error) => Outcome::Unavailable(error.into()),
     }
+}
+
+#[cold]
+fn log_dead_letter(scope: &Scope, diagnosis: &Diagnosis) {
+    tracing::error!(
+        group = %scope.group(),
+        id = %scope.id(),
+        event_type = scope.message().headers.get_str(header::TYPE),
+        topic = scope.message().topic.as_str(),
+        partition = scope.partition(),
+        key = scope.message().key.as_ref().map(tracing::field::display),
+        attempts = diagnosis.attempts,
+        cause = %diagnosis.cause,
+        "dead letter stored"
+    );
 }
 
 /// Has the store of held keys do something.

@@ -24,6 +24,8 @@ pub(crate) enum Cause {
     Discarded {
         by: String,
         because: String,
+        /// What its key was parked for.
+        error: String,
     },
 }
 
@@ -61,7 +63,13 @@ impl fmt::Display for Cause {
                 "handed out {times} times without a verdict: its handling ends the process, or is always interrupted"
             ),
             Self::Parked { error, .. } => f.write_str(error),
-            Self::Discarded { by, because } => write!(f, "discarded by {by}: {because}"),
+            Self::Discarded { by, because, error } => {
+                write!(f, "discarded by {by}")?;
+                for said in [because, error].into_iter().filter(|said| !said.is_empty()) {
+                    write!(f, ": {said}")?;
+                }
+                Ok(())
+            }
         }
     }
 }

@@ -79,7 +79,7 @@ fn meaning(code: i32) -> (ErrorKind, Retry, &'static str) {
         (_, 3 | 8 | 14 | 23) => (
             Unauthorized,
             Retry::Never,
-            "this process may not open the file for writing: look at the rights of the file and its directory",
+            "this process may not open the file for writing: look at the rights of the file and its directory, and whether it is a directory itself",
         ),
         (_, 11) => (
             Codec,

@@ -11,6 +11,7 @@ use crate::consumer::keys::{Keep, NodeId, Stage};
 use crate::consumer::scope::Scope;
 use crate::dead_letter::{Cause, Diagnosis};
 use crate::delivery::Delivery;
+use crate::header;
 use crate::key_state::{HeldMessage, HeldName, HoldEntry, KeyAction, Wait};
 
 impl<V: Layers> Worker<V> {
@@ -58,6 +59,7 @@ impl<V: Layers> Worker<V> {
                 KeyAction::Discard => Some(Cause::Discarded {
                     by: decision.by.clone(),
                     because: decision.because.clone(),
+                    error: held.error.clone(),
                 }),
             },
         };
@@ -193,6 +195,9 @@ impl<V: Layers> Worker<V> {
 
 fn log_parked(scope: &Scope, wait: &Wait) {
     tracing::error!(
+        group = %scope.group(),
+        id = %scope.id(),
+        event_type = scope.message().headers.get_str(header::TYPE),
         topic = scope.message().topic.as_str(),
         partition = scope.partition(),
         key = scope.message().key.as_ref().map(tracing::field::display),
