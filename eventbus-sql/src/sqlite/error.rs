@@ -17,6 +17,11 @@ pub(super) fn into_error(operation: &'static str, native: impl Into<Arc<sqlx::Er
         .with_source(native)
 }
 
+/// Whether what was written breaks a constraint.
+pub(super) fn is_constraint(native: &sqlx::Error) -> bool {
+    code_of(native).is_some_and(|code| code & 0xff == 19)
+}
+
 /// The extended result code.
 fn code_of(native: &sqlx::Error) -> Option<i32> {
     native.as_database_error()?.code()?.parse().ok()

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! One piece of work at a time, as SQLite has it anyway. Each is undone alone when it fails or is
-//! dropped, and none can end the transaction: what is in it is of several.
+//! dropped. What is in the transaction is of several: when one of them ends it, all of it is undone,
+//! and each is told to do its work again.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,18 +22,29 @@ use sqlx::{ConnectOptions, Connection, SqliteConnection};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
-use super::error::into_error;
+use super::error::{into_error, is_constraint};
 use super::writer::{Command, Failure, gone};
 
 /// After how long of lending a transaction is committed, so that nobody waits for ever.
 const SHARE: Duration = Duration::from_millis(5);
 
+/// For how long each piece of work has a commit of its own, after one broke the commit of several.
+const APART: Duration = Duration::from_secs(10);
+
 /// The connection that writes, and whether it is lent.
 #[derive(Debug)]
 pub(super) struct WritingConnection {
     pub(super) connection: SqliteConnection,
-    /// While it is set, SQLite refuses to commit.
-    is_lent: Arc<AtomicBool>,
+    marks: Arc<Marks>,
+}
+
+/// What SQLite and the writer tell each other of a connection.
+#[derive(Debug, Default)]
+struct Marks {
+    /// While it is set, SQLite rolls back instead of committing.
+    is_lent: AtomicBool,
+    /// Set by SQLite when a whole transaction is rolled back.
+    is_rolled_back: AtomicBool,
 }
 
 impl WritingConnection {
@@ -40,22 +52,20 @@ impl WritingConnection {
         Self::guard(options.connect().await?).await
     }
 
-    /// Sets a connection up so that whoever borrows it can neither commit nor roll back what is of
-    /// others.
+    /// Sets a connection up so that whoever borrows it can't commit what is of others, and that it
+    /// is noticed when it rolls that back.
     pub(super) async fn guard(mut connection: SqliteConnection) -> sqlx::Result<Self> {
         // The driver makes savepoints of transactions inside the one that it has begun. It goes on
         // believing in this one, while the writer begins and ends transactions around its back.
         std::mem::forget(connection.begin_with("BEGIN").await?);
         run(&mut connection, "ROLLBACK").await?;
-        let is_lent = Arc::new(AtomicBool::new(false));
-        let is_refused = Arc::clone(&is_lent);
+        let marks = Arc::new(Marks::default());
+        let (commits, rolls_back) = (Arc::clone(&marks), Arc::clone(&marks));
         let mut handle = connection.lock_handle().await?;
-        handle.set_commit_hook(move || !is_refused.load(Ordering::Acquire));
+        handle.set_commit_hook(move || !commits.is_lent.load(Ordering::Acquire));
+        handle.set_rollback_hook(move || rolls_back.is_rolled_back.store(true, Ordering::Release));
         drop(handle);
-        Ok(Self {
-            connection,
-            is_lent,
-        })
+        Ok(Self { connection, marks })
     }
 }
 
@@ -142,6 +152,8 @@ impl Drop for Loan {
 pub(super) struct Lender {
     waiting: VecDeque<oneshot::Sender<Result<Loan>>>,
     kept: Vec<Kept>,
+    /// Until when each has a commit of its own.
+    apart_until: Option<Instant>,
     /// How long one may have it.
     limit: Duration,
 }
@@ -151,6 +163,7 @@ impl Lender {
         Self {
             waiting: VecDeque::new(),
             kept: Vec::new(),
+            apart_until: None,
             limit,
         }
     }
@@ -179,6 +192,7 @@ impl Lender {
         let until = Instant::now() + SHARE;
         let mut before = Before::Nothing;
         while Instant::now() <= until
+            && !self.is_full()
             && let Some(borrower) = self.waiting.pop_front()
             && let Some(mut writing) = slot.take()
         {
@@ -197,6 +211,22 @@ impl Lender {
         }
     }
 
+    /// Whether the next piece of work is to have a commit of its own.
+    fn is_full(&self) -> bool {
+        let is_apart = self.apart_until.is_some_and(|until| Instant::now() < until);
+        is_apart && !self.kept.is_empty()
+    }
+
+    /// Why the commit failed. What only a commit checks, such as deferred foreign keys, is broken by
+    /// the work that is in it: this crate's own tables have nothing of the kind.
+    pub(super) fn commit_failed(&mut self, native: sqlx::Error) -> Failure {
+        if self.kept.is_empty() || !is_constraint(&native) {
+            return Failure::committing(native);
+        }
+        self.apart_until = Some(Instant::now() + APART);
+        Failure::violated(self.kept.len(), native)
+    }
+
     /// An error has lost the connection.
     async fn lend_one(
         &mut self,
@@ -204,7 +234,8 @@ impl Lender {
         borrower: oneshot::Sender<Result<Loan>>,
     ) -> Result<(WritingConnection, Before), Failure> {
         let (back, returned) = oneshot::channel();
-        writing.is_lent.store(true, Ordering::Release);
+        writing.marks.is_rolled_back.store(false, Ordering::Release);
+        writing.marks.is_lent.store(true, Ordering::Release);
         // A borrower that is gone drops the loan, and so gives it back.
         let _ = borrower.send(Ok(Loan {
             lent: Some((writing, back)),
@@ -212,13 +243,13 @@ impl Lender {
         let Ok(Ok(Returned { writing, kept })) = timeout(self.limit, returned).await else {
             return Err(Failure::overdue(self.limit));
         };
-        writing.is_lent.store(false, Ordering::Release);
-        let ended = match kept {
-            Some(kept) => {
-                self.kept.push(kept);
-                Before::Kept
-            }
-            None => Before::Undone,
+        writing.marks.is_lent.store(false, Ordering::Release);
+        let is_kept = kept.is_some();
+        self.kept.extend(kept);
+        let ended = match writing.marks.is_rolled_back.load(Ordering::Acquire) {
+            true => Before::RolledBack,
+            false if is_kept => Before::Kept,
+            false => Before::Undone,
         };
         Ok((writing, ended))
     }
@@ -252,6 +283,8 @@ enum Before {
     Nothing,
     Kept,
     Undone,
+    /// The whole transaction was, whatever is open now.
+    RolledBack,
 }
 
 impl Before {
@@ -261,6 +294,7 @@ impl Before {
             Self::Nothing => return Ok(run(connection, "SAVEPOINT lent").await?),
             Self::Kept => run(connection, "RELEASE lent; SAVEPOINT lent").await,
             Self::Undone => run(connection, "ROLLBACK TO lent").await,
+            Self::RolledBack => Err(rolled_back()),
         };
         // The savepoint is gone only with the transaction.
         begun.map_err(Failure::ended)
@@ -271,7 +305,12 @@ impl Before {
             Self::Nothing => Ok(()),
             Self::Kept => run(connection, "RELEASE lent").await,
             Self::Undone => run(connection, "ROLLBACK TO lent").await,
+            Self::RolledBack => Err(rolled_back()),
         };
         ended.map_err(Failure::ended)
     }
+}
+
+fn rolled_back() -> sqlx::Error {
+    sqlx::Error::Protocol("the transaction was rolled back while it was lent".to_owned())
 }

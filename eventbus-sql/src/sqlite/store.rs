@@ -30,8 +30,9 @@ use super::transaction::SqliteOutbox;
 ///   itself until it ends; those that come meanwhile follow, and several share a commit. Open it
 ///   late, and wait for nobody else while it is open: what takes longer than
 ///   [`SqliteConfig::transaction_limit`] is given up.
-/// - **Nobody else ends it.** SQLite refuses a `COMMIT` while the connection is lent. Transactions
-///   begun inside it (`connection.begin()`) are savepoints.
+/// - **Nobody else commits it.** A `COMMIT` or `ROLLBACK` while the connection is lent undoes all
+///   work that shares the commit, and each piece is told to be done again. Transactions begun inside
+///   it (`connection.begin()`) are savepoints.
 /// - **Effects happen once.** The inbox of a consumer group holds the ids of the events it has
 ///   handled, for [`SqliteConfig::inbox_retention`]; they are inserted before the handler writes.
 /// - **Order.** What commits first is published first.

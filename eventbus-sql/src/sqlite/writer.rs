@@ -100,6 +100,11 @@ enum Stage {
     Lent,
     /// Somebody who had borrowed the connection did not give it back in this time.
     Overdue(Duration),
+    /// What the only one, or one of several, that had borrowed the connection wrote must not be
+    /// committed.
+    Violated {
+        is_shared: bool,
+    },
     /// The commit itself failed, so that it may be found done after a crash.
     Committing,
 }
@@ -126,10 +131,24 @@ impl Failure {
         Self::at(Stage::Overdue(limit), sqlx::Error::WorkerCrashed)
     }
 
+    pub(super) fn committing(native: sqlx::Error) -> Self {
+        Self::at(Stage::Committing, native)
+    }
+
+    pub(super) fn violated(borrowers: usize, native: sqlx::Error) -> Self {
+        let is_shared = borrowers > 1;
+        Self::at(Stage::Violated { is_shared }, native)
+    }
+
     pub(super) fn error(&self, operation: &'static str) -> Error {
         let native = Arc::clone(&self.native);
         let message = match self.stage {
             Stage::Writing | Stage::Committing => return into_error(operation, native),
+            Stage::Violated { is_shared: false } => {
+                let message = "what was written breaks a constraint that is checked when it is committed, such as a deferred foreign key: nothing was committed";
+                return Error::new(ErrorKind::InvalidInput, operation, message).with_source(native);
+            }
+            Stage::Violated { is_shared: true } => "what one of several pieces of work in the same transaction wrote breaks a constraint that is checked when it is committed, such as a deferred foreign key: do this one again, it will have a transaction of its own".to_owned(),
             Stage::Lent => "another piece of work in the same transaction ended it, or SQLite did after an error: do this one again, and run no COMMIT and no ROLLBACK in a handler".to_owned(),
             Stage::Overdue(limit) => format!("another piece of work in the same transaction did not end within {limit:?}, so all of it was given up: open transactions late in handlers and requests, and let nothing keep a context or a transaction; or raise `transaction_limit`"),
         };
@@ -150,7 +169,10 @@ impl Failure {
 
     /// Whether a piece of work that had borrowed the connection is the reason.
     fn is_of_borrower(&self) -> bool {
-        matches!(self.stage, Stage::Lent | Stage::Overdue(_))
+        matches!(
+            self.stage,
+            Stage::Lent | Stage::Overdue(_) | Stage::Violated { .. }
+        )
     }
 }
 
@@ -395,7 +417,7 @@ impl WriterTask {
             return Err(sqlx::Error::WorkerCrashed.into());
         };
         let committed = run(&mut writing.connection, "COMMIT").await;
-        committed.map_err(|native| Failure::at(Stage::Committing, native))?;
+        committed.map_err(|native| self.lender.commit_failed(native))?;
         trace!(target: "eventbus::step", step = "sql.commit.after");
         self.stale.fetch_add(stale, Ordering::Relaxed);
         self.wakes.appended(self.appender.committed());

@@ -7,7 +7,7 @@ use eventbus_core::{
     ErrorKind, EventBus, EventId, Key, MemoryBroker, Message, OUTBOX_LANES, Origin, OutboxMessage,
     OutboxStore, Result, Topic,
 };
-use eventbus_sql::{SqliteConfig, SqliteOutbox, SqliteStore, SqliteTransaction};
+use eventbus_sql::{SqliteBroker, SqliteConfig, SqliteOutbox, SqliteStore, SqliteTransaction};
 use eventbus_testkit::{OutboxHarness, OutboxTransaction};
 use sqlx::{Connection, SqliteConnection};
 use tokio::time::timeout;
@@ -263,6 +263,87 @@ async fn who_borrows_the_connection_cannot_commit_it() {
     }
     place(&outbox, 3).await;
     assert_eq!(orders(&store).await, [3]);
+}
+
+#[tokio::test]
+async fn a_rollback_is_noticed_though_another_transaction_stands_in_its_place() {
+    let store_place = Place::new();
+    let (store, outbox) = shop(SqliteConfig::new(store_place.file("shop.db"))).await;
+    let (beside, culprit) = tokio::join!(
+        async {
+            let mut tx = outbox.begin(Origin::new()).await.expect("a transaction");
+            write(&mut tx, 1).await.expect("it is written");
+            tx.commit().await
+        },
+        async {
+            let mut tx = outbox.begin(Origin::new()).await.expect("a transaction");
+            let swap = sqlx::raw_sql("ROLLBACK; BEGIN IMMEDIATE; SAVEPOINT lent");
+            swap.execute(&mut *tx).await.expect("SQLite does so");
+            write(&mut tx, 2).await.expect("it is written");
+            tx.commit().await
+        },
+    );
+    for error in [beside, culprit] {
+        let error = error.expect_err("it is of both");
+        assert!(error.is_retryable(), "{error}");
+    }
+    assert!(orders(&store).await.is_empty());
+    place(&outbox, 3).await;
+    assert_eq!(orders(&store).await, [3]);
+}
+
+/// Borrows the connection, and writes a row whose parent may be missing.
+async fn refer(outbox: &SqliteOutbox, parent: i64) -> Result<()> {
+    let mut tx = outbox.begin(Origin::new()).await?;
+    let refer = sqlx::query("INSERT INTO child VALUES (?)").bind(parent);
+    refer.execute(&mut *tx).await.expect("it is checked later");
+    tx.commit().await
+}
+
+#[tokio::test]
+async fn a_broken_deferred_constraint_fails_whoever_broke_it() {
+    let store_place = Place::new();
+    let config = SqliteConfig::new(store_place.file("shop.db"));
+    let (store, outbox) = shop(config.clone()).await;
+    let broker = SqliteBroker::connect(config).await.expect("it opens");
+    let bus = EventBus::new(broker);
+    let mut tx = outbox.begin(Origin::new()).await.expect("a transaction");
+    let tables = "CREATE TABLE parent (id INTEGER PRIMARY KEY);
+        CREATE TABLE child (id REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED);
+        INSERT INTO parent VALUES (1)";
+    let created = sqlx::raw_sql(tables).execute(&mut *tx).await;
+    created.expect("tables");
+    tx.commit().await.expect("it commits");
+
+    // The others gather behind it.
+    let first = outbox.begin(Origin::new()).await.expect("a transaction");
+    let (bad, good, published, ()) = tokio::join!(
+        refer(&outbox, 99),
+        refer(&outbox, 1),
+        bus.publish(OrderPlaced { number: 1 }),
+        async { first.roll_back() },
+    );
+    published.expect("it has nothing to do with it");
+    for error in [bad, good] {
+        let error = error.expect_err("it may be of either");
+        assert!(error.is_retryable(), "{error}");
+    }
+
+    let first = outbox.begin(Origin::new()).await.expect("a transaction");
+    let (bad, good, published, ()) = tokio::join!(
+        refer(&outbox, 99),
+        refer(&outbox, 1),
+        bus.publish(OrderPlaced { number: 2 }),
+        async { first.roll_back() },
+    );
+    published.expect("it has nothing to do with it");
+    good.expect("it is alone");
+    let error = bad.expect_err("it is the one");
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert!(!error.is_retryable(), "{error}");
+    let children = sqlx::query_scalar("SELECT id FROM child");
+    let children: Vec<i64> = children.fetch_all(store.readers()).await.expect("it reads");
+    assert_eq!(children, [1]);
 }
 
 #[tokio::test]

@@ -398,6 +398,51 @@ async fn handlers_side_by_side_share_commits() {
 }
 
 #[tokio::test]
+async fn only_the_event_that_breaks_a_deferred_constraint_becomes_a_dead_letter() {
+    let shop = Shop::open().await;
+    let mut tx = begin(&shop.store, &shop.bus).await;
+    let tables = "CREATE TABLE parent (id INTEGER PRIMARY KEY);
+        CREATE TABLE child (id REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)";
+    let created = sqlx::raw_sql(tables).execute(&mut *tx).await;
+    created.expect("tables");
+    tx.commit().await.expect("it commits");
+    let consumer = shop
+        .bus
+        .consumer("referring")
+        .unit(shop.store.clone())
+        .on(
+            async |order: OrderPlaced, mut cx: Context<(), SqliteStore>| {
+                let sql = match order.number % 20 {
+                    0 => "INSERT INTO child VALUES (?)",
+                    _ => "INSERT INTO reserved (number) VALUES (?)",
+                };
+                let insert = sqlx::query(sql).bind(order.number);
+                insert.execute(cx.transaction().await?).await?;
+                Ok(())
+            },
+        )
+        .retry(RetryPolicy::immediate(3))
+        .breaker(Breaker::default().with_probe_after(PAUSE, PAUSE))
+        .spawn()
+        .await
+        .expect("it starts");
+    consumer.pause();
+    for number in 1..=60 {
+        shop.publish(number).await;
+    }
+    consumer.resume();
+    until(async || {
+        let counts = consumer.status().counts;
+        counts.handled + counts.dead_lettered >= 60
+    })
+    .await;
+    assert_eq!(consumer.status().counts.dead_lettered, 3);
+    let reserved = shop.reserved().await;
+    assert_eq!(reserved.len(), 57);
+    assert!(reserved.values().all(|times| *times == 1));
+}
+
+#[tokio::test]
 async fn what_was_handled_long_ago_is_forgotten() {
     let place = Place::new();
     let config = SqliteConfig::new(place.file("shop.db"))
