@@ -1,11 +1,12 @@
 -- What a service commits together with its own writes. Every name begins with the broker's prefix,
 -- put in for {p}.
 
--- Messages that wait to be published; rows are inserted and deleted, never changed. The columns are
--- those that Debezium's event router takes by default, and what a relay needs.
+-- Messages that wait to be published; rows are inserted and deleted, never changed unless they
+-- are damaged. The columns are those that Debezium's event router takes by default, and what a relay
+-- needs.
 CREATE TABLE {p}outbox (
     position           INTEGER PRIMARY KEY AUTOINCREMENT, -- in the order of commits, never given again
-    lane               INTEGER NOT NULL,
+    lane               INTEGER NOT NULL, -- -1 - lane where the row is damaged
     id                 TEXT    NOT NULL, -- the event's
     aggregatetype      TEXT    NOT NULL, -- the topic, as the broker names it
     aggregateid        TEXT,             -- the key; a BLOB where it is no text

@@ -3,12 +3,14 @@
 use async_trait::async_trait;
 use bytes::Bytes;
 use eventbus_core::{
-    EventId, Key, Message, OutboxDepth, OutboxMessage, OutboxStore, Result, Timestamp, Topic,
-    header, outbox_lane,
+    Error, EventId, Key, Message, OutboxDepth, OutboxMessage, OutboxStore, Result, Timestamp,
+    Topic, header, outbox_lane,
 };
 use futures_util::FutureExt;
+use metrics::counter;
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{Arguments, Row, SqliteConnection};
+use tracing::error;
 
 use super::append::{add, statement_rows};
 use super::error::into_error;
@@ -54,9 +56,19 @@ const SELECT_NEXT: &str = "
 const REMOVE: &str = "
     DELETE FROM {p}outbox WHERE position IN (SELECT value FROM json_each(?))";
 
-const SELECT_DEPTH: &str = "SELECT lane, count(*) FROM {p}outbox GROUP BY lane ORDER BY lane";
+/// Puts damaged messages on lanes below zero, which nobody asks for; the same again brings them back.
+const QUARANTINE: &str = "
+    UPDATE {p}outbox SET lane = -1 - lane
+    WHERE position IN (SELECT value FROM json_each(?)) AND lane >= 0";
 
-const SELECT_OLDEST: &str = "SELECT created_at FROM {p}outbox ORDER BY position LIMIT 1";
+const SELECT_DEPTH: &str = "
+    SELECT lane, count(*) FROM {p}outbox WHERE lane >= 0 GROUP BY lane ORDER BY lane";
+
+const SELECT_OLDEST: &str = "
+    SELECT created_at FROM {p}outbox WHERE lane >= 0 ORDER BY position LIMIT 1";
+
+/// Counts messages that were put aside because they are not what was written.
+const DAMAGED: &str = "eventbus.sqlite.outbox.damaged";
 
 const SELECT_LAST: &str = "SELECT seq FROM sqlite_sequence WHERE name = '{p}outbox'";
 
@@ -126,31 +138,74 @@ pub(super) async fn last_appended(
     row.await?.map_or(Ok(0), |row| row.try_get(0))
 }
 
+impl SqliteStore {
+    /// Runs a statement on the messages at these positions, in the next commit.
+    async fn change(
+        &self,
+        operation: &'static str,
+        statement: &'static str,
+        positions: String,
+    ) -> Result<()> {
+        let tables = self.database.tables.clone();
+        let changed = self.database.writer.run(operation, move |connection| {
+            let query = sqlx::query(tables.sql(statement)).bind(positions.clone());
+            let changed = query.execute(connection).map(move |changed| match changed {
+                Ok(_) => Ok(()),
+                Err(error) => Err(into_error(operation, error)),
+            });
+            changed.boxed()
+        });
+        changed.await
+    }
+
+    /// Puts damaged messages where they hold up no other.
+    async fn quarantine(&self, damaged: &[(i64, Error)]) -> Result<()> {
+        if damaged.is_empty() {
+            return Ok(());
+        }
+        let positions: Vec<_> = damaged.iter().map(|(position, _)| *position).collect();
+        self.change(
+            "put damaged messages aside",
+            QUARANTINE,
+            format!("{positions:?}"),
+        )
+        .await?;
+        for (position, error) in damaged {
+            error!(position, %error, "a message in the outbox is damaged, and put aside unpublished: look at the rows of the outbox whose lane is below zero");
+        }
+        counter!(DAMAGED).increment(damaged.len() as u64);
+        Ok(())
+    }
+}
+
 #[async_trait]
 impl OutboxStore for SqliteStore {
     async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
-        let query = sqlx::query(self.database.sql(SELECT_NEXT))
-            .bind(format!("{lanes:?}"))
-            .bind(i64::try_from(messages_max).unwrap_or(i64::MAX))
-            .bind(READ_BYTES_MAX);
-        let rows = self.database.read(READ, query).await?;
-        rows.iter().map(read).collect()
+        loop {
+            let query = sqlx::query(self.database.sql(SELECT_NEXT))
+                .bind(format!("{lanes:?}"))
+                .bind(i64::try_from(messages_max).unwrap_or(i64::MAX))
+                .bind(READ_BYTES_MAX);
+            let rows = self.database.read(READ, query).await?;
+            let (mut sound, mut damaged) = (Vec::with_capacity(rows.len()), Vec::new());
+            for row in &rows {
+                let position: i64 = row.try_get(0).map_err(native)?;
+                match read(position, row) {
+                    Ok(message) => sound.push(message),
+                    Err(error) => damaged.push((position, error)),
+                }
+            }
+            self.quarantine(&damaged).await?;
+            // Nothing at all would say that nothing waits.
+            if !sound.is_empty() || damaged.is_empty() {
+                return Ok(sound);
+            }
+        }
     }
 
     async fn remove(&self, positions: &[u64]) -> Result<()> {
-        let (tables, positions) = (self.database.tables.clone(), format!("{positions:?}"));
-        let removed = self
-            .database
-            .writer
-            .run("remove from outbox", move |connection| {
-                let query = sqlx::query(tables.sql(REMOVE)).bind(positions.clone());
-                let removed = query.execute(connection).map(|removed| match removed {
-                    Ok(_) => Ok(()),
-                    Err(error) => Err(into_error("remove from outbox", error)),
-                });
-                removed.boxed()
-            });
-        removed.await
+        self.change("remove from outbox", REMOVE, format!("{positions:?}"))
+            .await
     }
 
     async fn appended(&self) {
@@ -183,10 +238,10 @@ impl OutboxStore for SqliteStore {
 
 const READ: &str = "read outbox";
 
-fn read(row: &SqliteRow) -> Result<OutboxMessage> {
+/// Reads a row, if it is as it was written.
+fn read(position: i64, row: &SqliteRow) -> Result<OutboxMessage> {
     let text = |index: usize| row.try_get::<String, _>(index).map_err(native);
     let bytes = |index: usize| row.try_get::<&[u8], _>(index).map_err(native);
-    let position: i64 = row.try_get(0).map_err(native)?;
     let lane: u32 = row.try_get(1).map_err(native)?;
     let mut stored = Bytes::from([bytes(4)?, bytes(5)?].concat());
     let message = unpack(&Topic::new(&text(3)?)?, (lane, 0), &mut stored)?.message;
@@ -194,6 +249,6 @@ fn read(row: &SqliteRow) -> Result<OutboxMessage> {
     Ok(OutboxMessage::new(position as u64, lane, id, message))
 }
 
-fn native(error: sqlx::Error) -> eventbus_core::Error {
+fn native(error: sqlx::Error) -> Error {
     into_error(READ, error)
 }

@@ -185,6 +185,46 @@ async fn positions_are_never_given_again() {
 }
 
 #[tokio::test]
+async fn a_damaged_message_holds_up_no_other() {
+    let store_place = Place::new();
+    let (store, outbox) = shop(SqliteConfig::new(store_place.file("shop.db"))).await;
+    for number in 0..20 {
+        place(&outbox, number).await;
+    }
+    let mut file = foreign(&store_place).await;
+    let mut run = async |sql: &'static str| {
+        let ran = sqlx::raw_sql(sql).execute(&mut file).await;
+        ran.expect("it is right");
+    };
+    run("CREATE TABLE sound AS SELECT position, payload FROM eventbus_outbox").await;
+    run("UPDATE eventbus_outbox SET payload = x'00' WHERE position = 1").await;
+    run("UPDATE eventbus_outbox SET id = x'ff' WHERE position = 2").await;
+    run("UPDATE eventbus_outbox SET payload = x'00' WHERE position > 10").await;
+
+    let relay = outbox.relay();
+    let handle = relay.handle();
+    let emptied = async {
+        while store.depth().await.expect("it counts").messages() > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    let ended = timeout(LIMIT, relay.run_until(emptied)).await;
+    ended.expect("it ends").expect("damage is no end");
+    assert_eq!(handle.status().published, 8);
+
+    let aside = sqlx::query_scalar("SELECT position FROM eventbus_outbox WHERE lane < 0");
+    let mut aside: Vec<i64> = aside.fetch_all(store.readers()).await.expect("it reads");
+    aside.sort_unstable();
+    assert_eq!(aside, [vec![1, 2], (11..=20).collect()].concat());
+    // As the documentation says.
+    run("UPDATE eventbus_outbox SET lane = -1 - lane,
+            payload = (SELECT payload FROM sound WHERE sound.position = eventbus_outbox.position)
+        WHERE lane < 0 AND position <> 2")
+    .await;
+    assert_eq!(waiting(&store).await.len(), 11);
+}
+
+#[tokio::test]
 async fn lanes_get_even_shares_and_depth_counts_them() {
     let store_place = Place::new();
     let (store, outbox) = shop(SqliteConfig::new(store_place.file("shop.db"))).await;
