@@ -49,7 +49,9 @@ pub struct SqliteConfig {
     pub inbox_retention: Duration,
     /// How long a handler or a request may keep a transaction open, while nobody else writes to the
     /// file. What takes longer is given up, and whatever shares its commit is to be done again.
-    pub transaction_limit: Duration,
+    /// Shorter than `busy_timeout` and than a third of `lease`, or members would lose what they hold
+    /// while they wait to renew it. None: 3 seconds, or what fits under the other two.
+    pub transaction_limit: Option<Duration>,
     /// How often retention and the expiry of groups are looked at.
     pub retention_interval: Duration,
     /// What gives messages the time at which they were taken, and says how old they are.
@@ -58,8 +60,8 @@ pub struct SqliteConfig {
 
 impl SqliteConfig {
     /// The defaults on this file: prefix `eventbus_`, 4 partitions, 5 seconds for writes, leases of
-    /// 10 seconds, groups remembered for 7 days, as is what was handled, transactions of 30 seconds, retention
-    /// looked at every minute.
+    /// 10 seconds, groups remembered for 7 days, as is what was handled, transactions of 3 seconds,
+    /// retention looked at every minute.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
@@ -70,7 +72,7 @@ impl SqliteConfig {
             lease: Duration::from_secs(10),
             group_expiry: 7 * DAY,
             inbox_retention: 7 * DAY,
-            transaction_limit: Duration::from_secs(30),
+            transaction_limit: None,
             retention_interval: Duration::from_secs(60),
             clock: Arc::new(SystemClock),
         }
@@ -119,10 +121,11 @@ impl SqliteConfig {
         self
     }
 
-    /// Sets how long a transaction may be open, at least a tenth of a second.
+    /// Sets how long a transaction may be open. Connecting checks that it is shorter than
+    /// `busy_timeout` and than a third of `lease`.
     #[must_use]
     pub fn with_transaction_limit(mut self, limit: Duration) -> Self {
-        self.transaction_limit = limit.max(LEASE_MIN);
+        self.transaction_limit = Some(limit.max(INTERVAL_MIN));
         self
     }
 
@@ -202,8 +205,9 @@ impl SqliteConfig {
             "group_expiry" => self.group_expiry = time()?,
             "inbox_retention" => self.inbox_retention = time()?,
             "transaction_limit" => {
-                let limit = Some(time()?).filter(|limit| *limit >= LEASE_MIN);
-                self.transaction_limit = limit.ok_or("`transaction_limit` is at least 100ms")?;
+                let limit = Some(time()?).filter(|limit| *limit >= INTERVAL_MIN);
+                limit.ok_or("`transaction_limit` is at least 10ms")?;
+                self.transaction_limit = limit;
             }
             "retention_interval" => {
                 let interval = Some(time()?).filter(|interval| *interval >= INTERVAL_MIN);
@@ -230,6 +234,23 @@ impl SqliteConfig {
             && self.retention_interval == other.retention_interval
     }
 
+    /// How long a transaction may be open.
+    pub(super) fn checked_transaction_limit(&self) -> Result<Duration> {
+        let longest = self.busy_timeout.min(self.lease / 3);
+        match self.transaction_limit {
+            None => Ok(TRANSACTION_LIMIT.min(longest * 19 / 20).max(INTERVAL_MIN)),
+            Some(limit) if limit < longest => Ok(limit),
+            Some(limit) => Err(Error::new(
+                ErrorKind::InvalidInput,
+                "open database",
+                "`transaction_limit` must be shorter than `busy_timeout` and than a third of `lease`: while a transaction is open, nobody else writes to the file, not even to renew a lease; lower it, or raise the others",
+            )
+            .with("transaction_limit", format_args!("{limit:?}"))
+            .with("busy_timeout", format_args!("{:?}", self.busy_timeout))
+            .with("lease", format_args!("{:?}", self.lease))),
+        }
+    }
+
     /// The file as every handle of this process names it, whatever way it was reached.
     pub(super) fn canonical_path(&self) -> Result<PathBuf> {
         if let Ok(path) = self.path.canonicalize() {
@@ -253,6 +274,7 @@ impl SqliteConfig {
     }
 }
 
+const TRANSACTION_LIMIT: Duration = Duration::from_secs(3);
 const LEASE_MIN: Duration = Duration::from_millis(100);
 const INTERVAL_MIN: Duration = Duration::from_millis(10);
 
@@ -341,6 +363,25 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{url}");
             assert!(error.to_string().contains("use `memory:`"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_transaction_is_shorter_than_others_wait() {
+        let config = SqliteConfig::new("shop.db");
+        let limit = |config: &SqliteConfig| config.checked_transaction_limit();
+        let short = Duration::from_secs(1);
+        assert_eq!(limit(&config).expect("the default"), 3 * short);
+        for config in [
+            config.clone().with_busy_timeout(short),
+            config.clone().with_lease(3 * short),
+        ] {
+            assert!(limit(&config).expect("it fits") < short);
+            let error = limit(&config.with_transaction_limit(short)).expect_err("too long");
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            assert!(error.to_string().contains("a third of `lease`"), "{error}");
+        }
+        let set = config.with_transaction_limit(short);
+        assert_eq!(limit(&set).expect("it fits"), short);
     }
 
     #[test]

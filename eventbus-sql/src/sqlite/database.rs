@@ -126,6 +126,7 @@ impl Database {
         tables: Tables,
         cell: Weak<Cell>,
     ) -> Result<Self> {
+        let limit = config.checked_transaction_limit()?;
         let options = options(path, config);
         let connection = open_patiently(&options, &tables, config.busy_timeout)
             .await
@@ -139,7 +140,7 @@ impl Database {
         let guarded = WritingConnection::guard(connection).await;
         let (writer, task) = WriterTask::new(
             guarded.map_err(|error| into_error("open database", error))?,
-            Lender::new(config.transaction_limit),
+            Lender::new(limit),
             options.clone(),
             tables.clone(),
             Arc::clone(&config.clock),

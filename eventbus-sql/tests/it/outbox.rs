@@ -390,7 +390,7 @@ async fn a_broken_deferred_constraint_fails_whoever_broke_it() {
 async fn a_transaction_that_does_not_end_is_given_up() {
     let store_place = Place::new();
     let config = SqliteConfig::new(store_place.file("shop.db"))
-        .with_busy_timeout(Duration::from_millis(50))
+        .with_busy_timeout(Duration::from_millis(300))
         .with_transaction_limit(Duration::from_millis(200));
     let (store, outbox) = shop(config).await;
     let mut kept = outbox.begin(Origin::new()).await.expect("a transaction");

@@ -91,7 +91,7 @@ impl Shop {
     async fn open() -> Self {
         let place = Place::new();
         let config =
-            SqliteConfig::new(place.file("shop.db")).with_busy_timeout(Duration::from_millis(50));
+            SqliteConfig::new(place.file("shop.db")).with_busy_timeout(Duration::from_millis(900));
         let store = SqliteStore::connect(config).await.expect("it opens");
         let bus = EventBus::new(MemoryBroker::new());
         let mut tx = begin(&store, &bus).await;
