@@ -23,6 +23,7 @@ mod settle;
 mod store;
 mod subscriber;
 mod tables;
+mod timer;
 mod topics;
 mod transaction;
 mod unit;

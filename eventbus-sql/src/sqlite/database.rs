@@ -23,6 +23,7 @@ use super::error::into_error;
 use super::janitor;
 use super::lending::{Lender, WritingConnection};
 use super::tables::Tables;
+use super::timer::Timer;
 use super::topics::Topics;
 use super::wake::{self, Wakes};
 use super::writer::{Writer, WriterTask};
@@ -137,10 +138,11 @@ impl Database {
             .connect_lazy_with(options.clone().pragma("query_only", "ON"));
         let wakes = Arc::new(Wakes::new());
         let stale = Arc::new(AtomicU64::new(0));
+        let timer = Timer::start().map_err(|error| thread_failed(path, error))?;
         let guarded = WritingConnection::guard(connection).await;
         let (writer, task) = WriterTask::new(
             guarded.map_err(|error| into_error("open database", error))?,
-            Lender::new(limit),
+            Lender::new(limit, timer),
             options.clone(),
             tables.clone(),
             Arc::clone(&config.clock),
@@ -202,6 +204,13 @@ impl Database {
     pub(super) fn known_topic(&self, name: &Topic) -> Option<Arc<super::topics::TopicLanes>> {
         self.topics().get(name)
     }
+}
+
+fn thread_failed(path: &Path, error: std::io::Error) -> Error {
+    let message = "the system starts no more threads for this process: raise its limit";
+    Error::new(ErrorKind::Unavailable, "open database", message)
+        .with("path", path.display())
+        .with_source(error)
 }
 
 fn options(path: &Path, config: &SqliteConfig) -> SqliteConnectOptions {

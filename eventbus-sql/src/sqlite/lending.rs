@@ -12,22 +12,25 @@
 //! and each is told to do its work again.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
-use eventbus_core::Result;
+use eventbus_core::{Error, ErrorKind, Result};
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Connection, SqliteConnection};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout};
+use tracing::warn;
 
 use super::error::{into_error, is_constraint};
+use super::timer::Timer;
 use super::writer::{Command, Failure, gone};
 
 /// After how long of lending a transaction is committed, so that nobody waits for ever.
 const SHARE: Duration = Duration::from_millis(5);
 
+/// After how many steps a statement looks whether it may go on: about a millisecond's.
+const PROGRESS: i32 = 10_000;
 /// For how long each piece of work has a commit of its own, after one broke the commit of several.
 const APART: Duration = Duration::from_secs(10);
 
@@ -45,6 +48,14 @@ struct Marks {
     is_lent: AtomicBool,
     /// Set by SQLite when a whole transaction is rolled back.
     is_rolled_back: AtomicBool,
+    /// Set when it was lent for too long: then SQLite interrupts whatever statement runs.
+    is_overdue: AtomicBool,
+}
+
+impl Marks {
+    fn is_overdue(&self) -> bool {
+        self.is_overdue.load(Ordering::Acquire)
+    }
 }
 
 impl WritingConnection {
@@ -60,10 +71,11 @@ impl WritingConnection {
         std::mem::forget(connection.begin_with("BEGIN").await?);
         run(&mut connection, "ROLLBACK").await?;
         let marks = Arc::new(Marks::default());
-        let (commits, rolls_back) = (Arc::clone(&marks), Arc::clone(&marks));
+        let [commits, rolls_back, goes_on] = std::array::from_fn(|_| Arc::clone(&marks));
         let mut handle = connection.lock_handle().await?;
         handle.set_commit_hook(move || !commits.is_lent.load(Ordering::Acquire));
         handle.set_rollback_hook(move || rolls_back.is_rolled_back.store(true, Ordering::Release));
+        handle.set_progress_handler(PROGRESS, move || !goes_on.is_overdue());
         drop(handle);
         Ok(Self { connection, marks })
     }
@@ -80,6 +92,16 @@ pub(super) async fn run(connection: &mut SqliteConnection, sql: &'static str) ->
 pub(super) struct Loan {
     /// None once it is given back.
     lent: Option<(WritingConnection, oneshot::Sender<Returned>)>,
+    marks: Arc<Marks>,
+    limit: Duration,
+}
+
+/// Who waits for the connection.
+#[derive(Debug)]
+pub(super) struct Borrower {
+    pub(super) reply: oneshot::Sender<Result<Loan>>,
+    /// What the log calls it.
+    pub(super) name: String,
 }
 
 /// A loan that is over.
@@ -118,11 +140,20 @@ impl Loan {
     ) -> Result<()> {
         let (reply, answer) = oneshot::channel();
         self.give_back(Some(Kept { appended, reply }));
-        answer.await.unwrap_or_else(|_| Err(gone(operation)))
+        let (marks, limit) = (Arc::clone(&self.marks), self.limit);
+        drop(self);
+        answer.await.unwrap_or_else(|_| match marks.is_overdue() {
+            true => Err(overdue(operation, limit)),
+            false => Err(gone(operation)),
+        })
     }
 
-    /// Undoes the work, and returns what the file answered last, if that was why it failed.
+    /// Undoes the work, and returns what the file answered last, if that was why it failed. It is
+    /// not where the work took too long.
     pub(super) async fn undo(mut self, operation: &'static str) -> Result<()> {
+        if self.marks.is_overdue() {
+            return Ok(());
+        }
         let handle = self.connection_mut().lock_handle().await;
         let last = handle.map(|mut handle| handle.last_error());
         match last {
@@ -135,7 +166,7 @@ impl Loan {
     fn give_back(&mut self, kept: Option<Kept>) {
         if let Some((writing, back)) = self.lent.take() {
             // The writer has given it up: what was written is undone as it is closed, and whoever
-            // waits for the reply hears that it is gone.
+            // waits for the reply hears why.
             let _ = back.send(Returned { writing, kept });
         }
     }
@@ -147,24 +178,39 @@ impl Drop for Loan {
     }
 }
 
+fn overdue(operation: &'static str, limit: Duration) -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        operation,
+        format!(
+            "the transaction was open for longer than {limit:?}, so it was given up and nothing is committed: open it later, wait for nobody meanwhile, or raise `transaction_limit`"
+        ),
+    )
+}
+
 /// Who is to have the connection, and whose work is in the transaction.
 #[derive(Debug)]
 pub(super) struct Lender {
-    waiting: VecDeque<oneshot::Sender<Result<Loan>>>,
+    waiting: VecDeque<Borrower>,
     kept: Vec<Kept>,
     /// Until when each has a commit of its own.
     apart_until: Option<Instant>,
     /// How long one may have it.
     limit: Duration,
+    timer: Timer,
+    /// Who had one for too long; while the marks last it is not closed, and the file locked.
+    late: Option<(Weak<Marks>, String)>,
 }
 
 impl Lender {
-    pub(super) fn new(limit: Duration) -> Self {
+    pub(super) fn new(limit: Duration, timer: Timer) -> Self {
         Self {
             waiting: VecDeque::new(),
             kept: Vec::new(),
             apart_until: None,
             limit,
+            timer,
+            late: None,
         }
     }
 
@@ -176,7 +222,7 @@ impl Lender {
                 Command::Lend(borrower) => Some(borrower),
                 _ => None,
             }));
-        self.waiting.retain(|borrower| !borrower.is_closed());
+        self.waiting.retain(|borrower| !borrower.reply.is_closed());
     }
 
     /// How many wait.
@@ -231,16 +277,28 @@ impl Lender {
     async fn lend_one(
         &mut self,
         writing: WritingConnection,
-        borrower: oneshot::Sender<Result<Loan>>,
+        borrower: Borrower,
     ) -> Result<(WritingConnection, Before), Failure> {
         let (back, returned) = oneshot::channel();
         writing.marks.is_rolled_back.store(false, Ordering::Release);
         writing.marks.is_lent.store(true, Ordering::Release);
+        let marks = Arc::clone(&writing.marks);
+        let passed = self.timer.after(self.limit);
         // A borrower that is gone drops the loan, and so gives it back.
-        let _ = borrower.send(Ok(Loan {
+        let _ = borrower.reply.send(Ok(Loan {
             lent: Some((writing, back)),
+            marks: Arc::clone(&marks),
+            limit: self.limit,
         }));
-        let Ok(Ok(Returned { writing, kept })) = timeout(self.limit, returned).await else {
+        let returned = tokio::select! {
+            biased;
+            returned = returned => returned.ok(),
+            _ = passed => None,
+        };
+        let Some(Returned { writing, kept }) = returned else {
+            marks.is_overdue.store(true, Ordering::Release);
+            self.late = Some((Arc::downgrade(&marks), borrower.name));
+            self.warn_of_late();
             return Err(Failure::overdue(self.limit));
         };
         writing.marks.is_lent.store(false, Ordering::Release);
@@ -267,11 +325,20 @@ impl Lender {
         appended
     }
 
+    /// Says who keeps the file locked, if somebody does who was to have given the connection back.
+    pub(super) fn warn_of_late(&self) {
+        if let Some((marks, holder)) = &self.late
+            && marks.strong_count() > 0
+        {
+            warn!(%holder, limit = ?self.limit, "a transaction is open for too long: nobody writes to the file until its holder ends or drops it");
+        }
+    }
+
     /// Tells those who wait that there is no transaction to be had.
     pub(super) fn refuse(&mut self, failure: &Failure) {
         for borrower in self.waiting.drain(..) {
             // The borrower is gone, so nobody waits for the answer.
-            let _ = borrower.send(Err(failure.error("open transaction")));
+            let _ = borrower.reply.send(Err(failure.error("open transaction")));
         }
     }
 }

@@ -29,7 +29,12 @@ use super::transaction::SqliteOutbox;
 /// - **One writes at a time**, as SQLite has it. Whoever opens a transaction has the connection for
 ///   itself until it ends; those that come meanwhile follow, and several share a commit. Open it
 ///   late, and wait for nobody else while it is open: what takes longer than
-///   [`SqliteConfig::transaction_limit`] is given up.
+///   [`SqliteConfig::transaction_limit`] of real time is given up, its statement interrupted. The file
+///   stays locked until whoever holds it lets go: the log says who.
+/// - **Nothing on the same file inside of it.** Publishing, scheduling, cancelling or beginning
+///   another transaction on this file waits for the one that is open: whoever waits for that while
+///   holding it waits until the limit, and fails. `cx.publish` and
+///   [`SqliteTransaction::publish`](crate::SqliteTransaction::publish) do not wait.
 /// - **Nobody else commits it.** A `COMMIT` or `ROLLBACK` while the connection is lent undoes all
 ///   work that shares the commit, and each piece is told to be done again. Transactions begun inside
 ///   it (`connection.begin()`) are savepoints.

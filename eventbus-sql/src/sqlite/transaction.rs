@@ -37,7 +37,8 @@ impl SqliteOutbox {
     /// `Unsupported` inside a running handler, which has `cx.transaction()`.
     pub async fn begin(&self, origin: Origin) -> Result<SqliteTransaction> {
         let batch = self.bus.batch(origin)?;
-        let loan = self.store.database.writer.borrow("begin transaction");
+        let writer = &self.store.database.writer;
+        let loan = writer.borrow("begin transaction", "a request".to_owned());
         Ok(SqliteTransaction {
             loan: loan.await?,
             batch,
@@ -84,7 +85,9 @@ impl SqliteOutbox {
 /// A transaction in a service's own database, and the events that it publishes; a connection by
 /// `Deref`. Dropped, it is rolled back.
 ///
-/// Nobody else writes to the file until it ends.
+/// Nobody else writes to the file until it ends, a bus or a schedule on the same file included: to
+/// wait meanwhile for what they write, such as `bus.publish`, `bus.cancel` or another `begin`, is to
+/// wait for oneself, until [`SqliteConfig::transaction_limit`](crate::SqliteConfig::transaction_limit).
 #[derive(Debug)]
 #[must_use = "dropped, it is rolled back"]
 pub struct SqliteTransaction {
@@ -113,8 +116,8 @@ impl SqliteTransaction {
     /// # Errors
     ///
     /// Nothing was committed, or it is unknown whether it was: a disk that fails at this moment may
-    /// have it. Events with ids of the request's own
-    /// ([`Outgoing::with_id`]) make it harmless to do it again.
+    /// have it. Events with ids of the request's own ([`Outgoing::with_id`]) make it harmless to do
+    /// it again. `InvalidInput`: what was written breaks a deferred constraint.
     pub async fn commit(self) -> Result<()> {
         let Self {
             mut loan,

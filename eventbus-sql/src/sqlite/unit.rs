@@ -63,7 +63,8 @@ struct SqliteWork {
 impl SqliteWork {
     /// Opens the transaction and records the ids, first of all.
     async fn open(&mut self) -> Result<()> {
-        let mut loan = self.database.writer.borrow(OPEN).await?;
+        let name = format!("a handler of group {}", self.group);
+        let mut loan = self.database.writer.borrow(OPEN, name).await?;
         trace!(target: "eventbus::step", step = "unit.inbox.before");
         let (tables, now) = (&self.database.tables, self.database.now());
         let connection = loan.connection_mut();

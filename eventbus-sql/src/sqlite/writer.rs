@@ -24,7 +24,7 @@ use tracing::{trace, warn};
 use super::append::Appender;
 use super::error::into_error;
 use super::headers::Packed;
-use super::lending::{Lender, Loan, WritingConnection, run};
+use super::lending::{Borrower, Lender, Loan, WritingConnection, run};
 use super::settle::{self, Advance};
 use super::tables::Tables;
 use super::wake::Wakes;
@@ -54,7 +54,7 @@ pub(super) enum Command {
     },
     Job(Box<dyn Job>),
     /// A piece of work that has the connection for itself meanwhile.
-    Lend(oneshot::Sender<Result<Loan>>),
+    Lend(Borrower),
 }
 
 impl std::fmt::Debug for Command {
@@ -207,9 +207,10 @@ impl Writer {
     /// Waits for a turn to write in a transaction that commits soon afterwards.
     ///
     /// A dropped future gives the turn up.
-    pub(super) async fn borrow(&self, operation: &'static str) -> Result<Loan> {
+    pub(super) async fn borrow(&self, operation: &'static str, name: String) -> Result<Loan> {
         let (reply, answer) = oneshot::channel();
-        self.commands.add(Command::Lend(reply));
+        let borrower = Borrower { reply, name };
+        self.commands.add(Command::Lend(borrower));
         answer.await.unwrap_or_else(|_| Err(gone(operation)))
     }
 
@@ -356,6 +357,7 @@ impl WriterTask {
                 }
             }
             Err(failure) => {
+                self.lender.warn_of_late();
                 self.lender.refuse(&failure);
                 answer(batch, Some(&failure));
             }

@@ -402,7 +402,9 @@ async fn a_transaction_that_does_not_end_is_given_up() {
         .expect_err("it is locked");
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     let error = kept.commit().await.expect_err("it was given up");
-    assert_eq!(error.kind(), ErrorKind::Closed);
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.is_retryable(), "{error}");
+    assert!(error.to_string().contains("longer than 200ms"), "{error}");
     timeout(LIMIT, async {
         while let Err(error) = outbox.begin(Origin::new()).await {
             assert_eq!(error.kind(), ErrorKind::Unavailable);
@@ -412,6 +414,36 @@ async fn a_transaction_that_does_not_end_is_given_up() {
     .expect("its connection is closed soon");
     place(&outbox, 2).await;
     assert_eq!(orders(&store).await, [2]);
+}
+
+#[tokio::test]
+async fn a_statement_that_does_not_end_is_interrupted() {
+    let store_place = Place::new();
+    let config = SqliteConfig::new(store_place.file("shop.db"))
+        .with_transaction_limit(Duration::from_millis(200));
+    let (store, outbox) = shop(config).await;
+    let mut tx = outbox.begin(Origin::new()).await.expect("a transaction");
+    write(&mut tx, 1).await.expect("it is written");
+    let endless = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n)
+        INSERT INTO orders SELECT count(*) FROM n";
+    let endless = sqlx::query(endless).execute(&mut *tx);
+    let ended = timeout(LIMIT, endless).await.expect("it is interrupted");
+    ended.expect_err("it has no result");
+    tx.roll_back();
+    place(&outbox, 2).await;
+    assert_eq!(orders(&store).await, [2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_limit_of_a_transaction_is_real_time() {
+    let store_place = Place::new();
+    let (_store, outbox) = shop(SqliteConfig::new(store_place.file("shop.db"))).await;
+    let mut tx = outbox.begin(Origin::new()).await.expect("a transaction");
+    for number in 0..100 {
+        write(&mut tx, number).await.expect("it is written");
+    }
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    tx.commit().await.expect("that took no time");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
