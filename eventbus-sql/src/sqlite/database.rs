@@ -28,7 +28,7 @@ use super::topics::Topics;
 use super::wake::{self, Wakes};
 use super::writer::{Writer, WriterTask};
 
-/// Connections that read pages at the same time.
+/// Connections that read at the same time: the SDK's own, and as many of a service.
 const READERS_MAX: u32 = 4;
 /// Rows that a connection reads ahead of who takes them, so that reading goes on meanwhile.
 const ROWS_AHEAD: usize = 1024;
@@ -105,7 +105,9 @@ pub(super) struct Database {
     pub(super) tables: Tables,
     pub(super) writer: Writer,
     pub(super) wakes: Arc<Wakes>,
+    /// Of the SDK's own: duplicate checks, the relay and the schedule never wait for a service's.
     pub(super) readers: SqlitePool,
+    pub(super) service_readers: SqlitePool,
     topics: Mutex<Topics>,
     /// Settlements that were ignored because their epoch was over.
     stale: Arc<AtomicU64>,
@@ -132,10 +134,7 @@ impl Database {
         let connection = open_patiently(&options, &tables, config.busy_timeout)
             .await
             .map_err(|error| error.with("path", path.display()))?;
-        let readers = SqlitePoolOptions::new()
-            .max_connections(READERS_MAX)
-            .test_before_acquire(false)
-            .connect_lazy_with(options.clone().pragma("query_only", "ON"));
+        let (readers, service_readers) = (readers(&options), readers(&options));
         let wakes = Arc::new(Wakes::new());
         let stale = Arc::new(AtomicU64::new(0));
         let timer = Timer::start().map_err(|error| thread_failed(path, error))?;
@@ -160,6 +159,7 @@ impl Database {
             writer,
             wakes,
             readers,
+            service_readers,
             topics: Mutex::new(Topics::default()),
             stale,
             tasks,
@@ -226,6 +226,14 @@ fn options(path: &Path, config: &SqliteConfig) -> SqliteConnectOptions {
         .statement_cache_capacity(256)
         .row_buffer_size(ROWS_AHEAD)
         .disable_statement_logging()
+}
+
+/// Connections that are opened when they are needed.
+fn readers(options: &SqliteConnectOptions) -> SqlitePool {
+    SqlitePoolOptions::new()
+        .max_connections(READERS_MAX)
+        .test_before_acquire(false)
+        .connect_lazy_with(options.clone().pragma("query_only", "ON"))
 }
 
 pub(super) async fn connect(options: &SqliteConnectOptions) -> Result<SqliteConnection> {

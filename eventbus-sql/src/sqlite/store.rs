@@ -131,9 +131,10 @@ impl SqliteStore {
         SqliteOutbox::new(self.clone(), bus.clone())
     }
 
-    /// Connections that see what is committed and cannot write; at most four at a time.
+    /// Connections of the service's own that see what is committed and cannot write; at most four at
+    /// a time.
     pub fn readers(&self) -> &SqlitePool {
-        &self.database.readers
+        &self.database.service_readers
     }
 
     /// Appends messages, in order, in a transaction of somebody else's on the same file: they are

@@ -398,6 +398,21 @@ async fn handlers_side_by_side_share_commits() {
 }
 
 #[tokio::test]
+async fn a_service_that_holds_all_its_readers_holds_up_no_handler() {
+    let shop = Shop::open().await;
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(shop.store.readers().acquire().await.expect("it is free"));
+    }
+    let consumer = shop.spawn().await;
+    shop.publish(1).await;
+    timeout(LIMIT / 3, handled(&consumer, 1))
+        .await
+        .expect("its check for duplicates has connections of its own");
+    assert_eq!(shop.published().await.len(), 1);
+}
+
+#[tokio::test]
 async fn only_the_event_that_breaks_a_deferred_constraint_becomes_a_dead_letter() {
     let shop = Shop::open().await;
     let mut tx = begin(&shop.store, &shop.bus).await;
