@@ -657,24 +657,24 @@ impl EventBus {
     }
 
     /// Publishes messages as [`send`](Self::send) does, except those of a time to come: they are put
-    /// into the schedule, before anything is sent.
+    /// into the schedule first. What fails of these keeps none of the others, and the other way round.
     pub(crate) async fn send_in_time(&self, messages: Vec<Message>) -> Result<(), PublishError> {
-        let (messages, places) = self.set_aside(messages).await?;
-        if messages.is_empty() {
-            return Ok(());
-        }
-        let sent = self.send(messages).await;
-        sent.map_err(|error| places.of(error))
+        let (messages, apart) = self.set_aside(messages).await;
+        let sent = match messages.is_empty() {
+            true => Ok(()),
+            false => self.send(messages).await,
+        };
+        apart.join(sent)
     }
 
     /// As [`send_in_time`](Self::send_in_time), with one call of the broker.
     async fn send_all_in_time(&self, messages: Vec<Message>) -> Result<(), PublishError> {
-        let (messages, places) = self.set_aside(messages).await?;
-        if messages.is_empty() {
-            return Ok(());
-        }
-        let sent = self.send_at_once(messages).await;
-        sent.map_err(|error| places.of(error))
+        let (messages, apart) = self.set_aside(messages).await;
+        let sent = match messages.is_empty() {
+            true => Ok(()),
+            false => self.send_at_once(messages).await,
+        };
+        apart.join(sent)
     }
 
     /// Publishes messages as they are. After a failure no message is on the broker before an earlier

@@ -119,14 +119,11 @@ impl EventBus {
     }
 
     /// Puts messages of a time to come into the schedule, and returns the rest, which is to be sent
-    /// now, with its places in the batch.
-    pub(crate) async fn set_aside(
-        &self,
-        messages: Vec<Message>,
-    ) -> Result<(Vec<Message>, Places), PublishError> {
+    /// now, whether that failed or not.
+    pub(crate) async fn set_aside(&self, messages: Vec<Message>) -> (Vec<Message>, Apart) {
         self.start_schedule();
         if !messages.iter().any(|message| time_of(message).is_some()) {
-            return Ok((messages, Places(None)));
+            return (messages, Apart::Nothing);
         }
         let now = self.clock().now();
         let is_later = |(_, message): &(usize, Message)| time_of(message) > Some(now);
@@ -136,11 +133,12 @@ impl EventBus {
             Some(Scheduled::new(id, time_of(message)?, message.clone()))
         });
         let scheduled: Vec<_> = scheduled.collect();
-        if let Err(error) = self.schedule_all(&scheduled).await {
-            return Err(not_scheduled(error, later, rest));
-        }
+        let failed = match self.schedule_all(&scheduled).await {
+            Ok(()) => Vec::new(),
+            Err(error) => not_scheduled(error, later),
+        };
         let (places, messages) = rest.into_iter().unzip();
-        Ok((messages, Places(Some(places))))
+        (messages, Apart::Some { places, failed })
     }
 
     async fn schedule_all(&self, scheduled: &[Scheduled]) -> Result<()> {
@@ -152,18 +150,32 @@ impl EventBus {
     }
 }
 
-/// Where messages stand in a batch of which they are a part; none where they are all of it.
-pub(crate) struct Places(Option<Vec<usize>>);
+/// What of a batch is for later, while the rest is sent.
+pub(crate) enum Apart {
+    Nothing,
+    Some {
+        /// Where the rest stands in the whole batch.
+        places: Vec<usize>,
+        /// What could not be scheduled.
+        failed: Vec<Unpublished>,
+    },
+}
 
-impl Places {
-    /// Says of what was not sent where it stands in the whole batch.
-    pub(crate) fn of(self, mut error: PublishError) -> PublishError {
-        if let Some(places) = self.0 {
-            for unpublished in &mut error.unpublished {
-                unpublished.index = places[unpublished.index];
-            }
+impl Apart {
+    /// What became of the whole batch, when the rest was sent.
+    pub(crate) fn join(self, sent: Result<(), PublishError>) -> Result<(), PublishError> {
+        let Self::Some { places, mut failed } = self else {
+            return sent;
+        };
+        for mut unpublished in sent.err().map_or(Vec::new(), |error| error.unpublished) {
+            unpublished.index = places[unpublished.index];
+            failed.push(unpublished);
         }
-        error
+        if failed.is_empty() {
+            return Ok(());
+        }
+        failed.sort_by_key(|unpublished| unpublished.index);
+        Err(PublishError::new(failed))
     }
 }
 
@@ -173,40 +185,24 @@ fn time_of(message: &Message) -> Option<Timestamp> {
     message.headers.get_str(header::NOT_BEFORE)?.parse().ok()
 }
 
-/// Nothing of a batch was published, because what is for later could not be stored.
-fn not_scheduled(
-    error: Error,
-    later: Vec<(usize, Message)>,
-    rest: Vec<(usize, Message)>,
-) -> PublishError {
+/// What is for later was not stored: all of it, for the same reason.
+fn not_scheduled(error: Error, later: Vec<(usize, Message)>) -> Vec<Unpublished> {
     let (kind, retry) = (error.kind(), error.retry());
     let outcome = match kind {
         ErrorKind::RateLimited | ErrorKind::Closed | ErrorKind::Unsupported => Outcome::NotTaken,
         // Trying again does no harm: an id that waits is passed over.
         _ => Outcome::Unknown,
     };
-    let waits = || {
-        Error::new(
-            kind,
-            "publish",
-            "another message of the batch could not be scheduled, and nothing is sent before it is",
-        )
-        .with_retry(retry)
+    let likewise = || {
+        let reason = "as another message of the batch that is for later, it could not be scheduled";
+        Error::new(kind, "schedule event", reason).with_retry(retry)
     };
     let mut error = Some(error);
-    let mut unpublished: Vec<_> = later
-        .into_iter()
-        .map(|(index, message)| {
-            let error = error.take().unwrap_or_else(waits);
-            Unpublished::new(index, message, outcome, error)
-        })
-        .collect();
-    unpublished.extend(
-        rest.into_iter()
-            .map(|(index, message)| Unpublished::new(index, message, Outcome::NotTaken, waits())),
-    );
-    unpublished.sort_by_key(|unpublished| unpublished.index);
-    PublishError::new(unpublished)
+    let failed = later.into_iter().map(|(index, message)| {
+        let error = error.take().unwrap_or_else(likewise);
+        Unpublished::new(index, message, outcome, error)
+    });
+    failed.collect()
 }
 
 /// Says that nothing can wait on a bus, and what helps.

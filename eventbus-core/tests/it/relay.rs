@@ -431,3 +431,50 @@ async fn what_has_a_time_to_come_goes_on_to_the_schedule() {
     assert_eq!(stage.published().await[&1], [1, 2]);
     relay.stop().await;
 }
+
+#[tokio::test]
+async fn a_relay_without_a_schedule_parks_only_what_is_for_later() {
+    let stage = Stage::new();
+    let held = Arc::new(stage.held.clone());
+    let bus = EventBus::builder(stage.test.broker().clone())
+        .key_state(held.clone())
+        .build();
+    let later = bus.clock().now().plus(60 * MINUTE);
+    let mut batch = stage.test.batch(Origin::new()).unwrap();
+    let reminder = Outgoing::new(amount(1, 1)).with_not_before(later);
+    batch.publish(reminder).unwrap();
+    for number in 2..20 {
+        batch.publish(amount(number, 1)).unwrap();
+    }
+    stage.outbox.append(batch.into_messages()).unwrap();
+    let outbox = Arc::new(stage.outbox.clone());
+    let relay = Relay::on(&bus, outbox, Arc::new(stage.leases.clone()), held);
+    let relay = stage.start(relay);
+    stage.drain().await;
+    assert_eq!(stage.published().await.len(), 18);
+    let parked = stage.desk().list().await.unwrap();
+    assert_eq!(parked.len(), 1);
+    assert!(parked[0].wait.is_parked());
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn while_the_schedule_is_full_only_the_key_of_what_is_for_later_waits() {
+    let stage = Stage::new();
+    let later = stage.test.clock().now().plus(600 * MINUTE);
+    let reminder = || {
+        let note = "x".repeat(900_000);
+        Outgoing::new(OrderPaid { order: 7, note }).with_not_before(later)
+    };
+    while stage.test.publish(reminder()).await.is_ok() {}
+    let mut batch = stage.test.batch(Origin::new()).unwrap();
+    batch.publish(reminder()).unwrap();
+    stage.outbox.append(batch.into_messages()).unwrap();
+    let relay = stage.start(stage.relay());
+    for number in 0..100 {
+        stage.append([amount(number + 100, number)]);
+        sleep(SECOND).await;
+    }
+    assert_eq!(stage.published().await.len(), 100);
+    relay.stop().await;
+}

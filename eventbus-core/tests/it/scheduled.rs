@@ -350,7 +350,7 @@ async fn whereabouts_knows_what_waits() {
 }
 
 #[tokio::test]
-async fn a_full_schedule_holds_a_batch_back_as_a_whole() {
+async fn a_full_schedule_holds_back_only_what_is_for_later() {
     let test = TestBus::new();
     let later = test.clock().now().plus(HOUR);
     let text = "x".repeat(900_000);
@@ -374,7 +374,23 @@ async fn a_full_schedule_holds_a_batch_back_as_a_whole() {
     assert_eq!(error.kind(), ErrorKind::RateLimited);
     assert!(error.is_retryable());
     let partly = PartlyPublished::of(&error).unwrap();
-    assert_eq!((partly.unknown.len(), partly.not_taken.len()), (0, 2));
+    assert_eq!((partly.published.len(), partly.not_taken.len()), (1, 1));
     let sent = test.published::<OrderPaid>().await.len() as u64;
-    assert_eq!(sent, number - 1, "nothing of the last batch was sent");
+    assert_eq!(sent, number, "what is due of the last batch was sent");
+}
+
+#[tokio::test]
+async fn without_a_schedule_only_what_is_for_later_is_refused() {
+    let test = TestBus::new();
+    let bus = EventBus::new(test.broker().clone());
+    let later = for_later("later", bus.clock().now().plus(HOUR));
+    let plain = |text: &'static str| Message::new(OrderPaid::TOPIC, text);
+    let batch = vec![plain("a"), later, plain("b")];
+    let unpublished = bus.publish_messages(batch).await.unwrap_err().unpublished;
+    let refused: Vec<_> = unpublished
+        .iter()
+        .map(|it| (it.index, it.outcome))
+        .collect();
+    assert_eq!(refused, [(1, Outcome::NotTaken)]);
+    assert_eq!(unpublished[0].error.kind(), ErrorKind::Unsupported);
 }
