@@ -64,7 +64,9 @@ pub enum OnRefused {
 ///   id, and so is a relay's last batch when the relay was stopped beyond its lease: consumers with
 ///   an inbox handle it once, and in order.
 /// - While the broker is away, nothing is lost or counted; it is asked again, less and less often.
-/// - A message that the broker refuses for what it is (too large, no such topic) is held under the
+///   So it is for a topic that is not there yet.
+/// - A message that the broker refuses for what it is (too large, for later without a
+///   schedule) is held under the
 ///   relay's name as a group, and found by [`EventBus::held_keys`] on a bus with that store:
 ///   retry publishes it again, release and discard give it up.
 /// - A message that goes on failing while others are taken waits with its key for a while, in the

@@ -182,11 +182,12 @@ impl Runner {
     }
 }
 
-/// Whether the error is about the message, so that sending it again is no help.
+/// Whether the error is about the message, so that sending it again is no help. A topic that is not
+/// there may be created.
 pub(super) fn is_of_the_message(error: &Error) -> bool {
     matches!(
         error.kind(),
-        ErrorKind::InvalidInput | ErrorKind::NotFound | ErrorKind::Unsupported
+        ErrorKind::InvalidInput | ErrorKind::Unsupported
     )
 }
 

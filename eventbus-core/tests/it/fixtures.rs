@@ -162,6 +162,8 @@ pub(crate) enum Fault {
     Refused,
     /// Refused for what the messages are.
     TooLarge,
+    /// Refused: there is no such topic.
+    Missing,
     /// Never answered.
     Silent,
 }
@@ -227,6 +229,7 @@ impl Publisher for FaultyBroker {
             Fault::Away => ErrorKind::Unavailable,
             Fault::Refused => ErrorKind::Unauthorized,
             Fault::TooLarge => ErrorKind::InvalidInput,
+            Fault::Missing => ErrorKind::NotFound,
             Fault::Silent => std::future::pending().await,
         };
         let unpublished = failed.into_iter().map(|(index, message)| {

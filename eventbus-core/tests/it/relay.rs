@@ -478,3 +478,21 @@ async fn while_the_schedule_is_full_only_the_key_of_what_is_for_later_waits() {
     assert_eq!(stage.published().await.len(), 100);
     relay.stop().await;
 }
+
+#[tokio::test]
+async fn a_topic_that_is_not_there_yet_parks_nothing() {
+    let stage = Stage::new();
+    let relay = stage.start(stage.relay());
+    stage.broker.fail("payments", Fault::Missing);
+    stage.append_paid(1);
+    for number in 0..10 {
+        stage.append([amount(2, number)]);
+        sleep(SECOND).await;
+    }
+    let held = stage.desk().list().await.unwrap();
+    assert!(held.iter().all(|report| !report.wait.is_parked()));
+    stage.broker.mend();
+    sleep(2 * MINUTE).await;
+    assert_eq!(stage.test.published::<OrderPaid>().await, [paid(1)]);
+    relay.stop().await;
+}
