@@ -44,12 +44,14 @@ impl Runner {
             self.attempts.clear();
             return Ok(Pass::Idle);
         }
-        let (behind, ahead) = batch
+        let (behind, mut ahead): (Vec<_>, Vec<_>) = batch
             .into_iter()
             // Reading took time: of a lane that is lost by now nothing more is published.
             .filter(|next| self.lanes.is_ours(next.lane))
             .partition(|next| self.lanes.holds(next.lane, &self.name_of(next)));
         self.put_aside(behind, &Wait::nothing()).await?;
+        // So did holding, which may have told that a lane is another relay's by now.
+        ahead.retain(|next| self.lanes.is_ours(next.lane));
         self.publish(ahead).await
     }
 
