@@ -84,9 +84,10 @@ impl Runner {
         let until = (!refused).then(|| self.later(attempts));
         let mut wait = self.wait(until, error, attempts);
         wait.first_failed = message.first_failed.or(wait.first_failed);
-        // A decision was carried out when the broker has judged the message again.
+        // A decision was carried out by trying: what failed is tried again at its time without one.
+        let decided = due.decision.is_some();
         let held = &self.relay.held;
-        held.wait(claim, &due.held.name, &wait, refused).await
+        held.wait(claim, &due.held.name, &wait, decided).await
     }
 
     fn free(&mut self, lane: u32, name: &HeldName) {

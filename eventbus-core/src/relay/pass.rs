@@ -35,6 +35,7 @@ impl Runner {
     /// Publishes what is next on the lanes.
     pub(super) async fn publish_next(&mut self) -> Result<Pass> {
         let lanes = self.lanes.numbers();
+        self.attempts.retain(|(lane, _), _| lanes.contains(lane));
         if lanes.is_empty() {
             return Ok(Pass::Idle);
         }
@@ -78,7 +79,10 @@ impl Runner {
             return Ok(Pass::Away);
         }
         for (failed, error) in failures.failed {
-            let attempts = self.attempts.entry(failed.position).or_default();
+            let attempts = self
+                .attempts
+                .entry((failed.lane, failed.position))
+                .or_default();
             *attempts += 1;
             if *attempts >= ATTEMPTS_MAX {
                 self.set_waiting(failed, &error).await?;
@@ -97,8 +101,8 @@ impl Runner {
         self.relay.outbox.remove(&positions).await?;
         trace!(target: "eventbus::step", step = "relay.remove.after");
         if !self.attempts.is_empty() {
-            for position in &positions {
-                self.attempts.remove(position);
+            for next in taken {
+                self.attempts.remove(&(next.lane, next.position));
             }
         }
         self.relay.shared.lock().published += taken.len() as u64;
@@ -118,7 +122,7 @@ impl Runner {
 
     /// Lets what goes on failing wait where it holds up nothing but its key.
     async fn set_waiting(&mut self, failed: OutboxMessage, error: &Error) -> Result<()> {
-        self.attempts.remove(&failed.position);
+        self.attempts.remove(&(failed.lane, failed.position));
         let until = self.later(ATTEMPTS_MAX);
         let wait = self.wait(Some(until), error, ATTEMPTS_MAX);
         self.put_aside(vec![failed], &wait).await

@@ -30,8 +30,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) struct Runner {
     pub(super) relay: Relay,
     pub(super) lanes: Lanes,
-    /// How often a message failed, by its position, while others were taken.
-    pub(super) attempts: HashMap<u64, u32>,
+    /// How often a message failed, by its lane and position, while others were taken.
+    pub(super) attempts: HashMap<(u32, u64), u32>,
     /// Up to which decision of operators the store was asked.
     pub(super) decisions: u64,
     backoff: Backoff,

@@ -496,3 +496,23 @@ async fn a_topic_that_is_not_there_yet_parks_nothing() {
     assert_eq!(stage.test.published::<OrderPaid>().await, [paid(1)]);
     relay.stop().await;
 }
+
+#[tokio::test]
+async fn a_retry_that_fails_while_the_broker_is_away_is_repeated_less_and_less_often() {
+    let stage = Stage::new();
+    let relay = stage.start(stage.relay());
+    stage.broker.fail("payments", Fault::TooLarge);
+    stage.append_paid(1);
+    stage.drain().await;
+    let parked = stage.desk().list().await.unwrap();
+    stage.broker.fail("payments", Fault::Away);
+    let before = stage.broker.failed();
+    stage.decide(&parked[0].held, KeyAction::Retry).await;
+    sleep(10 * MINUTE).await;
+    let tries = stage.broker.failed() - before;
+    assert!((5..25).contains(&tries), "{tries}");
+    stage.broker.mend();
+    sleep(2 * MINUTE).await;
+    assert_eq!(stage.test.published::<OrderPaid>().await, [paid(1)]);
+    relay.stop().await;
+}
