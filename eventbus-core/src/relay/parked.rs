@@ -8,6 +8,8 @@ use crate::key_state::{Claim, DueName, HeldMessage, HeldName, KeyAction};
 
 /// Names that are dealt with in one pass.
 const NAMES_MAX: usize = 64;
+/// Messages of them that are dealt with in one pass: what is next on the lanes waits meanwhile.
+const MESSAGES_MAX: usize = 100;
 
 impl Runner {
     /// Deals with the names whose time has come; returns when the next one's does.
@@ -21,22 +23,25 @@ impl Runner {
             .await?;
         self.decisions = due.version;
         let more = due.names.len() >= NAMES_MAX;
+        let mut room = MESSAGES_MAX;
         for name in due.names {
             let lane = name.held.place.partition;
             let claim = claims.iter().find(|claim| claim.place == name.held.place);
             let Some(claim) = claim.filter(|_| self.lanes.is_ours(lane)) else {
                 continue;
             };
-            match self.deal_with(claim, &name).await {
+            match self.deal_with(claim, &name, &mut room).await {
                 Ok(()) => {}
                 Err(error) if error.kind() == ErrorKind::Conflict => self.lanes.reclaim(lane),
                 Err(error) => return Err(error),
             }
         }
+        let more = more || room == 0;
         Ok(if more { Some(now) } else { due.next })
     }
 
-    async fn deal_with(&mut self, claim: &Claim, due: &DueName) -> Result<()> {
+    /// Deals with what a name holds, as far as there is room: the rest of it is due still.
+    async fn deal_with(&mut self, claim: &Claim, due: &DueName, room: &mut usize) -> Result<()> {
         let name = &due.held.name;
         let action = due.decision.as_ref().map(|decision| decision.action);
         let mut first = self.relay.held.advance(claim, name, None).await?;
@@ -46,6 +51,10 @@ impl Runner {
             _ => 0,
         };
         while let Some(message) = first {
+            if *room == 0 {
+                return Ok(());
+            }
+            *room -= 1;
             if given_up > 0 {
                 given_up -= 1;
                 self.tell_given_up(due, &message);

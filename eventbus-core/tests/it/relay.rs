@@ -516,3 +516,20 @@ async fn a_retry_that_fails_while_the_broker_is_away_is_repeated_less_and_less_o
     assert_eq!(stage.test.published::<OrderPaid>().await, [paid(1)]);
     relay.stop().await;
 }
+
+#[tokio::test]
+async fn what_a_key_held_is_published_in_order_however_much_it_is() {
+    let stage = Stage::new();
+    let relay = stage.start(stage.relay());
+    stage.broker.fail("payments", Fault::TooLarge);
+    stage.append_paid(1);
+    stage.drain().await;
+    stage.append((0..350).map(|number| amount(1, number)));
+    stage.drain().await;
+    let parked = stage.desk().list().await.unwrap();
+    stage.broker.mend();
+    stage.decide(&parked[0].held, KeyAction::Retry).await;
+    sleep(MINUTE).await;
+    assert_eq!(stage.published().await[&1], (0..350).collect::<Vec<_>>());
+    relay.stop().await;
+}
