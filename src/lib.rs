@@ -19,6 +19,9 @@ pub use connect::{Connect, connect};
 /// How a [`Service`] is, over HTTP.
 #[cfg(feature = "axum")]
 pub use eventbus_axum as health;
+/// Where the events of a request come from.
+#[cfg(feature = "axum")]
+pub use eventbus_axum::{BadOrigin, RequestOrigin};
 pub use signal::shutdown_signal;
 
 // The bus: publishing, reading, asking.

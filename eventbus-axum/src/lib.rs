@@ -12,6 +12,10 @@ use eventbus_core::{
 };
 use serde_json::{Value, json};
 
+mod origin;
+
+pub use origin::{BadOrigin, RequestOrigin};
+
 /// Answers `/livez` and `/readyz` for the service of this handle.
 pub fn router(service: &ServiceHandle) -> Router {
     Router::new()
