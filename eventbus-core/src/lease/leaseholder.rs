@@ -283,6 +283,7 @@ impl Keeper {
 
     async fn renew(&self) {
         let mut changed = self.store.changed(&self.config.group);
+        let mut is_new = true;
         while !self.shared.lock().is_closed() {
             let sent = Instant::now();
             let request = self.shared.lock().request(sent);
@@ -304,6 +305,10 @@ impl Keeper {
                     let more = self.take(&request, &reply, sent);
                     if !more && !hinted {
                         self.wait(&mut changed, sent).await;
+                    }
+                    if std::mem::take(&mut is_new) && more {
+                        // Only the first reply says whom there is to share with.
+                        continue;
                     }
                     // However often something changes, the store is not asked all the time.
                     sleep_until(sent + self.config.ttl.min(FOREVER) / 1_000).await;
