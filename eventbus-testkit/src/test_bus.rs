@@ -3,14 +3,15 @@
 use std::future::Future;
 use std::ops::Deref;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use eventbus_core::{
     BoxError, Broker, Clock, Consumer, ConsumerBuilder, DeadLetter, DeadLetters, Dispatch,
     Envelope, Event, EventBus, EventBusBuilder, MemoryBroker, MemoryConfig, MemoryKeyState,
-    MemoryProfile, Request, Start, Timestamp, Unit, Until,
+    MemoryProfile, OUTBOX_LANES, Relay, Request, Start, Timestamp, Unit, Until,
 };
+use tokio::task::{JoinSet, spawn_blocking, yield_now};
 use tokio::time::Instant;
 use tower::{Layer, Service};
 
@@ -20,6 +21,36 @@ use tower::{Layer, Service};
 /// and retries, deadlines and schedules wait for [`advance`](Self::advance) or
 /// [`run_out`](Self::run_out). A handler that itself waits for time is work: while the test waits
 /// for it, time runs on to the next timer, at no real cost.
+///
+/// # Databases
+///
+/// Services with a unit of work on a database are tested on [`with_database`](Self::with_database),
+/// and what they publish arrives through a relay that [`relay`](Self::relay) runs:
+///
+/// ```no_run
+/// # use std::sync::Arc;
+/// # use eventbus_core::{Context, Event, EventBus, Json, Key, KeyStateStore, LeaseStore, OutboxStore, Relay, Result, Topic, Unit, UnitOfWork, unknown_version};
+/// # use eventbus_testkit::TestBus;
+/// # #[derive(Clone, serde::Serialize, serde::Deserialize)]
+/// # struct OrderCreated { order_id: u64 }
+/// # impl Event for OrderCreated {
+/// #     const TYPE: &'static str = "OrderCreated";
+/// #     const TOPIC: Topic = Topic::from_static("order-events");
+/// #     const VERSION: u32 = 1;
+/// #     type Codec = Json;
+/// #     fn key(&self) -> Option<Key> { Some(Key::display(self.order_id)) }
+/// #     fn upcast(version: u32, _: &[u8]) -> Result<Self> { Err(unknown_version::<Self>(version)) }
+/// # }
+/// # async fn example<S: OutboxStore + LeaseStore + KeyStateStore + UnitOfWork + Unit + Clone>(store: S) -> Result<()> {
+/// let test = TestBus::new().with_database();
+/// test.relay(Relay::new(&test, Arc::new(store.clone()))).await;
+/// let stock = test.consumer("stock").unit(store).on(async |_: OrderCreated, _: Context<(), S>| Ok(()));
+/// let stock = test.spawn(stock).await;
+/// test.publish(OrderCreated { order_id: 1 }).await?;
+/// test.settled().await;
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Examples
 ///
@@ -53,6 +84,9 @@ pub struct TestBus {
     bus: EventBus,
     server: MemoryBroker,
     consumed: Mutex<Vec<DeadLetters>>,
+    relays: Mutex<JoinSet<()>>,
+    /// While it is there, a blocking task waits for its end, and tokio's clock for that task.
+    standstill: Option<mpsc::Sender<()>>,
 }
 
 /// The date of tests: it begins on 1 January 2026 and follows tokio's time.
@@ -139,6 +173,46 @@ impl TestBus {
             bus: set_up(bus, clock).build(),
             server,
             consumed: Mutex::new(Vec::new()),
+            relays: Mutex::new(JoinSet::new()),
+            standstill: None,
+        }
+    }
+
+    /// Lets time pass only where the test says so, for handlers that wait for a database: tokio
+    /// does not see that one is at work, takes the test for idle, and jumps to the next timer,
+    /// which may be the limit of a transaction. A handler that waits for time waits for
+    /// [`advance`](Self::advance) then.
+    #[must_use]
+    pub fn with_database(mut self) -> Self {
+        let (standstill, ended) = mpsc::channel::<()>();
+        // tokio's clock does not jump while a blocking task runs. This one ends with the sender,
+        // which is what its error says.
+        drop(spawn_blocking(move || ended.recv()));
+        self.standstill = Some(standstill);
+        self
+    }
+
+    /// Runs a relay, the only one of its outbox, until the bus is dropped:
+    /// [`settled`](Self::settled) waits for what it has to publish.
+    ///
+    /// # Panics
+    ///
+    /// When its store fails before it runs.
+    pub async fn relay(&self, relay: Relay) {
+        // Nobody takes over from it, however much time passes.
+        let relay = relay.lease_ttl(Duration::MAX);
+        let handle = relay.handle();
+        let running = async {
+            let ended = relay.run_until(std::future::pending()).await;
+            ended.expect("the store of a relay works");
+        };
+        let task = {
+            let mut relays = self.relays.lock().unwrap_or_else(PoisonError::into_inner);
+            relays.spawn(running)
+        };
+        while handle.status().lanes.len() < OUTBOX_LANES as usize {
+            assert!(!task.is_finished(), "the relay ended before it began");
+            yield_now().await;
         }
     }
 
@@ -177,10 +251,13 @@ impl TestBus {
     }
 
     /// Resolves when nothing can go on without time passing: no message is on its way, no handler
-    /// runs, no verdict is unsettled. What waits for a retry, a probe or a paused consumer is left.
+    /// runs, no verdict is unsettled, and no [`relay`](Self::relay) has anything to publish. What
+    /// waits for a retry, a probe or a paused consumer is left.
     /// A [`Reader`](eventbus_core::Reader) of the test's own has to be read to its end or dropped
     /// before: what is there for it is on its way.
     pub async fn settled(&self) {
+        // Who was told of something to do, such as a relay of a commit, gets to know it first.
+        yield_now().await;
         loop {
             let mut changed = pin!(self.bus.activity().changed());
             // Registers before it looks, so that no change is missed.

@@ -312,17 +312,18 @@ impl Lender {
         Ok((writing, ended))
     }
 
-    /// Answers those whose work was in the transaction; returns whether there were any, and how far
-    /// the outbox goes.
-    pub(super) fn answer(&mut self, failure: Option<&Failure>) -> Option<i64> {
-        let mut appended = None;
+    /// How far the outbox goes with what is in the transaction, if that adds to it.
+    pub(super) fn appended(&self) -> Option<i64> {
+        self.kept.iter().filter_map(|kept| kept.appended).max()
+    }
+
+    /// Answers those whose work was in the transaction.
+    pub(super) fn answer(&mut self, failure: Option<&Failure>) {
         for kept in self.kept.drain(..) {
-            appended = appended.max(kept.appended);
             let answer = failure.map_or(Ok(()), |failure| Err(failure.error("commit")));
             // Whoever did the work is gone, so nobody waits for the answer.
             let _ = kept.reply.send(answer);
         }
-        appended
     }
 
     /// Says who keeps the file locked, if somebody does who was to have given the connection back.

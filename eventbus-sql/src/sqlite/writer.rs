@@ -368,11 +368,14 @@ impl WriterTask {
     async fn commit(&mut self, batch: &mut [Command], borrowers: Borrowers) -> Result<(), Failure> {
         let committed = self.commit_all(batch, borrowers).await;
         let failure = committed.as_ref().err();
-        if let Some(appended) = self.lender.answer(failure)
+        // The relay hears of it before those who committed go on, so that tests which wait until
+        // these are done find it at work.
+        if let Some(appended) = self.lender.appended()
             && failure.is_none()
         {
             self.wakes.outbox_reaches(appended);
         }
+        self.lender.answer(failure);
         if failure.is_some() {
             self.appender.forget();
             self.roll_back().await;
