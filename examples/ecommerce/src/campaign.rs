@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
+use eventbus::SqliteStore;
 use eventbus::prelude::{Event as _, EventBus, Redrive};
 use fastrand::Rng;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -43,9 +44,9 @@ use operator::Operator;
 use victim::Yard;
 use witnesses::{PAYMENT, Witnesses};
 
-/// Every named step of publishing, handling, dead-lettering and settling, and at which of its first
-/// so many times it is crashed.
-const STEPS: [(&str, u64); 14] = [
+/// Every named step from handling to publishing, of dead-lettering and of settling, and at which of
+/// its first so many times it is crashed.
+const STEPS: [(&str, u64); 19] = [
     ("publish.before", OFTEN),
     ("publish.after", OFTEN),
     ("handle.before", OFTEN),
@@ -58,8 +59,13 @@ const STEPS: [(&str, u64); 14] = [
     ("park.after", RARELY),
     ("sql.commit.before", OFTEN),
     ("sql.commit.after", OFTEN),
-    ("store.commit.before", OFTEN),
-    ("store.commit.after", OFTEN),
+    ("unit.inbox.before", OFTEN),
+    ("unit.inbox.after", OFTEN),
+    ("unit.outbox.before", OFTEN),
+    ("unit.outbox.after", OFTEN),
+    ("relay.next.after", OFTEN),
+    ("relay.remove.before", OFTEN),
+    ("relay.remove.after", OFTEN),
 ];
 /// What happens with each order, and what happens with those that need a person.
 const OFTEN: u64 = 40;
@@ -89,9 +95,6 @@ pub struct CampaignArgs {
     /// How often a process is told to stop at a random moment
     #[arg(long, default_value_t = 0)]
     terms: u32,
-    /// Nothing may be handled more often than it was published: for ends by `--terms` alone
-    #[arg(long)]
-    once: bool,
     /// How often the process is crashed at each named step
     #[arg(long, default_value_t = 1)]
     steps: u32,
@@ -211,14 +214,11 @@ async fn campaign(args: &CampaignArgs, data: &DataDir) -> anyhow::Result<Verdict
     yard.heal().await?;
     let told = load.finish().await?;
     let bus = connect(&yard.broker).await?;
-    let (redriven, stuck) = drain(&bus).await?;
+    let (redriven, stuck) = drain(&bus, &witnesses::stores(data.path()).await?).await?;
     yard.stop_all().await?;
     let witnesses = Witnesses::hear(&bus, &yard, data.path()).await?;
     bus.close().await?;
     let mut verdict = Verdict::of(&book, &told, &witnesses);
-    if args.once {
-        verdict.demand_once(&witnesses);
-    }
     verdict.complaints.extend(stuck);
     verdict.complaints.extend(yard.complaints().iter().cloned());
     let unreached = unreached.iter();
@@ -231,10 +231,10 @@ async fn campaign(args: &CampaignArgs, data: &DataDir) -> anyhow::Result<Verdict
 
 /// Waits until nothing is left to be handled, and gives the dead letters to their service again;
 /// says how many these were, and what never ended.
-async fn drain(bus: &EventBus) -> anyhow::Result<(usize, Option<String>)> {
+async fn drain(bus: &EventBus, stores: &[SqliteStore]) -> anyhow::Result<(usize, Option<String>)> {
     let mut redriven = 0;
     loop {
-        if let Some(stuck) = settled(bus).await? {
+        if let Some(stuck) = settled(bus, stores).await? {
             return Ok((redriven, Some(stuck)));
         }
         let more = redrive(bus).await?;
@@ -245,13 +245,13 @@ async fn drain(bus: &EventBus) -> anyhow::Result<(usize, Option<String>)> {
     }
 }
 
-/// Waits until everything that was published is settled, and says what never is.
-async fn settled(bus: &EventBus) -> anyhow::Result<Option<String>> {
+/// Waits until everything that was committed is published and settled, and says what never is.
+async fn settled(bus: &EventBus, stores: &[SqliteStore]) -> anyhow::Result<Option<String>> {
     let (mut least, mut since) = (u64::MAX, Instant::now());
     // An event may have moved on from a topic not yet asked to one that was asked already.
     let mut passes = 0;
     while passes < QUIET_PASSES {
-        let lag = witnesses::lag(bus).await?;
+        let lag = witnesses::lag(bus, stores).await?;
         passes = if lag == 0 { passes + 1 } else { 0 };
         if lag < least {
             (least, since) = (lag, Instant::now());

@@ -1,7 +1,7 @@
 //! Ends the process at a named step, as a power cut would: for the crash campaign.
 //!
 //! The steps are `TRACE` events with the target `eventbus::step` and a field `step`, which the SDK,
-//! its brokers and the services' stores emit. Nothing listens to them otherwise.
+//! its brokers and its stores emit. Nothing listens to them otherwise.
 
 use std::fmt;
 use std::str::FromStr;

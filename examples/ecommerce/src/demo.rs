@@ -11,11 +11,9 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use eventbus::prelude::EventBus;
 use indicatif::{ProgressBar, ProgressStyle};
-use tokio::time::timeout;
 
 use crate::data_dir::DataDir;
 use crate::fake::{FakeProcess, ask, ledger_of};
-use crate::service::gateway::Board;
 use crate::shop::{Service, Shop, Surroundings, broker_url, connect, lives_in_process};
 
 mod checkout;
@@ -117,7 +115,8 @@ async fn show(
     let board = shop.board.clone().context("the demo runs a gateway")?;
     let warehouse = shop.warehouse.clone().context("the demo has stock")?;
     let checkout = Checkout::place_all(gateway, book, &board, args.rate, &bar).await?;
-    let unfinished = wait_for_ends(&board, &bar).await;
+    bar.set_message("waiting for the ends");
+    let unfinished = board.wait_until_open(0, PATIENCE).await?;
     bar.finish_and_clear();
 
     let history = History::read(bus).await?;
@@ -182,21 +181,6 @@ async fn start_fakes(args: &DemoArgs, data: &Path) -> anyhow::Result<(FakeProces
     let mailer = ledger_of("fake-mailer", data);
     let mailer = FakeProcess::start("fake-mailer", &mailer);
     tokio::try_join!(psp, mailer)
-}
-
-/// Waits until every order on the board is over, and counts those that are not.
-async fn wait_for_ends(board: &Board, bar: &ProgressBar) -> usize {
-    let mut open = board.count_open();
-    bar.set_message("waiting for the ends");
-    loop {
-        let left = *open.borrow_and_update();
-        if left == 0 {
-            return 0;
-        }
-        if timeout(PATIENCE, open.changed()).await.is_err() {
-            return usize::try_from(left).unwrap_or(0);
-        }
-    }
 }
 
 /// Shown on a terminal only.

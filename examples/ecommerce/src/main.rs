@@ -22,12 +22,12 @@ mod catalogue;
 mod client;
 mod crash_point;
 mod data_dir;
+mod database;
 mod demo;
 mod events;
 mod fake;
 mod service;
 mod shop;
-mod store;
 
 use campaign::CampaignArgs;
 use crash_point::CrashPoint;

@@ -4,15 +4,15 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
 use eventbus::desk::HeldReport;
 use eventbus::prelude::{Connect as _, ConsumerBuilder, EventBus};
-use eventbus::{DeadLetters, Durability, Stopping, health};
+use eventbus::{DeadLetters, Durability, SqliteOutbox, SqliteStore, Stopping, health};
 use tokio::net::TcpListener;
-use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use crate::catalogue;
@@ -21,12 +21,13 @@ use crate::client::psp::HttpPsp;
 use crate::events::topics;
 use crate::service::gateway::{self, Board};
 use crate::service::inventory::{self, Warehouse};
-use crate::service::notification::{self, Notifications};
-use crate::service::order::{self, Orders};
-use crate::service::payment::{self, Payments};
-use crate::service::shipping::{self, Labels};
+use crate::service::notification;
+use crate::service::order;
+use crate::service::payment;
+use crate::service::shipping;
 
-/// How long orders under way may take to end when the broker dies with this process.
+/// Without any order ending for so long, those under way are lost where the broker dies with this
+/// process.
 const FINISH_WITHIN: Duration = Duration::from_secs(10);
 
 /// What the log says when a shop is open.
@@ -120,7 +121,7 @@ impl Shop {
         Ok((shop, parts))
     }
 
-    /// Starts the consumer of one service.
+    /// Starts the consumer and the relay of one service.
     async fn consume(
         &mut self,
         parts: eventbus::Service,
@@ -133,38 +134,42 @@ impl Shop {
             Service::Gateway => {
                 let board = self.board.insert(Board::open(data).await?).clone();
                 let parts = self.serve(parts, bus, &board, surroundings.port).await?;
-                self.spawn(parts, service, gateway::consumer(bus, board))
+                let consumer = gateway::consumer(bus, &board);
+                self.spawn(parts, service, board.store().outbox(bus), consumer)
                     .await
             }
             Service::Order => {
-                let orders = Orders::open(data).await?;
-                self.spawn(parts, service, order::consumer(bus, orders))
-                    .await
+                let store = order::open(data).await?;
+                let (outbox, consumer) = (store.outbox(bus), order::consumer(bus, store));
+                self.spawn(parts, service, outbox, consumer).await
             }
             Service::Inventory => {
-                let warehouse = Warehouse::open(data, &surroundings.stock).await?;
+                let warehouse = Warehouse::open(data).await?;
+                warehouse.deliver(bus, &surroundings.stock).await?;
                 let warehouse = self.warehouse.insert(warehouse).clone();
-                self.spawn(parts, service, inventory::consumer(bus, warehouse))
+                let consumer = inventory::consumer(bus, &warehouse);
+                self.spawn(parts, service, warehouse.store().outbox(bus), consumer)
                     .await
             }
             Service::Payment => {
                 let url = surroundings.psp_url.as_deref();
-                let psp = HttpPsp::new(url.context("payment needs a provider")?)?;
-                let payments = Payments::open(data, psp).await?;
-                self.spawn(parts, service, payment::consumer(bus, payments))
-                    .await
+                let psp = Arc::new(HttpPsp::new(url.context("payment needs a provider")?)?);
+                let store = payment::open(data).await?;
+                let (outbox, consumer) = (store.outbox(bus), payment::consumer(bus, store, psp));
+                self.spawn(parts, service, outbox, consumer).await
             }
             Service::Shipping => {
-                let labels = Labels::open(data).await?;
-                self.spawn(parts, service, shipping::consumer(bus, labels))
-                    .await
+                let store = shipping::open(data).await?;
+                let (outbox, consumer) = (store.outbox(bus), shipping::consumer(bus, store));
+                self.spawn(parts, service, outbox, consumer).await
             }
             Service::Notification => {
                 let url = surroundings.mailer_url.as_deref();
                 let mailer = HttpMailer::new(url.context("notification needs a provider")?)?;
-                let notifications = Notifications::open(data, mailer).await?;
-                let consumer = notification::consumer(bus, notifications);
-                self.spawn(parts, service, consumer).await
+                let store = notification::open(data).await?;
+                let outbox = store.outbox(bus);
+                let consumer = notification::consumer(bus, store, Arc::new(mailer));
+                self.spawn(parts, service, outbox, consumer).await
             }
         }
     }
@@ -173,7 +178,8 @@ impl Shop {
         &mut self,
         parts: eventbus::Service,
         service: Service,
-        consumer: ConsumerBuilder<S>,
+        outbox: SqliteOutbox,
+        consumer: ConsumerBuilder<S, SqliteStore>,
     ) -> anyhow::Result<eventbus::Service>
     where
         S: Send + Sync + 'static,
@@ -181,8 +187,12 @@ impl Shop {
         let consumer = consumer.spawn().await;
         let consumer = consumer.with_context(|| format!("start the {} service", service.name()))?;
         self.dead_letters.push(consumer.dead_letters());
+        let name = format!("{}-outbox", service.name());
+        let relay = outbox.relay().name(&name)?;
         info!(service = service.name(), "started");
-        Ok(parts.consumer(consumer))
+        Ok(parts
+            .consumer(consumer)
+            .background(name, |stop| relay.run_until(stop)))
     }
 
     /// Listens for orders, and for those who ask whether the shop is alive and ready.
@@ -198,7 +208,7 @@ impl Shop {
             format!("listen on port {port}: choose another with `--port`, 0 takes a free one")
         })?;
         self.gateway_url = Some(format!("http://{}", listener.local_addr()?));
-        let routes = gateway::routes(bus.clone(), board.clone());
+        let routes = gateway::routes(bus, board.clone());
         let routes = routes.merge(health::router(&parts.handle()));
         let unfinished = lives_in_process(bus).then_some(board.clone());
         Ok(parts.server("gateway", |stop: Stopping| async move {
@@ -277,14 +287,13 @@ async fn apply_topics(bus: &EventBus) -> anyhow::Result<()> {
 
 /// Orders under way are lost with such a broker's process, so stopping waits for them.
 async fn wait_for_orders(board: &Board) {
-    let mut open = board.count_open();
-    let over = timeout(FINISH_WITHIN, open.wait_for(|open| *open == 0)).await;
-    if over.is_err() {
-        let orders = *board.count_open().borrow();
-        warn!(
+    match board.wait_until_open(0, FINISH_WITHIN).await {
+        Ok(0) => {}
+        Ok(orders) => warn!(
             orders,
             "orders under way are lost: this broker ends with the process"
-        );
+        ),
+        Err(error) => warn!(%error, "nobody knows whether orders under way are lost"),
     }
 }
 

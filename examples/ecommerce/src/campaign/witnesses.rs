@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::Context as _;
+use eventbus::SqliteStore;
 use eventbus::desk::HeldReport;
 use eventbus::prelude::{Event as _, EventBus, Start, Topic, Until};
+use eventbus::store::OutboxStore as _;
 
 use super::victim::Yard;
+use crate::database::{self, Handled};
 use crate::events::{
     InventoryReserved, NotificationSent, OrderCreated, OrderId, PaymentProcessed, ShippingCreated,
     topics,
@@ -18,7 +21,6 @@ use crate::fake::psp::PspCalls;
 use crate::service::gateway::{Board, OrderView};
 use crate::service::inventory::Warehouse;
 use crate::shop::{held, usual_stock};
-use crate::store::{self, Handled};
 
 /// Everything the checker asks.
 #[derive(Debug)]
@@ -101,7 +103,7 @@ impl Witnesses {
         let (wire, orders) = read_topics(bus).await?;
         let mut journals = BTreeMap::new();
         for (service, _) in SERVICES {
-            journals.insert(service, store::journal(data, service).await?);
+            journals.insert(service, database::journal(data, service).await?);
         }
         let board = Board::open(data).await?;
         let mut views = HashMap::new();
@@ -110,7 +112,7 @@ impl Witnesses {
                 views.insert(*order_id, view);
             }
         }
-        let warehouse = Warehouse::open(data, &BTreeMap::new()).await?;
+        let warehouse = Warehouse::open(data).await?;
         Ok(Self {
             wire,
             orders,
@@ -126,13 +128,34 @@ impl Witnesses {
     }
 }
 
-/// How many events are published and not settled, over all services.
+/// The services' databases, to see what is in their outboxes.
 ///
 /// # Errors
 ///
-/// When the broker does not say.
-pub async fn lag(bus: &EventBus) -> anyhow::Result<u64> {
+/// When one cannot be opened.
+pub async fn stores(data: &Path) -> anyhow::Result<Vec<SqliteStore>> {
+    let mut stores = Vec::new();
+    for (service, _) in SERVICES {
+        stores.push(SqliteStore::open(database::file_of(data, service)).await?);
+    }
+    Ok(stores)
+}
+
+/// How many events are committed and not published, or published and not settled, over all services.
+///
+/// # Errors
+///
+/// When a database or the broker does not say.
+pub async fn lag(bus: &EventBus, stores: &[SqliteStore]) -> anyhow::Result<u64> {
     let mut messages = 0;
+    for store in stores {
+        let outbox = store.depth().await.context("look into an outbox")?;
+        messages += outbox
+            .lanes
+            .iter()
+            .map(|(_, messages)| messages)
+            .sum::<u64>();
+    }
     for (service, topics) in SERVICES {
         let lanes = bus.lag(service, topics).await.context("ask for the lag")?;
         messages += lanes.iter().map(|lane| lane.messages).sum::<u64>();

@@ -10,7 +10,7 @@ use reqwest::header::CONTENT_TYPE;
 use reqwest::{Client, StatusCode};
 use serde::Deserialize;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 
 use super::PATIENCE;
 use super::order_book::{End, OrderBook, Post};
@@ -19,9 +19,9 @@ use crate::service::gateway::{Board, OrderView, Status};
 
 /// How many requests are under way at a time.
 const CONCURRENCY: usize = 64;
-/// How many orders may be on their way before the next is placed, so that what is measured is the
+/// How many orders may be on their way when the next is placed, so that what is measured is the
 /// shop and not a queue in front of it.
-const OPEN_MAX: i64 = 64;
+const OPEN_MAX: usize = 63;
 
 /// What became of the posts.
 #[derive(Debug)]
@@ -80,7 +80,7 @@ impl Checkout {
         };
         let mut answers = JoinSet::new();
         for index in 0..book.posts.len() {
-            let Some(posted_at) = pace.next().await else {
+            let Some(posted_at) = pace.next().await? else {
                 let stopped = format!("placing stopped at {index}: no order ended for too long");
                 checkout.surprises.push(stopped);
                 break;
@@ -174,28 +174,18 @@ impl<'a> Pace<'a> {
     }
 
     /// Waits for the time of the next order; none when no order ended for too long.
-    async fn next(&mut self) -> Option<SystemTime> {
+    async fn next(&mut self) -> anyhow::Result<Option<SystemTime>> {
         match self {
-            Self::AsOrdersEnd(board) => has_room(board).await.then(SystemTime::now),
+            Self::AsOrdersEnd(board) => {
+                let open = board.wait_until_open(OPEN_MAX, PATIENCE).await?;
+                Ok((open <= OPEN_MAX).then(SystemTime::now))
+            }
             Self::AtRate { due, between } => {
                 sleep_until(*due).await;
                 let posted_at = SystemTime::now() - due.elapsed();
                 *due += *between;
-                Some(posted_at)
+                Ok(Some(posted_at))
             }
-        }
-    }
-}
-
-/// Waits until few enough orders are on their way; false when none ended for too long.
-async fn has_room(board: &Board) -> bool {
-    let mut open = board.count_open();
-    loop {
-        if *open.borrow_and_update() < OPEN_MAX {
-            return true;
-        }
-        if timeout(PATIENCE, open.changed()).await.is_err() {
-            return false;
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The gateway: takes orders over HTTP, says where they stand, and publishes `OrderCreated`.
 //!
 //! ```text
-//!  POST /orders ─▶ read, check ─▶ name the order ─▶ publish OrderCreated ─▶ 202 Location: /orders/{id}
+//!  POST /orders ─▶ read, check ─▶ name the order ─▶ [ order, OrderCreated ] ─▶ 202 Location: /orders/{id}
 //!  GET /orders/{id} ◀─ board ◀─ every event of the order (group "gateway")
 //! ```
 
@@ -14,7 +14,8 @@ use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use eventbus::prelude::{ConsumerBuilder, Context, EventBus, EventId, Outgoing};
+use eventbus::prelude::{ConsumerBuilder, Context, EventBus, Origin};
+use eventbus::{BadOrigin, RequestOrigin, SqliteOutbox, SqliteStore};
 use serde_json::json;
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -26,47 +27,44 @@ use crate::events::{
 };
 
 mod board;
-mod caller;
 mod keys;
 mod order_form;
 mod problem;
 
+use board::hear;
 pub use board::{Board, OrderView, Status};
-use caller::Caller;
-use keys::Keys;
 use order_form::OrderForm;
 use problem::Problem;
 
-/// How long a client waits for the event bus before it is told to come again.
-const PUBLISH_WITHIN: Duration = Duration::from_secs(5);
+/// How long a client waits for the database before it is told to come again.
+const PLACE_WITHIN: Duration = Duration::from_secs(5);
 
 /// What the HTTP handlers share.
 #[derive(Debug)]
 struct Desk {
-    bus: EventBus,
+    outbox: SqliteOutbox,
     board: Board,
-    keys: Keys,
 }
 
 /// What clients may ask of the gateway.
-pub fn routes(bus: EventBus, board: Board) -> Router {
-    let keys = board.keys();
-    let desk = Desk { bus, board, keys };
+pub fn routes(bus: &EventBus, board: Board) -> Router {
+    let outbox = board.store().outbox(bus);
     Router::new()
         .route("/orders", post(take_order))
         .route("/orders/{id}", get(show_order))
         .fallback(nothing_here)
         .method_not_allowed_fallback(wrong_method)
-        .with_state(Arc::new(desk))
+        .with_state(Arc::new(Desk { outbox, board }))
 }
 
 async fn take_order(
     State(desk): State<Arc<Desk>>,
     uri: Uri,
     headers: HeaderMap,
+    origin: Result<RequestOrigin, BadOrigin>,
     body: Body,
 ) -> Result<Response, Problem> {
-    let accepted = desk.accept(&headers, body).await;
+    let accepted = desk.accept(origin, &headers, body).await;
     let order_id = accepted.map_err(|problem| problem.at(&uri))?;
     let location = format!("/orders/{order_id}");
     let answer = json!({ "order_id": order_id, "status": Status::Placed, "href": location });
@@ -79,35 +77,43 @@ async fn take_order(
 }
 
 impl Desk {
-    /// Takes an order: everything is checked before anything is published.
-    async fn accept(&self, headers: &HeaderMap, body: Body) -> Result<OrderId, Problem> {
-        let caller = Caller::of(headers)?;
+    /// Takes an order: everything is checked before anything is written.
+    async fn accept(
+        &self,
+        origin: Result<RequestOrigin, BadOrigin>,
+        headers: &HeaderMap,
+        body: Body,
+    ) -> Result<OrderId, Problem> {
+        let RequestOrigin(origin) = origin?;
+        let user_id = origin.metadata.get("userId").map(String::as_str);
+        let order_id = keys::order_id(headers, user_id)?;
         let form = OrderForm::read(headers, body).await?;
         form.check()?;
-        let order_id = match &caller.idempotency_key {
-            Some(key) => self.keys.order_id(&caller.user_id, key, &form).await?,
-            None => OrderId(Uuid::now_v7()),
-        };
-        self.publish(form.into_order(order_id), &caller).await?;
-        let placed = self.board.placed(order_id).await;
-        placed.map_err(|cause| Problem::unknown_outcome(order_id, &cause))?;
-        Ok(order_id)
+        let placed = timeout(PLACE_WITHIN, self.place(order_id, form, origin)).await;
+        let placed = placed.unwrap_or_else(|late| Err(late.into()));
+        match placed.map_err(|cause| Problem::unknown_outcome(order_id, &cause))? {
+            true => Ok(order_id),
+            false => Err(Problem::key_reused()),
+        }
     }
 
-    /// Publishes the order under an id made from its number: an order that is posted again is the
-    /// same event again, which every service recognises.
-    async fn publish(&self, order: OrderCreated, caller: &Caller) -> Result<(), Problem> {
-        let order_id = order.order_id;
-        let event = Outgoing::new(order)
-            .with_id(EventId::from_name(&format!("OrderCreated/{order_id}")))
-            .with_origin(caller.origin());
-        let published = timeout(PUBLISH_WITHIN, self.bus.publish(event)).await;
-        let published = match published {
-            Ok(published) => published.map_err(anyhow::Error::new),
-            Err(late) => Err(anyhow::Error::new(late)),
-        };
-        published.map_err(|cause| Problem::unknown_outcome(order_id, &cause))?;
-        Ok(())
+    /// Writes the order and its event in one transaction, unless it was placed before; false when
+    /// that was another one.
+    async fn place(
+        &self,
+        order_id: OrderId,
+        form: OrderForm,
+        origin: Origin,
+    ) -> anyhow::Result<bool> {
+        let fingerprint = form.fingerprint();
+        let mut tx = self.outbox.begin(origin).await?;
+        if let Some(before) = board::find_form(&mut tx, order_id).await? {
+            return Ok(before == fingerprint);
+        }
+        board::place(&mut tx, order_id, fingerprint).await?;
+        tx.publish(form.into_order(order_id))?;
+        tx.commit().await?;
+        Ok(true)
     }
 
     /// The order on the board that a client calls `id`.
@@ -146,67 +152,70 @@ async fn wrong_method(method: Method, uri: Uri) -> Problem {
 }
 
 /// Wires what keeps the board up to date.
-pub fn consumer(bus: &EventBus, board: Board) -> ConsumerBuilder<Board> {
+pub fn consumer(bus: &EventBus, board: &Board) -> ConsumerBuilder<(), SqliteStore> {
     bus.consumer("gateway")
-        .state(board)
-        .on(async |order: OrderCreated, cx: Context<Board>| {
-            let change = |order: &mut OrderView| order.reach(Status::Placed);
-            Ok(cx.state().hear(&order, &cx, order.order_id, change).await?)
-        })
-        .on(async |reserved: InventoryReserved, cx: Context<Board>| {
-            let change = |order: &mut OrderView| order.reach(Status::Reserved);
-            Ok(cx
-                .state()
-                .hear(&reserved, &cx, reserved.order_id, change)
-                .await?)
-        })
-        .on(async |short: InventoryShort, cx: Context<Board>| {
-            let change = |order: &mut OrderView| order.fail(CancelReason::OutOfStock);
-            Ok(cx.state().hear(&short, &cx, short.order_id, change).await?)
-        })
-        .on(async |released: InventoryReleased, cx: Context<Board>| {
-            let change = OrderView::release;
-            Ok(cx
-                .state()
-                .hear(&released, &cx, released.order_id, change)
-                .await?)
-        })
-        .on(async |paid: PaymentProcessed, cx: Context<Board>| {
-            let change = |order: &mut OrderView| order.reach(Status::Paid);
-            Ok(cx.state().hear(&paid, &cx, paid.order_id, change).await?)
-        })
-        .on(async |failed: PaymentFailed, cx: Context<Board>| {
-            let change = |order: &mut OrderView| order.fail(CancelReason::PaymentDeclined);
-            Ok(cx
-                .state()
-                .hear(&failed, &cx, failed.order_id, change)
-                .await?)
-        })
-        .on(async |parcel: ShippingCreated, cx: Context<Board>| {
-            let change = |order: &mut OrderView| order.pack(&parcel.tracking);
-            Ok(cx
-                .state()
-                .hear(&parcel, &cx, parcel.order_id, change)
-                .await?)
-        })
-        .on(async |sent: NotificationSent, cx: Context<Board>| {
-            let change = OrderView::tell;
-            Ok(cx.state().hear(&sent, &cx, sent.order_id, change).await?)
-        })
-        .on(async |order: OrderShipped, cx: Context<Board>| {
-            let change = |order: &mut OrderView| order.reach(Status::Shipped);
-            Ok(cx.state().hear(&order, &cx, order.order_id, change).await?)
-        })
-        .on(async |cancelled: OrderCancelled, cx: Context<Board>| {
-            let change = |order: &mut OrderView| {
-                order.fail(cancelled.reason);
-                order.reach(Status::Cancelled);
-            };
-            Ok(cx
-                .state()
-                .hear(&cancelled, &cx, cancelled.order_id, change)
-                .await?)
-        })
+        .unit(board.store().clone())
+        .on(
+            async |order: OrderCreated, mut cx: Context<(), SqliteStore>| {
+                let change = |order: &mut OrderView| order.reach(Status::Placed);
+                hear(&order, &mut cx, order.order_id, change).await
+            },
+        )
+        .on(
+            async |reserved: InventoryReserved, mut cx: Context<(), SqliteStore>| {
+                let change = |order: &mut OrderView| order.reach(Status::Reserved);
+                hear(&reserved, &mut cx, reserved.order_id, change).await
+            },
+        )
+        .on(
+            async |short: InventoryShort, mut cx: Context<(), SqliteStore>| {
+                let change = |order: &mut OrderView| order.fail(CancelReason::OutOfStock);
+                hear(&short, &mut cx, short.order_id, change).await
+            },
+        )
+        .on(
+            async |released: InventoryReleased, mut cx: Context<(), SqliteStore>| {
+                hear(&released, &mut cx, released.order_id, OrderView::release).await
+            },
+        )
+        .on(
+            async |paid: PaymentProcessed, mut cx: Context<(), SqliteStore>| {
+                let change = |order: &mut OrderView| order.reach(Status::Paid);
+                hear(&paid, &mut cx, paid.order_id, change).await
+            },
+        )
+        .on(
+            async |failed: PaymentFailed, mut cx: Context<(), SqliteStore>| {
+                let change = |order: &mut OrderView| order.fail(CancelReason::PaymentDeclined);
+                hear(&failed, &mut cx, failed.order_id, change).await
+            },
+        )
+        .on(
+            async |parcel: ShippingCreated, mut cx: Context<(), SqliteStore>| {
+                let change = |order: &mut OrderView| order.pack(&parcel.tracking);
+                hear(&parcel, &mut cx, parcel.order_id, change).await
+            },
+        )
+        .on(
+            async |sent: NotificationSent, mut cx: Context<(), SqliteStore>| {
+                hear(&sent, &mut cx, sent.order_id, OrderView::tell).await
+            },
+        )
+        .on(
+            async |order: OrderShipped, mut cx: Context<(), SqliteStore>| {
+                let change = |order: &mut OrderView| order.reach(Status::Shipped);
+                hear(&order, &mut cx, order.order_id, change).await
+            },
+        )
+        .on(
+            async |cancelled: OrderCancelled, mut cx: Context<(), SqliteStore>| {
+                let change = |order: &mut OrderView| {
+                    order.fail(cancelled.reason);
+                    order.reach(Status::Cancelled);
+                };
+                hear(&cancelled, &mut cx, cancelled.order_id, change).await
+            },
+        )
 }
 
 #[cfg(test)]

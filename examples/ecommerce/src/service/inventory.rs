@@ -6,15 +6,17 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus};
+use eventbus::SqliteStore;
+use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus, Origin};
 use serde::{Deserialize, Serialize};
+use sqlx::SqliteConnection;
 use sqlx::types::Json;
 
+use crate::database::{self, handling};
 use crate::events::{
     InventoryReleased, InventoryReserved, InventoryShort, Line, OrderCreated, OrderId,
     PaymentFailed,
 };
-use crate::store::{Store, Work};
 
 const MIGRATIONS: &[&str] = &["
     CREATE TABLE shelf (
@@ -26,10 +28,9 @@ const MIGRATIONS: &[&str] = &["
         reservation TEXT NOT NULL
     ) STRICT, WITHOUT ROWID"];
 
-/// The shelves, and what became of each order: asked again, the warehouse answers the same and
-/// moves nothing.
+/// The shelves, and what is set aside for each order.
 #[derive(Clone, Debug)]
-pub struct Warehouse(Store);
+pub struct Warehouse(SqliteStore);
 
 /// What the warehouse did for an order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,46 +44,60 @@ enum Reservation {
     Released(Vec<Line>),
 }
 
-/// Stock was to be put back that was never set aside.
+/// Stock was to be put back that is not set aside.
 #[derive(Debug)]
 pub struct NothingHeld(OrderId);
 
 impl Warehouse {
-    /// The warehouse in the data directory; a product it does not know yet gets as many pieces on
-    /// the shelf as `delivered` says.
+    /// The warehouse in the data directory.
     ///
     /// # Errors
     ///
     /// When the service's database cannot be opened.
-    pub async fn open(data: &Path, delivered: &BTreeMap<String, u32>) -> anyhow::Result<Self> {
-        let store = Store::open(data, "inventory", MIGRATIONS).await?;
-        let mut work = store.begin().await?;
+    pub async fn open(data: &Path) -> anyhow::Result<Self> {
+        Ok(Self(database::open(data, "inventory", MIGRATIONS).await?))
+    }
+
+    /// What it keeps its data in.
+    pub fn store(&self) -> &SqliteStore {
+        &self.0
+    }
+
+    /// Puts on the shelf what was delivered of products that the warehouse does not know yet.
+    ///
+    /// # Errors
+    ///
+    /// When the service's database cannot be written.
+    pub async fn deliver(
+        &self,
+        bus: &EventBus,
+        delivered: &BTreeMap<String, u32>,
+    ) -> anyhow::Result<()> {
+        let mut tx = self.0.outbox(bus).begin(Origin::new()).await?;
         for (product, pieces) in delivered {
             sqlx::query("INSERT INTO shelf (product, pieces) VALUES (?, ?) ON CONFLICT DO NOTHING")
                 .bind(product)
                 .bind(pieces)
-                .execute(&mut *work)
+                .execute(&mut *tx)
                 .await?;
         }
-        work.commit().await?;
-        Ok(Self(store))
+        tx.commit().await?;
+        Ok(())
     }
 
     /// What is on the shelves.
     pub async fn on_shelf(&self) -> anyhow::Result<BTreeMap<String, u32>> {
-        let mut reader = self.0.reader().await;
         let shelf: Vec<(String, u32)> = sqlx::query_as("SELECT product, pieces FROM shelf")
-            .fetch_all(&mut *reader)
+            .fetch_all(self.0.readers())
             .await?;
         Ok(shelf.into_iter().collect())
     }
 
     /// What is set aside, over all orders.
     pub async fn set_aside(&self) -> anyhow::Result<BTreeMap<String, u32>> {
-        let mut reader = self.0.reader().await;
         let reservations: Vec<Json<Reservation>> =
             sqlx::query_scalar("SELECT reservation FROM reservations")
-                .fetch_all(&mut *reader)
+                .fetch_all(self.0.readers())
                 .await?;
         let mut pieces = BTreeMap::new();
         for Json(reservation) in reservations {
@@ -92,95 +107,59 @@ impl Warehouse {
         }
         Ok(pieces)
     }
-
-    /// Sets everything aside or nothing, once per order.
-    async fn reserve(
-        &self,
-        order: &OrderCreated,
-        cx: &Context<Self>,
-    ) -> anyhow::Result<Reservation> {
-        let mut work = self.0.handling(order, cx).await?;
-        let reservation = match find(&mut work, order.order_id).await? {
-            Some(before) => before,
-            None => {
-                let reservation = take(&mut work, &order.lines).await?;
-                keep(&mut work, order.order_id, &reservation).await?;
-                reservation
-            }
-        };
-        work.commit().await?;
-        Ok(reservation)
-    }
-
-    /// Puts back what is set aside for an order, once.
-    async fn release(
-        &self,
-        failed: &PaymentFailed,
-        cx: &Context<Self>,
-    ) -> Result<Vec<Line>, BoxError> {
-        let mut work = self.0.handling(failed, cx).await?;
-        let lines = match find(&mut work, failed.order_id).await? {
-            Some(Reservation::Held(lines)) => {
-                put(&mut work, &lines).await?;
-                let released = Reservation::Released(lines.clone());
-                keep(&mut work, failed.order_id, &released).await?;
-                lines
-            }
-            Some(Reservation::Released(lines)) => lines,
-            Some(Reservation::Short(_)) | None => return Err(NothingHeld(failed.order_id).into()),
-        };
-        work.commit().await?;
-        Ok(lines)
-    }
 }
 
-/// What was done for an order before.
-async fn find(work: &mut Work, order_id: OrderId) -> sqlx::Result<Option<Reservation>> {
+/// What was done for an order.
+async fn find(tx: &mut SqliteConnection, order_id: OrderId) -> sqlx::Result<Option<Reservation>> {
     let found = sqlx::query_scalar("SELECT reservation FROM reservations WHERE order_id = ?")
         .bind(order_id.to_string())
-        .fetch_optional(&mut **work);
+        .fetch_optional(&mut *tx);
     Ok(found.await?.map(|Json(reservation)| reservation))
 }
 
-async fn keep(work: &mut Work, order_id: OrderId, reservation: &Reservation) -> sqlx::Result<()> {
+async fn keep(
+    tx: &mut SqliteConnection,
+    order_id: OrderId,
+    reservation: &Reservation,
+) -> sqlx::Result<()> {
     sqlx::query("INSERT OR REPLACE INTO reservations (order_id, reservation) VALUES (?, ?)")
         .bind(order_id.to_string())
         .bind(Json(reservation))
-        .execute(&mut **work)
+        .execute(&mut *tx)
         .await?;
     Ok(())
 }
 
-/// Takes everything from the shelves, or nothing when a product is short.
-async fn take(work: &mut Work, lines: &[Line]) -> sqlx::Result<Reservation> {
+/// Takes everything from the shelves, or nothing when a product is short: which one.
+async fn take(tx: &mut SqliteConnection, lines: &[Line]) -> sqlx::Result<Option<String>> {
     let mut wanted = BTreeMap::new();
     add(&mut wanted, lines);
     for (product, quantity) in &wanted {
         let there: Option<u32> = sqlx::query_scalar("SELECT pieces FROM shelf WHERE product = ?")
             .bind(product)
-            .fetch_optional(&mut **work)
+            .fetch_optional(&mut *tx)
             .await?;
         if there.unwrap_or(0) < *quantity {
-            return Ok(Reservation::Short(product.clone()));
+            return Ok(Some(product.clone()));
         }
     }
     for (product, quantity) in &wanted {
         sqlx::query("UPDATE shelf SET pieces = pieces - ? WHERE product = ?")
             .bind(quantity)
             .bind(product)
-            .execute(&mut **work)
+            .execute(&mut *tx)
             .await?;
     }
-    Ok(Reservation::Held(lines.to_vec()))
+    Ok(None)
 }
 
 /// Puts everything on the shelves.
-async fn put(work: &mut Work, lines: &[Line]) -> sqlx::Result<()> {
+async fn put(tx: &mut SqliteConnection, lines: &[Line]) -> sqlx::Result<()> {
     for line in lines {
         sqlx::query("UPDATE shelf SET pieces = pieces + ? WHERE product = ?")
             .bind(line.quantity)
             .bind(&line.product)
-            .execute(&mut **work)
+            .execute(&mut *tx)
             .await?;
     }
     Ok(())
@@ -192,39 +171,46 @@ fn add(pieces: &mut BTreeMap<String, u32>, lines: &[Line]) {
     }
 }
 
-async fn reserve(order: OrderCreated, cx: Context<Warehouse>) -> Result<(), BoxError> {
-    match cx.state().reserve(&order, &cx).await? {
-        Reservation::Held(lines) | Reservation::Released(lines) => {
-            cx.publish(InventoryReserved {
-                order_id: order.order_id,
-                customer: order.customer,
-                lines,
-                total: order.total,
-                card: order.card,
-            })?;
-        }
-        Reservation::Short(product) => {
-            cx.publish(InventoryShort {
-                order_id: order.order_id,
-                customer: order.customer,
-                product,
-            })?;
-        }
+/// Sets everything aside or nothing.
+async fn reserve(order: OrderCreated, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
+    let order_id = order.order_id;
+    let tx = handling(&order, &mut cx).await?;
+    if let Some(product) = take(tx, &order.lines).await? {
+        keep(tx, order_id, &Reservation::Short(product.clone())).await?;
+        cx.publish(InventoryShort {
+            order_id,
+            customer: order.customer,
+            product,
+        })?;
+    } else {
+        keep(tx, order_id, &Reservation::Held(order.lines.clone())).await?;
+        cx.publish(InventoryReserved {
+            order_id,
+            customer: order.customer,
+            lines: order.lines,
+            total: order.total,
+            card: order.card,
+        })?;
     }
     Ok(())
 }
 
-async fn put_back(failed: PaymentFailed, cx: Context<Warehouse>) -> Result<(), BoxError> {
-    let lines = cx.state().release(&failed, &cx).await?;
+async fn put_back(failed: PaymentFailed, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
     let order_id = failed.order_id;
+    let tx = handling(&failed, &mut cx).await?;
+    let Some(Reservation::Held(lines)) = find(tx, order_id).await? else {
+        return Err(NothingHeld(order_id).into());
+    };
+    put(tx, &lines).await?;
+    keep(tx, order_id, &Reservation::Released(lines.clone())).await?;
     cx.publish(InventoryReleased { order_id, lines })?;
     Ok(())
 }
 
 /// Wires the inventory service.
-pub fn consumer(bus: &EventBus, warehouse: Warehouse) -> ConsumerBuilder<Warehouse> {
+pub fn consumer(bus: &EventBus, warehouse: &Warehouse) -> ConsumerBuilder<(), SqliteStore> {
     bus.consumer("inventory")
-        .state(warehouse)
+        .unit(warehouse.store().clone())
         .on(reserve)
         .on(put_back)
         .skip_others()

@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use eventbus::SqliteStore;
 use eventbus::prelude::{BoxError, ConsumerBuilder, Context, Event, EventBus};
 use sqlx::types::Json;
 
 use crate::client::mailer::{Mail, Mailer};
 use crate::client::provider_retries;
+use crate::database::{self, handling};
 use crate::events::{Notice, NotificationSent, OrderCancelled, ShippingCreated};
-use crate::store::Store;
 
 const MIGRATIONS: &[&str] = &["
     CREATE TABLE mails (
@@ -19,48 +20,19 @@ const MIGRATIONS: &[&str] = &["
         PRIMARY KEY (order_id, notice)
     ) STRICT, WITHOUT ROWID"];
 
-/// The provider that sends the mails, and what was sent.
-#[derive(Clone)]
-pub struct Notifications {
-    mailer: Arc<dyn Mailer>,
-    sent: Store,
+/// Opens the list of what was sent.
+///
+/// # Errors
+///
+/// When the service's database cannot be opened.
+pub async fn open(data: &Path) -> anyhow::Result<SqliteStore> {
+    database::open(data, "notification", MIGRATIONS).await
 }
 
-impl Notifications {
-    /// Notifications through `mailer`, noted in the data directory.
-    ///
-    /// # Errors
-    ///
-    /// When the service's database cannot be opened.
-    pub async fn open(data: &Path, mailer: impl Mailer) -> anyhow::Result<Self> {
-        Ok(Self {
-            mailer: Arc::new(mailer),
-            sent: Store::open(data, "notification", MIGRATIONS).await?,
-        })
-    }
-
-    /// Notes that a mail went out, once.
-    async fn note<E: Event + Sync>(
-        &self,
-        event: &E,
-        cx: &Context<Self>,
-        sent: &NotificationSent,
-    ) -> anyhow::Result<()> {
-        let mut work = self.sent.handling(event, cx).await?;
-        sqlx::query(
-            "INSERT INTO mails (order_id, notice, email) VALUES (?, ?, ?) \
-             ON CONFLICT DO NOTHING",
-        )
-        .bind(sent.order_id.to_string())
-        .bind(Json(sent.notice))
-        .bind(&sent.email)
-        .execute(&mut *work)
-        .await?;
-        work.commit().await
-    }
-}
-
-async fn shipped(parcel: ShippingCreated, cx: Context<Notifications>) -> Result<(), BoxError> {
+async fn shipped(
+    parcel: ShippingCreated,
+    cx: Context<Arc<dyn Mailer>, SqliteStore>,
+) -> Result<(), BoxError> {
     let mail = Mail {
         order_id: parcel.order_id,
         to: parcel.customer.email.clone(),
@@ -73,7 +45,10 @@ async fn shipped(parcel: ShippingCreated, cx: Context<Notifications>) -> Result<
     tell(&parcel, mail, Notice::Shipped, cx).await
 }
 
-async fn cancelled(order: OrderCancelled, cx: Context<Notifications>) -> Result<(), BoxError> {
+async fn cancelled(
+    order: OrderCancelled,
+    cx: Context<Arc<dyn Mailer>, SqliteStore>,
+) -> Result<(), BoxError> {
     let mail = Mail {
         order_id: order.order_id,
         to: order.customer.email.clone(),
@@ -86,31 +61,39 @@ async fn cancelled(order: OrderCancelled, cx: Context<Notifications>) -> Result<
     tell(&order, mail, Notice::Cancelled, cx).await
 }
 
-/// No transaction is open while the mailer is asked; asked again under the same key, it sends
-/// nothing.
+/// No transaction is open while the mailer is asked. Asked again under the same key, after a crash,
+/// it sends nothing.
 async fn tell<E: Event + Sync>(
     event: &E,
     mail: Mail,
     notice: Notice,
-    cx: Context<Notifications>,
+    mut cx: Context<Arc<dyn Mailer>, SqliteStore>,
 ) -> Result<(), BoxError> {
-    let notifications = cx.state();
     let key = cx.idempotency_key();
-    notifications.mailer.send(&mail, &key).await?;
-    let sent = NotificationSent {
+    cx.state().send(&mail, &key).await?;
+    sqlx::query("INSERT INTO mails (order_id, notice, email) VALUES (?, ?, ?)")
+        .bind(mail.order_id.to_string())
+        .bind(Json(notice))
+        .bind(&mail.to)
+        .execute(handling(event, &mut cx).await?)
+        .await?;
+    cx.publish(NotificationSent {
         order_id: mail.order_id,
         notice,
         email: mail.to,
-    };
-    notifications.note(event, &cx, &sent).await?;
-    cx.publish(sent)?;
+    })?;
     Ok(())
 }
 
-/// Wires the notification service.
-pub fn consumer(bus: &EventBus, notifications: Notifications) -> ConsumerBuilder<Notifications> {
+/// Wires the notification service, which sends through `mailer`.
+pub fn consumer(
+    bus: &EventBus,
+    store: SqliteStore,
+    mailer: Arc<dyn Mailer>,
+) -> ConsumerBuilder<Arc<dyn Mailer>, SqliteStore> {
     bus.consumer("notification")
-        .state(notifications)
+        .state(mailer)
+        .unit(store)
         .on(shipped)
         .on(cancelled)
         .retry(provider_retries())

@@ -9,27 +9,23 @@
 use std::fmt;
 use std::path::Path;
 
-use eventbus::prelude::{
-    BoxError, ConsumerBuilder, Context, Event, EventBus, OnError, RetryPolicy,
-};
+use eventbus::SqliteStore;
+use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus, OnError, RetryPolicy};
 use serde::{Deserialize, Serialize};
+use sqlx::SqliteConnection;
 use sqlx::types::Json;
 
+use crate::database::{self, handling};
 use crate::events::{
     CancelReason, InventoryShort, Notice, NotificationSent, OrderCancelled, OrderCreated, OrderId,
     OrderShipped, PaymentFailed,
 };
-use crate::store::{Store, Work};
 
 const MIGRATIONS: &[&str] = &["
     CREATE TABLE orders (
         order_id TEXT PRIMARY KEY,
         standing TEXT NOT NULL
     ) STRICT, WITHOUT ROWID"];
-
-/// All orders.
-#[derive(Clone, Debug)]
-pub struct Orders(Store);
 
 /// Where an order stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +39,7 @@ pub enum Standing {
     Shipped,
 }
 
-/// An order that ended in one way is told to end in another: somebody has to look at it.
+/// An order that has ended is told to end once more: somebody has to look at it.
 #[derive(Debug)]
 pub struct Contradiction {
     order_id: OrderId,
@@ -51,81 +47,28 @@ pub struct Contradiction {
     told: Standing,
 }
 
-impl Orders {
-    /// The orders in the data directory.
-    ///
-    /// # Errors
-    ///
-    /// When the service's database cannot be opened.
-    pub async fn open(data: &Path) -> anyhow::Result<Self> {
-        Ok(Self(Store::open(data, "order", MIGRATIONS).await?))
-    }
-
-    /// Takes an order up, unless it is known: news of its end may have come first.
-    async fn take_up(&self, order: &OrderCreated, cx: &Context<Self>) -> Result<(), BoxError> {
-        let mut work = self.0.handling(order, cx).await?;
-        if standing(&mut work, order.order_id).await?.is_none() {
-            set_standing(&mut work, order.order_id, Standing::Open).await?;
-        }
-        work.commit().await?;
-        Ok(())
-    }
-
-    /// Notes that a customer knows of a cancellation, which changes nothing.
-    async fn note(&self, sent: &NotificationSent, cx: &Context<Self>) -> Result<(), BoxError> {
-        self.0.handling(sent, cx).await?.commit().await?;
-        Ok(())
-    }
-
-    /// Ends an order as `news` tells; ending it again in the same way changes nothing.
-    async fn end<E: Event + Sync>(
-        &self,
-        news: &E,
-        cx: &Context<Self>,
-        order_id: OrderId,
-        told: Standing,
-    ) -> Result<(), BoxError> {
-        let mut work = self.0.handling(news, cx).await?;
-        let stands = standing(&mut work, order_id).await?;
-        let stands = stands.unwrap_or(Standing::Open);
-        if stands != Standing::Open && stands != told {
-            let contradiction = Contradiction {
-                order_id,
-                stands,
-                told,
-            };
-            return Err(contradiction.into());
-        }
-        set_standing(&mut work, order_id, told).await?;
-        work.commit().await?;
-        Ok(())
-    }
+/// Opens the book of all orders.
+///
+/// # Errors
+///
+/// When the service's database cannot be opened.
+pub async fn open(data: &Path) -> anyhow::Result<SqliteStore> {
+    database::open(data, "order", MIGRATIONS).await
 }
 
-async fn standing(work: &mut Work, order_id: OrderId) -> sqlx::Result<Option<Standing>> {
-    let found = sqlx::query_scalar("SELECT standing FROM orders WHERE order_id = ?")
-        .bind(order_id.to_string())
-        .fetch_optional(&mut **work);
-    Ok(found.await?.map(|Json(standing)| standing))
-}
-
-async fn set_standing(work: &mut Work, order_id: OrderId, standing: Standing) -> sqlx::Result<()> {
-    sqlx::query("INSERT OR REPLACE INTO orders (order_id, standing) VALUES (?, ?)")
-        .bind(order_id.to_string())
-        .bind(Json(standing))
-        .execute(&mut **work)
-        .await?;
+/// Takes an order up, unless news of its end came first.
+async fn created(order: OrderCreated, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
+    let tx = handling(&order, &mut cx).await?;
+    if standing(tx, order.order_id).await?.is_none() {
+        set_standing(tx, order.order_id, Standing::Open).await?;
+    }
     Ok(())
 }
 
-async fn created(order: OrderCreated, cx: Context<Orders>) -> Result<(), BoxError> {
-    cx.state().take_up(&order, &cx).await
-}
-
-async fn short(short: InventoryShort, cx: Context<Orders>) -> Result<(), BoxError> {
+async fn short(short: InventoryShort, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
+    let tx = handling(&short, &mut cx).await?;
     let (order_id, reason) = (short.order_id, CancelReason::OutOfStock);
-    let end = Standing::Cancelled(reason);
-    cx.state().end(&short, &cx, order_id, end).await?;
+    end(tx, order_id, Standing::Cancelled(reason)).await?;
     cx.publish(OrderCancelled {
         order_id,
         customer: short.customer,
@@ -134,10 +77,10 @@ async fn short(short: InventoryShort, cx: Context<Orders>) -> Result<(), BoxErro
     Ok(())
 }
 
-async fn unpaid(failed: PaymentFailed, cx: Context<Orders>) -> Result<(), BoxError> {
+async fn unpaid(failed: PaymentFailed, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
+    let tx = handling(&failed, &mut cx).await?;
     let (order_id, reason) = (failed.order_id, CancelReason::PaymentDeclined);
-    let end = Standing::Cancelled(reason);
-    cx.state().end(&failed, &cx, order_id, end).await?;
+    end(tx, order_id, Standing::Cancelled(reason)).await?;
     cx.publish(OrderCancelled {
         order_id,
         customer: failed.customer,
@@ -146,23 +89,57 @@ async fn unpaid(failed: PaymentFailed, cx: Context<Orders>) -> Result<(), BoxErr
     Ok(())
 }
 
-async fn told(sent: NotificationSent, cx: Context<Orders>) -> Result<(), BoxError> {
+/// That a customer knows of a cancellation changes nothing.
+async fn told(sent: NotificationSent, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
+    let tx = handling(&sent, &mut cx).await?;
     let order_id = sent.order_id;
-    match sent.notice {
-        Notice::Shipped => {
-            let end = Standing::Shipped;
-            cx.state().end(&sent, &cx, order_id, end).await?;
-            cx.publish(OrderShipped { order_id })?;
-        }
-        Notice::Cancelled => cx.state().note(&sent, &cx).await?,
+    if sent.notice == Notice::Shipped {
+        end(tx, order_id, Standing::Shipped).await?;
+        cx.publish(OrderShipped { order_id })?;
     }
     Ok(())
 }
 
+/// Ends an order, which ends once.
+async fn end(tx: &mut SqliteConnection, order_id: OrderId, told: Standing) -> Result<(), BoxError> {
+    let stands = standing(tx, order_id).await?;
+    let stands = stands.unwrap_or(Standing::Open);
+    if stands != Standing::Open {
+        let contradiction = Contradiction {
+            order_id,
+            stands,
+            told,
+        };
+        return Err(contradiction.into());
+    }
+    set_standing(tx, order_id, told).await?;
+    Ok(())
+}
+
+async fn standing(tx: &mut SqliteConnection, order_id: OrderId) -> sqlx::Result<Option<Standing>> {
+    let found = sqlx::query_scalar("SELECT standing FROM orders WHERE order_id = ?")
+        .bind(order_id.to_string())
+        .fetch_optional(tx);
+    Ok(found.await?.map(|Json(standing)| standing))
+}
+
+async fn set_standing(
+    tx: &mut SqliteConnection,
+    order_id: OrderId,
+    standing: Standing,
+) -> sqlx::Result<()> {
+    sqlx::query("INSERT OR REPLACE INTO orders (order_id, standing) VALUES (?, ?)")
+        .bind(order_id.to_string())
+        .bind(Json(standing))
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
 /// Wires the order service.
-pub fn consumer(bus: &EventBus, orders: Orders) -> ConsumerBuilder<Orders> {
+pub fn consumer(bus: &EventBus, store: SqliteStore) -> ConsumerBuilder<(), SqliteStore> {
     bus.consumer("order")
-        .state(orders)
+        .unit(store)
         .on(created)
         .on(short)
         .on(unpaid)

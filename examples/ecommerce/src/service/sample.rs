@@ -1,9 +1,9 @@
 //! Sample events for the tests of the services, and their delivery as it may happen.
 
 use std::path::Path;
-use std::sync::mpsc;
 
-use eventbus::prelude::{Event, EventId, Outgoing};
+use eventbus::SqliteStore;
+use eventbus::prelude::{Consumer, ConsumerBuilder, Event, EventId, Outgoing};
 use eventbus_testkit::TestBus;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -15,28 +15,15 @@ use crate::events::{
 };
 
 /// A data directory that goes with its test.
-///
-/// While it is there, the clock of a test bus moves only when the test moves it: tokio lets time
-/// jump when nothing but timers is left, and does not see that a database is at work. A blocking
-/// task that waits keeps it from jumping.
-pub struct TestData {
-    directory: TempDir,
-    _waited_for: mpsc::Sender<()>,
-}
+pub struct TestData(TempDir);
 
 impl TestData {
     pub fn new() -> Self {
-        let (waited_for, waiting) = mpsc::channel::<()>();
-        // It ends with its sender, which is what the error says.
-        drop(tokio::task::spawn_blocking(move || waiting.recv()));
-        Self {
-            directory: TempDir::new().expect("a temporary directory is to be had"),
-            _waited_for: waited_for,
-        }
+        Self(TempDir::new().expect("a temporary directory is to be had"))
     }
 
     pub fn path(&self) -> &Path {
-        self.directory.path()
+        self.0.path()
     }
 }
 
@@ -126,6 +113,21 @@ pub fn told(number: u128, notice: Notice) -> NotificationSent {
         notice,
         email: customer().email,
     }
+}
+
+/// A bus for services with databases.
+pub fn test_bus() -> TestBus {
+    TestBus::new().with_database()
+}
+
+/// Runs a service: its consumer, and the relay of its database.
+pub async fn serve<S: Send + Sync + 'static>(
+    bus: &TestBus,
+    store: &SqliteStore,
+    consumer: ConsumerBuilder<S, SqliteStore>,
+) -> Consumer {
+    bus.relay(store.outbox(bus).relay()).await;
+    bus.spawn(consumer).await
 }
 
 /// Publishes the same event twice, as at-least-once delivery may.

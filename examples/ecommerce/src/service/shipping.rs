@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use eventbus::SqliteStore;
 use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus};
 
+use crate::database::{self, handling};
 use crate::events::{PaymentProcessed, ShippingCreated};
-use crate::store::Store;
 
 const MIGRATIONS: &[&str] = &["
     CREATE TABLE labels (
@@ -13,53 +14,32 @@ const MIGRATIONS: &[&str] = &["
         order_id TEXT NOT NULL UNIQUE
     ) STRICT"];
 
-/// The labels printed so far.
-#[derive(Clone, Debug)]
-pub struct Labels(Store);
-
-impl Labels {
-    /// The labels in the data directory.
-    ///
-    /// # Errors
-    ///
-    /// When the service's database cannot be opened.
-    pub async fn open(data: &Path) -> anyhow::Result<Self> {
-        Ok(Self(Store::open(data, "shipping", MIGRATIONS).await?))
-    }
-
-    /// The order's label, printed when it is asked for first.
-    async fn print(&self, paid: &PaymentProcessed, cx: &Context<Self>) -> anyhow::Result<String> {
-        let order_id = paid.order_id.to_string();
-        let mut work = self.0.handling(paid, cx).await?;
-        sqlx::query("INSERT INTO labels (order_id) VALUES (?) ON CONFLICT DO NOTHING")
-            .bind(&order_id)
-            .execute(&mut *work)
-            .await?;
-        let number: i64 = sqlx::query_scalar("SELECT number FROM labels WHERE order_id = ?")
-            .bind(&order_id)
-            .fetch_one(&mut *work)
-            .await?;
-        work.commit().await?;
-        Ok(format!("PX{number:09}"))
-    }
+/// Opens the labels printed so far.
+///
+/// # Errors
+///
+/// When the service's database cannot be opened.
+pub async fn open(data: &Path) -> anyhow::Result<SqliteStore> {
+    database::open(data, "shipping", MIGRATIONS).await
 }
 
-async fn pack(paid: PaymentProcessed, cx: Context<Labels>) -> Result<(), BoxError> {
-    let tracking = cx.state().print(&paid, &cx).await?;
+async fn pack(paid: PaymentProcessed, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
+    let label = "INSERT INTO labels (order_id) VALUES (?) RETURNING number";
+    let number: i64 = sqlx::query_scalar(label)
+        .bind(paid.order_id.to_string())
+        .fetch_one(handling(&paid, &mut cx).await?)
+        .await?;
     cx.publish(ShippingCreated {
         order_id: paid.order_id,
         customer: paid.customer,
-        tracking,
+        tracking: format!("PX{number:09}"),
     })?;
     Ok(())
 }
 
 /// Wires the shipping service.
-pub fn consumer(bus: &EventBus, labels: Labels) -> ConsumerBuilder<Labels> {
-    bus.consumer("shipping")
-        .state(labels)
-        .on(pack)
-        .skip_others()
+pub fn consumer(bus: &EventBus, store: SqliteStore) -> ConsumerBuilder<(), SqliteStore> {
+    bus.consumer("shipping").unit(store).on(pack).skip_others()
 }
 
 #[cfg(test)]

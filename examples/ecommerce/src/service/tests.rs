@@ -1,6 +1,7 @@
 //! All services on one bus: what travels along a flow, from the first event to the last.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use eventbus::Envelope;
@@ -8,11 +9,8 @@ use eventbus::prelude::{Origin, Outgoing, Start, Topic, Until};
 use eventbus_testkit::TestBus;
 
 use super::inventory::{self, Warehouse};
-use super::notification::{self, Notifications};
-use super::order::{self, Orders};
-use super::payment::{self, Payments};
-use super::sample::{TestData, created, line};
-use super::shipping::{self, Labels};
+use super::sample::{TestData, created, line, serve, test_bus};
+use super::{notification, order, payment, shipping};
 use crate::client::ProviderError;
 use crate::client::mailer::{Mail, Mailer};
 use crate::client::psp::{Charge, ChargeOutcome, PaymentProvider};
@@ -51,19 +49,31 @@ async fn run_through(
 ) -> Vec<Envelope> {
     let data = TestData::new();
     let data = data.path();
-    let orders = Orders::open(data).await.unwrap();
+    let orders = order::open(data).await.unwrap();
+    let warehouse = Warehouse::open(data).await.unwrap();
     let stock = BTreeMap::from([("teapot".to_owned(), 3)]);
-    let stock = Warehouse::open(data, &stock).await.unwrap();
-    let payments = Payments::open(data, Providers { declines }).await.unwrap();
-    let labels = Labels::open(data).await.unwrap();
-    let notifications = Notifications::open(data, Providers { declines }).await;
-    let notifications = notifications.unwrap();
+    warehouse.deliver(bus, &stock).await.unwrap();
+    let payments = payment::open(data).await.unwrap();
+    let labels = shipping::open(data).await.unwrap();
+    let mails = notification::open(data).await.unwrap();
+    let providers = Arc::new(Providers { declines });
+    let (psp, mailer) = (providers.clone(), providers);
     let _consumers = (
-        bus.spawn(order::consumer(bus, orders)).await,
-        bus.spawn(inventory::consumer(bus, stock)).await,
-        bus.spawn(payment::consumer(bus, payments)).await,
-        bus.spawn(shipping::consumer(bus, labels)).await,
-        bus.spawn(notification::consumer(bus, notifications)).await,
+        serve(bus, &orders, order::consumer(bus, orders.clone())).await,
+        serve(bus, warehouse.store(), inventory::consumer(bus, &warehouse)).await,
+        serve(
+            bus,
+            &payments,
+            payment::consumer(bus, payments.clone(), psp),
+        )
+        .await,
+        serve(bus, &labels, shipping::consumer(bus, labels.clone())).await,
+        serve(
+            bus,
+            &mails,
+            notification::consumer(bus, mails.clone(), mailer),
+        )
+        .await,
     );
     bus.publish(order).await.unwrap();
     bus.settled().await;
@@ -79,7 +89,7 @@ async fn run_through(
 
 #[tokio::test]
 async fn every_event_of_a_flow_knows_its_cause_its_flow_and_its_user() {
-    let bus = TestBus::new();
+    let bus = test_bus();
     let origin = Origin::new().with_correlation_id("req-9");
     let origin = origin.with_metadata("userId", "u-17");
     let order = Outgoing::new(created(1, vec![line("teapot", 1)])).with_origin(origin);
@@ -115,7 +125,7 @@ async fn every_event_of_a_flow_knows_its_cause_its_flow_and_its_user() {
 
 #[tokio::test]
 async fn a_declined_card_cancels_the_order_and_gives_the_stock_back() {
-    let bus = TestBus::new();
+    let bus = test_bus();
     let order = Outgoing::new(created(1, vec![line("teapot", 3)]));
     let events = run_through(&bus, order, true).await;
     let mut types: Vec<&str> = events
@@ -138,7 +148,7 @@ async fn a_declined_card_cancels_the_order_and_gives_the_stock_back() {
 
 #[tokio::test]
 async fn an_order_that_falls_short_is_cancelled_before_anybody_pays() {
-    let bus = TestBus::new();
+    let bus = test_bus();
     let order = Outgoing::new(created(1, vec![line("teapot", 4)]));
     let events = run_through(&bus, order, false).await;
     assert_eq!(events.len(), 4);

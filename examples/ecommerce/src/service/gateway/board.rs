@@ -3,30 +3,30 @@
 //! Events of different topics come in any order, so nothing on the board ever goes back.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use eventbus::prelude::{Context, Event};
+use eventbus::SqliteStore;
+use eventbus::prelude::{BoxError, Context, Event};
 use serde::{Deserialize, Serialize};
 use sqlx::types::Json;
-use tokio::sync::watch;
+use sqlx::{SqliteConnection, SqliteExecutor};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 
-use super::keys::Keys;
+use crate::database::{self, handling};
 use crate::events::{CancelReason, OrderId};
-use crate::store::{Store, Work};
+
+/// How often the board is looked at while somebody waits for it to change.
+const GLANCE: Duration = Duration::from_millis(10);
 
 const MIGRATIONS: &[&str] = &["
     CREATE TABLE orders (
         order_id TEXT PRIMARY KEY,
+        form     TEXT, -- none if the order was not placed here
         view     TEXT NOT NULL,
         is_over  INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
-    CREATE INDEX orders_open ON orders (order_id) WHERE NOT is_over;
-    CREATE TABLE posted (
-        number   INTEGER PRIMARY KEY,
-        order_id TEXT NOT NULL UNIQUE,
-        form     TEXT NOT NULL
-    ) STRICT"];
+    CREATE INDEX orders_open ON orders (order_id) WHERE NOT is_over"];
 
 /// How far an order is; later is greater.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -105,13 +105,9 @@ impl OrderView {
     }
 }
 
-/// Where all orders stand, shared by the HTTP handlers and the consumer.
+/// Where all orders stand, for those who ask.
 #[derive(Clone, Debug)]
-pub struct Board {
-    store: Store,
-    /// How many orders are not over.
-    open: Arc<watch::Sender<i64>>,
-}
+pub struct Board(SqliteStore);
 
 impl Board {
     /// The board in the data directory.
@@ -120,19 +116,12 @@ impl Board {
     ///
     /// When the gateway's database cannot be opened.
     pub async fn open(data: &Path) -> anyhow::Result<Self> {
-        let store = Store::open(data, "gateway", MIGRATIONS).await?;
-        let open = sqlx::query_scalar("SELECT count(*) FROM orders WHERE NOT is_over")
-            .fetch_one(&mut *store.reader().await)
-            .await?;
-        Ok(Self {
-            store,
-            open: Arc::new(watch::Sender::new(open)),
-        })
+        Ok(Self(database::open(data, "gateway", MIGRATIONS).await?))
     }
 
-    /// The idempotency keys, which lie beside the orders that they name.
-    pub fn keys(&self) -> Keys {
-        Keys::new(self.store.clone())
+    /// What it is kept in.
+    pub fn store(&self) -> &SqliteStore {
+        &self.0
     }
 
     /// The order, if the gateway took it or heard of it.
@@ -141,85 +130,102 @@ impl Board {
     ///
     /// When the database cannot be read.
     pub async fn find(&self, order_id: OrderId) -> anyhow::Result<Option<OrderView>> {
-        Ok(find(&mut *self.store.reader().await, order_id).await?)
+        Ok(find(self.0.readers(), order_id).await?)
     }
 
-    /// How many orders are not over, now and whenever that changes.
-    pub fn count_open(&self) -> watch::Receiver<i64> {
-        self.open.subscribe()
-    }
-
-    /// The gateway took it.
+    /// How many orders are not over.
     ///
     /// # Errors
     ///
-    /// When the database cannot be written.
-    pub async fn placed(&self, order_id: OrderId) -> anyhow::Result<()> {
-        self.change(self.store.begin().await?, order_id, |_| {})
-            .await
-    }
-
-    /// Changes an order as news of it demand.
-    ///
-    /// # Errors
-    ///
-    /// When the database cannot be written.
-    pub async fn hear<E: Event + Sync>(
-        &self,
-        news: &E,
-        cx: &Context<Self>,
-        order_id: OrderId,
-        change: impl FnOnce(&mut OrderView) + Send,
-    ) -> anyhow::Result<()> {
-        let work = self.store.handling(news, cx).await?;
-        self.change(work, order_id, change).await
-    }
-
-    /// Changes one order and keeps count of those that are not over.
-    async fn change(
-        &self,
-        mut work: Work,
-        order_id: OrderId,
-        change: impl FnOnce(&mut OrderView) + Send,
-    ) -> anyhow::Result<()> {
-        let before = find(&mut work, order_id).await?;
-        let was_open = before.as_ref().is_some_and(|order| !order.is_over());
-        let mut order = before.unwrap_or_default();
-        change(&mut order);
-        let is_open = !order.is_over();
-        sqlx::query("INSERT OR REPLACE INTO orders (order_id, view, is_over) VALUES (?, ?, ?)")
-            .bind(order_id.to_string())
-            .bind(Json(&order))
-            .bind(!is_open)
-            .execute(&mut *work)
+    /// When the database cannot be read.
+    pub async fn count_open(&self) -> anyhow::Result<usize> {
+        let open: u32 = sqlx::query_scalar("SELECT count(*) FROM orders WHERE NOT is_over")
+            .fetch_one(self.0.readers())
             .await?;
-        work.commit().await?;
-        if is_open != was_open {
-            let step = if is_open { 1 } else { -1 };
-            self.open.send_modify(|open| *open += step);
+        Ok(open as usize)
+    }
+
+    /// Waits until at most so many orders are not over, or none ended for so long; returns how
+    /// many are left.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be read.
+    pub async fn wait_until_open(&self, most: usize, patience: Duration) -> anyhow::Result<usize> {
+        let (mut fewest, mut since) = (usize::MAX, Instant::now());
+        loop {
+            let open = self.count_open().await?;
+            if open < fewest {
+                (fewest, since) = (open, Instant::now());
+            }
+            if open <= most || since.elapsed() > patience {
+                return Ok(open);
+            }
+            sleep(GLANCE).await;
         }
-        Ok(())
     }
 }
 
+/// What was ordered under this number, if it was.
+pub async fn find_form(
+    tx: &mut SqliteConnection,
+    order_id: OrderId,
+) -> anyhow::Result<Option<Uuid>> {
+    let form: Option<Option<String>> =
+        sqlx::query_scalar("SELECT form FROM orders WHERE order_id = ?")
+            .bind(order_id.to_string())
+            .fetch_optional(tx)
+            .await?;
+    let form = form.flatten().map(|form| Uuid::parse_str(&form));
+    Ok(form.transpose()?)
+}
+
+/// Puts an order on the board.
+pub async fn place(tx: &mut SqliteConnection, order_id: OrderId, form: Uuid) -> sqlx::Result<()> {
+    sqlx::query("INSERT INTO orders (order_id, form, view, is_over) VALUES (?, ?, ?, false)")
+        .bind(order_id.to_string())
+        .bind(form.to_string())
+        .bind(Json(OrderView::default()))
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+/// Changes an order as news of it demand.
+pub async fn hear<E: Event + Sync>(
+    news: &E,
+    cx: &mut Context<(), SqliteStore>,
+    order_id: OrderId,
+    change: impl FnOnce(&mut OrderView) + Send,
+) -> Result<(), BoxError> {
+    let tx = handling(news, cx).await?;
+    let mut order = find(&mut *tx, order_id).await?.unwrap_or_default();
+    change(&mut order);
+    sqlx::query(
+        "INSERT INTO orders (order_id, view, is_over) VALUES (?1, ?2, ?3) \
+         ON CONFLICT DO UPDATE SET view = ?2, is_over = ?3",
+    )
+    .bind(order_id.to_string())
+    .bind(Json(&order))
+    .bind(order.is_over())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
 async fn find(
-    connection: &mut sqlx::SqliteConnection,
+    executor: impl SqliteExecutor<'_>,
     order_id: OrderId,
 ) -> sqlx::Result<Option<OrderView>> {
     let found = sqlx::query_scalar("SELECT view FROM orders WHERE order_id = ?")
         .bind(order_id.to_string())
-        .fetch_optional(connection);
+        .fetch_optional(executor);
     Ok(found.await?.map(|Json(order)| order))
 }
 
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
-
     use super::*;
-    use crate::service::sample::TestData;
-
-    const ORDER: OrderId = OrderId(Uuid::from_u128(1));
 
     #[test]
     fn nothing_goes_back() {
@@ -231,29 +237,14 @@ mod tests {
         assert_eq!(order.tracking.as_deref(), Some("PX1"));
     }
 
-    #[tokio::test]
-    async fn an_order_is_open_until_all_that_follows_has_happened() {
-        let data = TestData::new();
-        let board = Board::open(data.path()).await.unwrap();
-        let open = board.count_open();
-        let change = async |change: fn(&mut OrderView)| {
-            let work = board.store.begin().await.unwrap();
-            board.change(work, ORDER, change).await.unwrap();
-            *open.borrow()
-        };
-        board.placed(ORDER).await.unwrap();
-        assert_eq!(*open.borrow(), 1);
-        change(|order| order.fail(CancelReason::PaymentDeclined)).await;
-        change(|order| order.reach(Status::Cancelled)).await;
-        assert_eq!(change(OrderView::tell).await, 1, "the stock is not back");
-        let again = Board::open(data.path()).await.unwrap();
-        assert_eq!(
-            *again.count_open().borrow(),
-            1,
-            "counted again at the start"
-        );
-        assert_eq!(change(OrderView::release).await, 0);
-        change(OrderView::release).await;
-        assert_eq!(change(|_| {}).await, 0, "an order is over once");
+    #[test]
+    fn an_order_is_open_until_all_that_follows_has_happened() {
+        let mut order = OrderView::default();
+        order.fail(CancelReason::PaymentDeclined);
+        order.reach(Status::Cancelled);
+        order.tell();
+        assert!(!order.is_over(), "the stock is not back");
+        order.release();
+        assert!(order.is_over());
     }
 }

@@ -2,6 +2,7 @@
 
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
+use eventbus::BadOrigin;
 use serde::Serialize;
 use tracing::error;
 
@@ -123,12 +124,12 @@ impl Problem {
     }
 
     /// A header is empty, too long, or not text.
-    pub fn bad_header(name: &str, length_max: usize) -> Self {
+    pub fn bad_header(detail: impl Into<String>) -> Self {
         Self::new(
             StatusCode::BAD_REQUEST,
             "bad-header",
             "A header is not valid",
-            format!("`{name}` has 1 to {length_max} visible ASCII characters, or is left out"),
+            detail,
         )
     }
 
@@ -142,7 +143,7 @@ impl Problem {
         )
     }
 
-    /// The event bus or the database is away: the outcome is unknown, and asking again is safe.
+    /// The database is away: the outcome is unknown, and asking again is safe.
     pub fn unknown_outcome(order_id: OrderId, cause: &anyhow::Error) -> Self {
         error!(%order_id, error = ?cause, "the order could not be looked after");
         let problem = Self::new(
@@ -183,6 +184,12 @@ impl Problem {
             "The method is not allowed here",
             format!("{method} is not among the methods of the Allow header"),
         )
+    }
+}
+
+impl From<BadOrigin> for Problem {
+    fn from(bad: BadOrigin) -> Self {
+        Self::bad_header(bad.to_string())
     }
 }
 

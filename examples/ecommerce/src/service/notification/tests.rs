@@ -3,13 +3,16 @@
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
+use eventbus::prelude::Consumer;
 use eventbus_testkit::TestBus;
 
-use super::{Notifications, consumer};
+use super::{consumer, open};
 use crate::client::ProviderError;
 use crate::client::mailer::{Mail, Mailer};
 use crate::events::{CancelReason, Notice, NotificationSent};
-use crate::service::sample::{TestData, cancelled, customer, packed, publish_twice};
+use crate::service::sample::{
+    TestData, cancelled, customer, packed, publish_twice, serve, test_bus,
+};
 
 /// Keeps what it is given, and is away for the first calls.
 #[derive(Clone, Debug, Default)]
@@ -36,13 +39,17 @@ impl Mailer for Outbox {
     }
 }
 
+async fn run(bus: &TestBus, data: &TestData, outbox: &Outbox) -> Consumer {
+    let store = open(data.path()).await.unwrap();
+    let mailer = Arc::new(outbox.clone());
+    serve(bus, &store, consumer(bus, store.clone(), mailer)).await
+}
+
 #[tokio::test]
 async fn each_outcome_is_one_mail() {
-    let (bus, outbox) = (TestBus::new(), Outbox::default());
+    let (bus, outbox) = (test_bus(), Outbox::default());
     let data = TestData::new();
-    let notifications = Notifications::open(data.path(), outbox.clone()).await;
-    let notifications = notifications.unwrap();
-    let _notification = bus.spawn(consumer(&bus, notifications)).await;
+    let _notification = run(&bus, &data, &outbox).await;
     bus.publish(packed(1)).await.unwrap();
     bus.publish(cancelled(2, CancelReason::OutOfStock))
         .await
@@ -70,17 +77,13 @@ async fn each_outcome_is_one_mail() {
 }
 
 #[tokio::test]
-async fn an_event_delivered_twice_is_mailed_under_one_key() {
-    let (bus, outbox) = (TestBus::new(), Outbox::default());
+async fn an_event_delivered_twice_is_mailed_once() {
+    let (bus, outbox) = (test_bus(), Outbox::default());
     let data = TestData::new();
-    let notifications = Notifications::open(data.path(), outbox.clone()).await;
-    let notifications = notifications.unwrap();
-    let _notification = bus.spawn(consumer(&bus, notifications)).await;
+    let _notification = run(&bus, &data, &outbox).await;
     publish_twice(&bus, packed(1)).await;
-    let calls = outbox.calls();
-    assert_eq!(calls.len(), 2);
-    assert_eq!(calls[0], calls[1]);
-    assert_eq!(bus.published::<NotificationSent>().await.len(), 2);
+    assert_eq!(outbox.calls().len(), 1);
+    assert_eq!(bus.published::<NotificationSent>().await.len(), 1);
 }
 
 #[tokio::test]
@@ -89,11 +92,9 @@ async fn a_mailer_that_is_away_is_asked_again_with_the_same_key() {
         away: 2,
         ..Outbox::default()
     };
-    let bus = TestBus::new();
+    let bus = test_bus();
     let data = TestData::new();
-    let notifications = Notifications::open(data.path(), outbox.clone()).await;
-    let notifications = notifications.unwrap();
-    let _notification = bus.spawn(consumer(&bus, notifications)).await;
+    let _notification = run(&bus, &data, &outbox).await;
     bus.publish(packed(1)).await.unwrap();
     bus.run_out().await;
     assert_eq!(bus.published::<NotificationSent>().await.len(), 1);

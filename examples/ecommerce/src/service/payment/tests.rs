@@ -3,13 +3,14 @@
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
+use eventbus::prelude::Consumer;
 use eventbus_testkit::TestBus;
 
-use super::{Payments, consumer};
+use super::{consumer, open};
 use crate::client::ProviderError;
 use crate::client::psp::{Charge, ChargeOutcome, PaymentProvider};
 use crate::events::{Cents, PaymentFailed, PaymentProcessed};
-use crate::service::sample::{TestData, publish_twice, reserved};
+use crate::service::sample::{TestData, publish_twice, reserved, serve, test_bus};
 
 /// A provider that is away for the first calls, or refuses, and declines `tok_0002`.
 #[derive(Clone, Debug, Default)]
@@ -48,12 +49,17 @@ impl PaymentProvider for Psp {
     }
 }
 
+async fn run(bus: &TestBus, data: &TestData, psp: &Psp) -> Consumer {
+    let store = open(data.path()).await.unwrap();
+    let psp = Arc::new(psp.clone());
+    serve(bus, &store, consumer(bus, store.clone(), psp)).await
+}
+
 #[tokio::test]
 async fn what_is_set_aside_is_charged() {
-    let (bus, psp) = (TestBus::new(), Psp::default());
+    let (bus, psp) = (test_bus(), Psp::default());
     let data = TestData::new();
-    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
-    let _payment = bus.spawn(consumer(&bus, payments)).await;
+    let _payment = run(&bus, &data, &psp).await;
     bus.publish(reserved(1)).await.unwrap();
     bus.settled().await;
     let paid = bus.published::<PaymentProcessed>().await;
@@ -66,10 +72,9 @@ async fn what_is_set_aside_is_charged() {
 
 #[tokio::test]
 async fn a_declined_card_is_news_and_not_an_error() {
-    let (bus, psp) = (TestBus::new(), Psp::default());
+    let (bus, psp) = (test_bus(), Psp::default());
     let data = TestData::new();
-    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
-    let _payment = bus.spawn(consumer(&bus, payments)).await;
+    let _payment = run(&bus, &data, &psp).await;
     let mut order = reserved(1);
     order.card = "tok_0002".to_owned();
     bus.publish(order).await.unwrap();
@@ -88,10 +93,9 @@ async fn a_provider_that_is_away_is_asked_again_with_the_same_key() {
         away: 3,
         ..Psp::default()
     };
-    let bus = TestBus::new();
+    let bus = test_bus();
     let data = TestData::new();
-    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
-    let _payment = bus.spawn(consumer(&bus, payments)).await;
+    let _payment = run(&bus, &data, &psp).await;
     bus.publish(reserved(1)).await.unwrap();
     bus.run_out().await;
     assert_eq!(bus.published::<PaymentProcessed>().await.len(), 1);
@@ -101,15 +105,13 @@ async fn a_provider_that_is_away_is_asked_again_with_the_same_key() {
 }
 
 #[tokio::test]
-async fn an_event_delivered_twice_is_charged_under_one_key() {
-    let (bus, psp) = (TestBus::new(), Psp::default());
+async fn an_event_delivered_twice_is_charged_once() {
+    let (bus, psp) = (test_bus(), Psp::default());
     let data = TestData::new();
-    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
-    let _payment = bus.spawn(consumer(&bus, payments)).await;
+    let _payment = run(&bus, &data, &psp).await;
     publish_twice(&bus, reserved(1)).await;
-    let keys = psp.keys();
-    assert_eq!((keys.len(), &keys[0]), (2, &keys[1]));
-    assert_eq!(bus.published::<PaymentProcessed>().await.len(), 2);
+    assert_eq!(psp.keys().len(), 1);
+    assert_eq!(bus.published::<PaymentProcessed>().await.len(), 1);
 }
 
 #[tokio::test]
@@ -118,10 +120,9 @@ async fn a_refused_call_needs_a_person() {
         refuses: true,
         ..Psp::default()
     };
-    let bus = TestBus::new();
+    let bus = test_bus();
     let data = TestData::new();
-    let payments = Payments::open(data.path(), psp.clone()).await.unwrap();
-    let _payment = bus.spawn(consumer(&bus, payments)).await;
+    let _payment = run(&bus, &data, &psp).await;
     bus.publish(reserved(1)).await.unwrap();
     bus.settled().await;
     assert_eq!(psp.keys().len(), 1);
