@@ -17,7 +17,8 @@ use super::leases;
 use super::page::to_u64;
 use super::settle::cursor_seal;
 use super::tables::Tables;
-use super::topics::{Applied, TopicLanes, saturated};
+use super::topics::{Applied, saturated};
+use crate::log::TopicLanes;
 
 impl Database {
     /// Answers an administrative request.

@@ -12,13 +12,12 @@ use eventbus_core::{
 
 use super::config::SqliteConfig;
 use super::database::Shared;
-use super::deliveries::MemberHandle;
 use super::headers::Packed;
 use super::leases::{self, LANES};
 use super::schedule::SqliteSchedule;
 use super::store::SqliteStore;
-use super::topics::TopicLanes;
 use super::writer::Refused;
+use crate::log::{MemberHandle, TopicLanes};
 
 /// Most bytes of one message.
 const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -77,7 +76,7 @@ pub(super) struct Client {
     pub(super) database: Shared,
     closed: AtomicBool,
     /// Ended with this client.
-    members: Mutex<Vec<Weak<MemberHandle>>>,
+    members: Mutex<Vec<Weak<MemberHandle<Shared>>>>,
 }
 
 impl SqliteBroker {
@@ -185,7 +184,7 @@ impl Client {
     }
 
     /// Has a member end with this client; one that comes after its end is refused.
-    pub(super) fn adopt(&self, member: &Arc<MemberHandle>) -> Result<()> {
+    pub(super) fn adopt(&self, member: &Arc<MemberHandle<Shared>>) -> Result<()> {
         let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_open("subscribe")?;
         members.retain(|member| member.strong_count() > 0);
@@ -202,7 +201,7 @@ impl Client {
         let mut closed = Ok(());
         for member in members.iter().filter_map(Weak::upgrade) {
             if let Some(seat) = member.end() {
-                let left = leases::leave(&self.database, &LANES, seat.group.id, seat.member).await;
+                let left = leases::leave(&self.database, &LANES, seat.group, seat.member).await;
                 closed = closed.and(left);
             }
         }

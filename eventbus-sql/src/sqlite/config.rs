@@ -7,12 +7,10 @@ use std::time::Duration;
 use eventbus_core::{Clock, Error, ErrorKind, Result, SystemClock};
 
 use super::tables::Tables;
+use crate::duration::{DAY, duration};
 
 /// Most partitions a topic may have on this broker.
 pub(super) const PARTITIONS_MAX: u32 = 4096;
-
-const HOUR: Duration = Duration::from_secs(60 * 60);
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The set-up of a [`SqliteBroker`](crate::SqliteBroker).
 ///
@@ -278,22 +276,6 @@ const TRANSACTION_LIMIT: Duration = Duration::from_secs(3);
 const LEASE_MIN: Duration = Duration::from_millis(100);
 const INTERVAL_MIN: Duration = Duration::from_millis(10);
 
-/// Reads a number with a unit.
-fn duration(text: &str) -> Option<Duration> {
-    let digits = text.find(|letter: char| !letter.is_ascii_digit())?;
-    let (number, unit) = text.split_at(digits);
-    let number: u32 = number.parse().ok()?;
-    let unit = match unit {
-        "ms" => Duration::from_millis(1),
-        "s" => Duration::from_secs(1),
-        "m" => Duration::from_secs(60),
-        "h" => HOUR,
-        "d" => DAY,
-        _ => return None,
-    };
-    unit.checked_mul(number)
-}
-
 /// Replaces `%20` and the like by what they stand for.
 fn unescaped(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
@@ -315,6 +297,7 @@ fn unescaped(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::duration::HOUR;
 
     #[test]
     fn a_url_says_path_and_options() {

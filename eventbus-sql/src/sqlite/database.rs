@@ -7,26 +7,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Result, Timestamp, Topic};
+use eventbus_core::{Error, ErrorKind, Lease, MemberId, Result, Timestamp, Topic};
 use futures_util::FutureExt;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
 };
 use sqlx::{ConnectOptions, SqlStr, SqliteConnection, SqlitePool};
 use tokio::runtime::{Handle, Id};
-use tokio::sync::OnceCell;
+use tokio::sync::{Notify, OnceCell};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 
 use super::config::SqliteConfig;
 use super::error::into_error;
 use super::janitor;
+use super::leases::{self, LANES};
 use super::lending::{Lender, WritingConnection};
 use super::tables::Tables;
 use super::timer::Timer;
-use super::topics::Topics;
-use super::wake::{self, Wakes};
+use super::wake;
 use super::writer::{Writer, WriterTask};
+use crate::log::{Advance, Log, Page, Place, TopicLanes, Topics, Wakes, Wanted};
 
 /// Connections that read at the same time: the SDK's own, and as many of a service.
 const READERS_MAX: u32 = 4;
@@ -83,6 +84,55 @@ impl Shared {
     /// The database, while somebody else holds it.
     pub(super) fn upgrade(cell: &Weak<Cell>) -> Option<Self> {
         cell.upgrade().filter(|cell| cell.initialized()).map(Self)
+    }
+}
+
+impl Log for Shared {
+    // SQLite's thread answers one after the other.
+    const PAGES_MAX: usize = 1;
+
+    fn wakes(&self) -> &Wakes {
+        &self.wakes
+    }
+
+    async fn read_pages(&self, wanted: &[Wanted]) -> Result<Vec<Page>> {
+        let mut pages = Vec::with_capacity(wanted.len());
+        for wanted in wanted {
+            pages.push(self.read_page(wanted).await?);
+        }
+        Ok(pages)
+    }
+
+    async fn ends_at(&self, lanes: &[u32], time: Timestamp) -> Result<Vec<u64>> {
+        while self.now() < time {
+            sleep(time.since(self.now())).await;
+        }
+        let mut ends = Vec::with_capacity(lanes.len());
+        for lane in lanes {
+            ends.push(self.first_at_or_after(*lane, time).await?);
+        }
+        Ok(ends)
+    }
+
+    async fn open_places(
+        &self,
+        group: i64,
+        leases: &[Lease],
+        notify: &Arc<Notify>,
+    ) -> Result<Vec<Place>> {
+        self.granted_places(group, leases, notify).await
+    }
+
+    async fn settle(&self, advances: Vec<Advance>) -> Result<()> {
+        self.writer.settle(advances).await
+    }
+
+    fn count_stale(&self, settlements: u64) {
+        self.stale.fetch_add(settlements, Ordering::Relaxed);
+    }
+
+    async fn leave(&self, group: i64, member: MemberId) -> Result<()> {
+        leases::leave(self, &LANES, group, member).await
     }
 }
 
@@ -196,12 +246,8 @@ impl Database {
         self.stale.load(Ordering::Relaxed)
     }
 
-    pub(super) fn count_stale(&self, settlements: u64) {
-        self.stale.fetch_add(settlements, Ordering::Relaxed);
-    }
-
     /// Where a name stands that was looked up before.
-    pub(super) fn known_topic(&self, name: &Topic) -> Option<Arc<super::topics::TopicLanes>> {
+    pub(super) fn known_topic(&self, name: &Topic) -> Option<Arc<TopicLanes>> {
         self.topics().get(name)
     }
 }

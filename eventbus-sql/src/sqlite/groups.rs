@@ -12,10 +12,9 @@ use tokio::sync::Notify;
 use super::append::{LaneRow, SELECT_LANES};
 use super::database::Database;
 use super::error::into_error;
-use super::member::Place;
 use super::settle::cursor_seal;
 use super::tables::Tables;
-use super::topics::TopicLanes;
+use crate::log::{Place, TopicLanes};
 
 /// A group as the database has it.
 #[derive(Clone, Debug)]
@@ -171,9 +170,9 @@ impl Database {
 
     /// Where the group goes on at the places that were granted; one that was granted to somebody
     /// else since is left out.
-    pub(super) async fn open_places(
+    pub(super) async fn granted_places(
         &self,
-        group: &GroupRow,
+        group: i64,
         leases: &[Lease],
         notify: &Arc<Notify>,
     ) -> Result<Vec<Place>> {
@@ -187,7 +186,7 @@ impl Database {
         let row =
             |(topic, lease): &(Arc<TopicLanes>, &Lease)| topic.first_lane + lease.place.partition;
         let rows: Vec<u32> = granted.iter().map(row).collect();
-        let cursors = self.cursors("open partitions", group.id, &rows).await?;
+        let cursors = self.cursors("open partitions", group, &rows).await?;
         let lanes = self.lanes("open partitions", &rows).await?;
         let mut places = Vec::with_capacity(granted.len());
         for ((topic, lease), row) in granted.into_iter().zip(rows) {

@@ -15,6 +15,8 @@ use bytes::Bytes;
 use crc32fast::Hasher;
 use eventbus_core::{Error, ErrorKind, Headers, KEY_BYTES_MAX, Key, Message, Timestamp, Topic};
 
+use crate::log::Unpacked;
+
 /// Bits of an id that are the position.
 const POSITION_BITS: u32 = 44;
 /// The first position that a lane cannot have.
@@ -85,16 +87,6 @@ impl Packed {
         head[..CHECKSUM].copy_from_slice(&checksum.to_le_bytes());
         (head, self.payload.to_vec())
     }
-}
-
-/// A message out of the table.
-#[derive(Clone, Debug)]
-pub(super) struct Unpacked {
-    pub(super) position: u64,
-    pub(super) time: Timestamp,
-    /// Bytes of key, headers and payload.
-    pub(super) size: usize,
-    pub(super) message: Message,
 }
 
 /// Reads the first of rows whose heads and payloads stand one behind the other, and takes it off.

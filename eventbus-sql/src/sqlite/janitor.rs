@@ -17,8 +17,9 @@ use super::database::{Database, Shared};
 use super::error::into_error;
 use super::headers::{HEAD_FIXED, id_of};
 use super::tables::Tables;
-use super::topics::{TopicLanes, saturated};
+use super::topics::saturated;
 use super::writer::Writer;
+use crate::log::TopicLanes;
 
 /// Most messages removed by one commit, so that publishing waits for none that is long.
 const PIECE: u64 = 1000;

@@ -6,22 +6,11 @@ use sqlx::Row;
 
 use super::append::{LaneRow, SELECT_LANES};
 use super::database::Database;
-use super::headers::{Unpacked, damaged, id_of, time_of, unpack};
-use super::topics::TopicLanes;
+use super::headers::{damaged, id_of, time_of, unpack};
+use crate::log::{PAGE_ROWS, Page, TopicLanes, Unpacked, Wanted};
 
-/// Most messages of a page.
-pub(super) const PAGE_ROWS: u64 = 512;
 /// A row with as many bytes or more is read alone, so that a page is bounded.
 const LARGE: i64 = 16 * 1024;
-
-/// What was found from a position on.
-#[derive(Debug)]
-pub(super) enum Page {
-    /// These, without a gap between them.
-    Messages(Vec<Unpacked>),
-    /// Everything before this position is gone.
-    Gone { base: u64 },
-}
 
 /// Messages as one value: each row that comes from SQLite's thread costs a passage and an allocation
 /// per column, together more than all else that reading does. Text and bytes are the same to `||`
@@ -40,14 +29,10 @@ const SELECT_ONE: &str = "
 const SELECT_HEAD: &str = "SELECT head FROM {p}messages WHERE id = ?";
 
 impl Database {
-    /// Reads messages of a lane that has some at `from`, at most up to `to`.
-    pub(super) async fn read_page(
-        &self,
-        topic: &TopicLanes,
-        lane: u32,
-        from: u64,
-        to: u64,
-    ) -> Result<Page> {
+    /// Reads messages of a lane that has some at the place where they are wanted from.
+    pub(super) async fn read_page(&self, wanted: &Wanted) -> Result<Page> {
+        let Wanted { from, to, .. } = *wanted;
+        let (topic, lane) = (&*wanted.topic, wanted.row);
         let query = sqlx::query(self.sql(SELECT_PAGE))
             .bind(id_of(lane, from))
             .bind(id_of(lane, to))

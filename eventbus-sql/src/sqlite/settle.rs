@@ -1,22 +1,11 @@
 //! How far groups are: one statement a commit, fenced by the epoch of each lease.
 
-use std::collections::BTreeMap;
-
 use sqlx::SqliteConnection;
 
 use super::headers::seal;
 use super::tables::Tables;
 use super::writer::Failure;
-
-/// A group's new place on a lane, as the holder of this epoch says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Advance {
-    pub(super) group: i64,
-    pub(super) lane: u32,
-    pub(super) epoch: u64,
-    /// The first position not settled.
-    pub(super) position: u64,
-}
+use crate::log::{Advance, furthest};
 
 /// A place goes on only for the holder of its epoch, and never back.
 const ADVANCE: &str = "
@@ -37,18 +26,19 @@ pub(super) async fn record<'a>(
     connection: &mut SqliteConnection,
     advances: impl Iterator<Item = &'a Advance>,
 ) -> Result<u64, Failure> {
-    let mut furthest: BTreeMap<(i64, u32, u64), u64> = BTreeMap::new();
-    for advance in advances {
-        let place = (advance.group, advance.lane, advance.epoch);
-        let position = furthest.entry(place).or_default();
-        *position = advance.position.max(*position);
-    }
+    let furthest = furthest(advances);
     if furthest.is_empty() {
         return Ok(0);
     }
     let rows: Vec<String> = furthest
         .iter()
-        .map(|((group, lane, epoch), position)| {
+        .map(|advance| {
+            let Advance {
+                group,
+                lane,
+                epoch,
+                position,
+            } = advance;
             let seal = cursor_seal(*group, *lane, *position);
             format!("[{group},{lane},{epoch},{position},{seal}]")
         })

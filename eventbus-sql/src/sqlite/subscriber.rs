@@ -1,22 +1,19 @@
 //! Joining a group, or opening a reader.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use eventbus_core::{
-    Group, LeaseConfig, LeaseTopic, Leaseholder, Limits, Member, Result, Start, Subscriber,
-    Subscription, Until,
+    Group, LeaseConfig, LeaseTopic, Leaseholder, Member, Result, Start, Subscriber, Subscription,
+    Until,
 };
-use tokio::sync::Notify;
 
 use super::broker::SqliteBroker;
 use super::database::Shared;
-use super::deliveries::{MemberHandle, Seat, SqliteDeliveries, SqliteSettlement};
 use super::leases::SqliteLeases;
-use super::member::{MemberState, Place};
 use super::page::to_u64;
-use super::topics::TopicLanes;
+use crate::log::{LogDeliveries, LogSettlement, MemberHandle, Place, Seat, TopicLanes};
 
 #[async_trait]
 impl Subscriber for SqliteBroker {
@@ -31,8 +28,8 @@ impl Subscriber for SqliteBroker {
         };
         self.client().adopt(&handle)?;
         Ok(Member::new(
-            Box::new(SqliteDeliveries::new(Arc::clone(&handle), leaseholder)),
-            Box::new(SqliteSettlement(handle)),
+            Box::new(LogDeliveries::new(Arc::clone(&handle), leaseholder)),
+            Box::new(LogSettlement(handle)),
         ))
     }
 }
@@ -52,7 +49,7 @@ async fn join(
     group: &Group,
     topics: &[Arc<TopicLanes>],
     subscription: &Subscription,
-) -> Result<(Arc<MemberHandle>, Option<Leaseholder>)> {
+) -> Result<(Arc<MemberHandle<Shared>>, Option<Leaseholder>)> {
     let group = database
         .join_group(group, topics, subscription.start)
         .await?;
@@ -67,11 +64,11 @@ async fn join(
         .with_revoke_timeout(subscription.limits.revoke_timeout);
     let leaseholder = Leaseholder::join(Arc::new(leases), config);
     let seat = Seat {
-        group,
+        group: group.id,
         member: leaseholder.member(),
         held: leaseholder.held(),
     };
-    let handle = member(database, subscription.limits, ended, Some(seat));
+    let handle = MemberHandle::new(database.clone(), subscription.limits, ended, Some(seat));
     Ok((Arc::new(handle), Some(leaseholder)))
 }
 
@@ -79,9 +76,10 @@ async fn read(
     database: &Shared,
     topics: &[Arc<TopicLanes>],
     subscription: &Subscription,
-) -> Result<Arc<MemberHandle>> {
+) -> Result<Arc<MemberHandle<Shared>>> {
     let ended = Arc::new(AtomicBool::new(false));
-    let handle = Arc::new(member(database, subscription.limits, ended, None));
+    let handle = MemberHandle::new(database.clone(), subscription.limits, ended, None);
+    let handle = Arc::new(handle);
     let now = database.now();
     let mut places = Vec::new();
     for topic in topics {
@@ -118,19 +116,4 @@ async fn read(
     }
     handle.lock().open(places);
     Ok(handle)
-}
-
-fn member(
-    database: &Shared,
-    limits: Limits,
-    ended: Arc<AtomicBool>,
-    seat: Option<Seat>,
-) -> MemberHandle {
-    MemberHandle {
-        database: database.clone(),
-        state: Mutex::new(MemberState::new(limits)),
-        notify: Arc::new(Notify::new()),
-        ended,
-        seat,
-    }
 }

@@ -1,10 +1,8 @@
 //! Topics as the database has them: created once, with a partition count that never changes.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
-use eventbus_core::{Error, ErrorKind, Message, Result, Topic, TopicSpec, partition_of};
+use eventbus_core::{Error, ErrorKind, Result, Topic, TopicSpec};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sqlx::sqlite::SqliteRow;
@@ -15,53 +13,21 @@ use super::database::Database;
 use super::error::into_error;
 use super::headers::{LANE_END, seal};
 use super::tables::Tables;
+use crate::log::{TopicLanes, is_dead_letters};
 
-/// A topic: its lanes are `first_lane` and the following ones.
-#[derive(Debug)]
-pub(super) struct TopicLanes {
-    pub(super) name: Topic,
-    pub(super) partitions: u32,
-    pub(super) first_lane: u32,
-    /// Where the next message without key goes.
-    turn: AtomicU32,
-}
-
-impl TopicLanes {
-    /// The lane that a message belongs to.
-    pub(super) fn lane_for(&self, message: &Message) -> u32 {
-        let partition = match &message.key {
-            Some(key) => partition_of(key, self.partitions),
-            None => self.turn.fetch_add(1, Ordering::Relaxed) % self.partitions,
-        };
-        self.first_lane + partition
+fn read_topic(name: Topic, row: &SqliteRow) -> Result<TopicLanes> {
+    let column = |index| -> Result<u32> {
+        let number: i64 = row
+            .try_get(index)
+            .map_err(|error| into_error("read topics", error))?;
+        u32::try_from(number).map_err(|_| odd_topic(&name))
+    };
+    let (partitions, first_lane) = (column(0)?, column(1)?);
+    let sound = (1..=PARTITIONS_MAX).contains(&partitions) && first_lane < LANE_END - partitions;
+    if !sound {
+        return Err(odd_topic(&name));
     }
-
-    /// The lanes, by partition.
-    pub(super) fn lanes(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
-        let first = self.first_lane;
-        (0..self.partitions).map(move |partition| (partition, first + partition))
-    }
-
-    fn read(name: Topic, row: &SqliteRow) -> Result<Self> {
-        let column = |index| -> Result<u32> {
-            let number: i64 = row
-                .try_get(index)
-                .map_err(|error| into_error("read topics", error))?;
-            u32::try_from(number).map_err(|_| odd_topic(&name))
-        };
-        let (partitions, first_lane) = (column(0)?, column(1)?);
-        let sound =
-            (1..=PARTITIONS_MAX).contains(&partitions) && first_lane < LANE_END - partitions;
-        if !sound {
-            return Err(odd_topic(&name));
-        }
-        Ok(Self {
-            name,
-            partitions,
-            first_lane,
-            turn: AtomicU32::new(0),
-        })
-    }
+    Ok(TopicLanes::new(name, partitions, first_lane))
 }
 
 fn odd_topic(name: &Topic) -> Error {
@@ -71,16 +37,6 @@ fn odd_topic(name: &Topic) -> Error {
         "the topic's row is damaged: restore the file from a copy",
     )
     .with("topic", name)
-}
-
-/// What is known of topics; what is in it stays true.
-#[derive(Debug, Default)]
-pub(super) struct Topics(HashMap<Topic, Arc<TopicLanes>>);
-
-impl Topics {
-    pub(super) fn get(&self, name: &Topic) -> Option<Arc<TopicLanes>> {
-        self.0.get(name).cloned()
-    }
 }
 
 /// A topic after it was applied.
@@ -138,7 +94,7 @@ impl Database {
             )
             .with("topic", name)
         })?;
-        let topic = Arc::new(TopicLanes::read(name.clone(), row)?);
+        let topic = Arc::new(read_topic(name.clone(), row)?);
         Ok(self.remember(&topic))
     }
 
@@ -155,11 +111,8 @@ impl Database {
         names.collect()
     }
 
-    /// Keeps the first that was read: it counts whose turn it is.
     fn remember(&self, topic: &Arc<TopicLanes>) -> Arc<TopicLanes> {
-        let mut topics = self.topics();
-        let known = topics.0.entry(topic.name.clone());
-        Arc::clone(known.or_insert_with(|| Arc::clone(topic)))
+        self.topics().remember(topic)
     }
 }
 
@@ -209,7 +162,7 @@ async fn apply_one(
         .await
         .map_err(native)?;
     let row = rows.first().ok_or_else(|| odd_topic(&spec.name))?;
-    let topic = TopicLanes::read(spec.name.clone(), row)?;
+    let topic = read_topic(spec.name.clone(), row)?;
     if !created.is_empty() {
         create_lanes(tables, &topic, connection).await?;
     }
@@ -251,9 +204,4 @@ const CREATE_LANES: &str = "
 /// As SQLite keeps numbers.
 pub(super) fn saturated(number: u128) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-/// Dead letters have a topic of their own, `{topic}.{group}.dlq`: few, and read rarely.
-fn is_dead_letters(topic: &Topic) -> bool {
-    topic.as_str().ends_with(".dlq")
 }

@@ -25,9 +25,9 @@ use super::append::Appender;
 use super::error::into_error;
 use super::headers::Packed;
 use super::lending::{Borrower, Lender, Loan, WritingConnection, run};
-use super::settle::{self, Advance};
+use super::settle;
 use super::tables::Tables;
-use super::wake::Wakes;
+use crate::log::{Advance, Wakes};
 
 /// Hands writes to the task that writes them.
 #[derive(Clone, Debug)]

@@ -12,52 +12,59 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use eventbus_core::{
-    Deliveries, Error, ErrorKind, HeldLeases, Lane, Lease, LeaseSignal, Leaseholder, MemberId,
-    Receipt, Result, Settlement, Signal, Timestamp, Verdict,
+    Deliveries, Error, ErrorKind, HeldLeases, Lane, Lease, LeaseSignal, Leaseholder, Limits,
+    MemberId, Receipt, Result, Settlement, Signal, Verdict,
 };
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::Notify;
-use tokio::time::sleep;
 
-use super::database::Shared;
-use super::groups::GroupRow;
-use super::leases;
 use super::member::{MemberState, Place, Wanted};
-use super::page::Page;
+use super::{Log, Page};
 
 /// What the two halves share; the last one to be dropped makes the member leave.
 #[derive(Debug)]
-pub(super) struct MemberHandle {
-    pub(super) database: Shared,
-    pub(super) state: Mutex<MemberState>,
+pub(crate) struct MemberHandle<L: Log> {
+    log: L,
+    state: Mutex<MemberState>,
     /// Wakes `next`.
-    pub(super) notify: Arc<Notify>,
+    pub(crate) notify: Arc<Notify>,
     /// It left, or its broker handle was closed.
-    pub(super) ended: Arc<AtomicBool>,
-    pub(super) seat: Option<Seat>,
+    ended: Arc<AtomicBool>,
+    seat: Option<Seat>,
 }
 
 /// A member's place in its group.
 #[derive(Debug)]
-pub(super) struct Seat {
-    pub(super) group: GroupRow,
-    pub(super) member: MemberId,
-    pub(super) held: HeldLeases,
+pub(crate) struct Seat {
+    pub(crate) group: i64,
+    pub(crate) member: MemberId,
+    pub(crate) held: HeldLeases,
 }
 
-impl MemberHandle {
-    pub(super) fn lock(&self) -> MutexGuard<'_, MemberState> {
+impl<L: Log> MemberHandle<L> {
+    /// A member, or a reader when it has no seat. `ended` is raised when it leaves.
+    pub(crate) fn new(log: L, limits: Limits, ended: Arc<AtomicBool>, seat: Option<Seat>) -> Self {
+        Self {
+            log,
+            state: Mutex::new(MemberState::new(limits)),
+            notify: Arc::new(Notify::new()),
+            ended,
+            seat,
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, MemberState> {
         // Nothing is left half done by a panic that a later call could not read.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn is_ended(&self) -> bool {
+    pub(crate) fn is_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 
     /// Ends it: `next` and `settle` answer `Closed` from now on. Returns its seat the first time.
-    pub(super) fn end(&self) -> Option<&Seat> {
+    pub(crate) fn end(&self) -> Option<&Seat> {
         if self.ended.swap(true, Ordering::AcqRel) {
             return None;
         }
@@ -77,18 +84,18 @@ impl MemberHandle {
     }
 }
 
-impl Drop for MemberHandle {
+impl<L: Log> Drop for MemberHandle<L> {
     /// A crash inside this process need not be waited for.
     fn drop(&mut self) {
         let Some(Seat { group, member, .. }) = self.end() else {
             return;
         };
-        let (group, member) = (group.id, *member);
-        let database = self.database.clone();
+        let (group, member) = (*group, *member);
+        let log = self.log.clone();
         // Without a runtime the leases end with their time.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move {
-                if let Err(error) = leases::leave(&database, &leases::LANES, group, member).await {
+                if let Err(error) = log.leave(group, member).await {
                     tracing::warn!(%error, "a dropped member's leases end only with their time");
                 }
             });
@@ -99,41 +106,43 @@ impl Drop for MemberHandle {
 /// What `next` is in the middle of; kept when its future is dropped.
 enum Work {
     Opening(BoxFuture<'static, Result<Vec<Place>>>),
-    Page(Wanted, BoxFuture<'static, Result<Page>>),
-    Ending(BoxFuture<'static, Result<Vec<u64>>>),
+    Pages(Vec<Wanted>, BoxFuture<'static, Result<Vec<Page>>>),
 }
 
 /// What a finished work found.
 enum Found {
     Opened(Vec<Place>),
-    Page(Wanted, Page),
-    Ends(Vec<u64>),
+    Pages(Vec<Wanted>, Vec<Page>),
 }
 
 /// The receiving half.
-pub(super) struct SqliteDeliveries {
-    handle: Arc<MemberHandle>,
+pub(crate) struct LogDeliveries<L: Log> {
+    handle: Arc<MemberHandle<L>>,
     leaseholder: Option<Leaseholder>,
     /// Granted, and not opened yet.
     granted: Vec<Lease>,
     work: Option<Work>,
+    /// Where a reader ends that ends at a time still to come.
+    ending: Option<BoxFuture<'static, Result<Vec<u64>>>>,
 }
 
-impl std::fmt::Debug for SqliteDeliveries {
+impl<L: Log> std::fmt::Debug for LogDeliveries<L> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SqliteDeliveries")
+        f.debug_struct("LogDeliveries")
             .field("handle", &self.handle)
             .finish_non_exhaustive()
     }
 }
 
-impl SqliteDeliveries {
-    pub(super) fn new(handle: Arc<MemberHandle>, leaseholder: Option<Leaseholder>) -> Self {
+impl<L: Log> LogDeliveries<L> {
+    pub(crate) fn new(handle: Arc<MemberHandle<L>>, leaseholder: Option<Leaseholder>) -> Self {
+        let ending = find_ends(&handle);
         Self {
             handle,
             leaseholder,
             granted: Vec::new(),
             work: None,
+            ending,
         }
     }
 
@@ -146,56 +155,33 @@ impl SqliteDeliveries {
             self.begin_opening();
             return;
         }
-        let mut state = self.handle.lock();
-        if let Some(time) = state.until_time
-            && self.handle.database.now() >= time
-        {
-            let rows = state.rows();
-            drop(state);
-            self.work = Some(Work::Ending(self.find_ends(rows, time)));
+        let wanted = self.handle.lock().wanted(L::PAGES_MAX);
+        if wanted.is_empty() {
             return;
         }
-        let Some(wanted) = state.wanted() else {
-            return;
-        };
-        drop(state);
-        let database = self.handle.database.clone();
-        let topic = Arc::clone(&wanted.topic);
-        let (row, from, to) = (wanted.row, wanted.from, wanted.to);
-        let page = async move { database.read_page(&topic, row, from, to).await };
-        self.work = Some(Work::Page(wanted, page.boxed()));
+        let (log, pages) = (self.handle.log.clone(), wanted.clone());
+        let pages = async move { log.read_pages(&pages).await };
+        self.work = Some(Work::Pages(wanted, pages.boxed()));
         self.poke();
     }
 
-    /// Lets the read reach SQLite's thread; what comes of it is heard by the next wait.
+    /// Lets the question reach the database; what comes of it is heard by the next wait.
     fn poke(&mut self) {
-        if let Some(Work::Page(_, page)) = &mut self.work
-            && let Some(found) = page.now_or_never()
+        if let Some(Work::Pages(_, pages)) = &mut self.work
+            && let Some(found) = pages.now_or_never()
         {
-            *page = ready(found).boxed();
+            *pages = ready(found).boxed();
         }
-    }
-
-    fn find_ends(&self, rows: Vec<u32>, time: Timestamp) -> BoxFuture<'static, Result<Vec<u64>>> {
-        let database = self.handle.database.clone();
-        async move {
-            let mut ends = Vec::with_capacity(rows.len());
-            for row in rows {
-                ends.push(database.first_at_or_after(row, time).await?);
-            }
-            Ok(ends)
-        }
-        .boxed()
     }
 
     fn begin_opening(&mut self) {
         let Some(seat) = &self.handle.seat else {
             return;
         };
-        let (database, group) = (self.handle.database.clone(), seat.group.clone());
+        let (log, group) = (self.handle.log.clone(), seat.group);
         let leases = self.granted.clone();
         let notify = Arc::clone(&self.handle.notify);
-        let opening = async move { database.open_places(&group, &leases, &notify).await };
+        let opening = async move { log.open_places(group, &leases, &notify).await };
         // A page that was being read is read again: it is of a lane that stays.
         self.work = Some(Work::Opening(opening.boxed()));
     }
@@ -220,8 +206,11 @@ impl SqliteDeliveries {
                 self.granted.clear();
                 state.open(places);
             }
-            Found::Page(wanted, page) => state.take_page(&wanted, page),
-            Found::Ends(ends) => state.end_at(&ends),
+            Found::Pages(wanted, pages) => {
+                for (wanted, page) in wanted.iter().zip(pages) {
+                    state.take_page(wanted, page);
+                }
+            }
         }
     }
 
@@ -229,11 +218,12 @@ impl SqliteDeliveries {
     async fn wait(&mut self) -> Result<()> {
         let handle = Arc::clone(&self.handle);
         let opening = !self.granted.is_empty();
-        let idle = self.work.is_none();
-        let until_time = idle.then(|| handle.lock().until_time).flatten();
-        let _waiting = idle.then(|| handle.database.wakes.wait());
+        let _waiting = self.work.is_none().then(|| handle.log.wakes().wait());
         let Self {
-            leaseholder, work, ..
+            leaseholder,
+            work,
+            ending,
+            ..
         } = self;
         tokio::select! {
             biased;
@@ -247,9 +237,33 @@ impl SqliteDeliveries {
                 self.take(found);
             }
             () = handle.notify.notified() => {}
-            () = reach(&handle, until_time) => {}
+            ends = reach(ending) => {
+                // Asked for anew where the answer was an error.
+                self.ending = None;
+                match ends {
+                    Ok(ends) => handle.lock().end_at(&ends),
+                    Err(error) => {
+                        self.ending = find_ends(&handle);
+                        return Err(error);
+                    }
+                }
+            }
         }
         Ok(())
+    }
+}
+
+fn find_ends<L: Log>(handle: &MemberHandle<L>) -> Option<BoxFuture<'static, Result<Vec<u64>>>> {
+    let state = handle.lock();
+    let time = state.until_time?;
+    let (log, rows) = (handle.log.clone(), state.rows());
+    Some(async move { log.ends_at(&rows, time).await }.boxed())
+}
+
+async fn reach(ending: &mut Option<BoxFuture<'static, Result<Vec<u64>>>>) -> Result<Vec<u64>> {
+    match ending {
+        Some(ending) => ending.await,
+        None => pending().await,
     }
 }
 
@@ -265,29 +279,20 @@ async fn finish(work: &mut Option<Work>) -> Result<Found> {
     let found = match work {
         None => pending().await,
         Some(Work::Opening(opening)) => opening.await.map(Found::Opened),
-        Some(Work::Ending(ending)) => ending.await.map(Found::Ends),
-        Some(Work::Page(_, page)) => {
-            let page = page.await;
-            let Some(Work::Page(wanted, _)) = work.take() else {
+        Some(Work::Pages(_, pages)) => {
+            let pages = pages.await;
+            let Some(Work::Pages(wanted, _)) = work.take() else {
                 return pending().await;
             };
-            return page.map(|page| Found::Page(wanted, page));
+            return pages.map(|pages| Found::Pages(wanted, pages));
         }
     };
     *work = None;
     found
 }
 
-/// Waits until it is later than `time` by the broker's clock.
-async fn reach(handle: &MemberHandle, time: Option<Timestamp>) {
-    let Some(time) = time else {
-        return pending().await;
-    };
-    sleep(time.since(handle.database.now())).await;
-}
-
 #[async_trait]
-impl Deliveries for SqliteDeliveries {
+impl<L: Log> Deliveries for LogDeliveries<L> {
     async fn next(&mut self) -> Result<Signal> {
         loop {
             self.handle.check_open("next")?;
@@ -313,10 +318,10 @@ impl Deliveries for SqliteDeliveries {
 
 /// The answering half.
 #[derive(Debug)]
-pub(super) struct SqliteSettlement(pub(super) Arc<MemberHandle>);
+pub(crate) struct LogSettlement<L: Log>(pub(crate) Arc<MemberHandle<L>>);
 
 #[async_trait]
-impl Settlement for SqliteSettlement {
+impl<L: Log> Settlement for LogSettlement<L> {
     async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
         let handle = &self.0;
         handle.check_open("settle")?;
@@ -327,7 +332,7 @@ impl Settlement for SqliteSettlement {
                 "this broker does not declare `redelivery`: retry in place and settle `Done`",
             ));
         }
-        let group = handle.seat.as_ref().map(|seat| seat.group.id);
+        let group = handle.seat.as_ref().map(|seat| seat.group);
         let (stale, advances) = {
             let mut state = handle.lock();
             let stale = state.settle(settled.iter().map(|(receipt, _)| *receipt));
@@ -336,11 +341,11 @@ impl Settlement for SqliteSettlement {
         };
         // There is credit again.
         handle.notify.notify_one();
-        handle.database.count_stale(stale);
+        handle.log.count_stale(stale);
         let Some(advances) = advances.filter(|advances| !advances.is_empty()) else {
             return Ok(());
         };
-        handle.database.writer.settle(advances.clone()).await?;
+        handle.log.settle(advances.clone()).await?;
         handle.lock().recorded(&advances);
         Ok(())
     }

@@ -9,32 +9,28 @@ use eventbus_core::{
     TopicPartition,
 };
 
-use super::headers::Unpacked;
-use super::page::{PAGE_ROWS, Page, to_u64};
-use super::settle::Advance;
-use super::topics::TopicLanes;
-use super::wake::LaneEnd;
+use super::{Advance, LaneEnd, PAGE_ROWS, Page, TopicLanes, Unpacked};
 
 /// Bytes read ahead over all lanes, beyond which nothing more is.
 const AHEAD_BYTES: usize = 8 * 1024 * 1024;
 
 /// A lane before it is opened.
 #[derive(Debug)]
-pub(super) struct Place {
-    pub(super) topic: Arc<TopicLanes>,
-    pub(super) partition: u32,
+pub(crate) struct Place {
+    pub(crate) topic: Arc<TopicLanes>,
+    pub(crate) partition: u32,
     /// Where reading starts.
-    pub(super) position: u64,
+    pub(crate) position: u64,
     /// Where it ends, not included.
-    pub(super) until: u64,
+    pub(crate) until: u64,
     /// The end of the log there.
-    pub(super) end: Arc<LaneEnd>,
+    pub(crate) end: Arc<LaneEnd>,
     /// The lease it is held by; a reader has none.
-    pub(super) epoch: Option<u64>,
+    pub(crate) epoch: Option<u64>,
 }
 
 impl Place {
-    pub(super) fn row(&self) -> u32 {
+    pub(crate) fn row(&self) -> u32 {
         self.topic.first_lane + self.partition
     }
 }
@@ -64,18 +60,18 @@ enum Ahead {
 }
 
 /// A page to read.
-#[derive(Debug)]
-pub(super) struct Wanted {
-    pub(super) lane: Lane,
-    pub(super) topic: Arc<TopicLanes>,
-    pub(super) row: u32,
-    pub(super) from: u64,
-    pub(super) to: u64,
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted {
+    pub(crate) lane: Lane,
+    pub(crate) topic: Arc<TopicLanes>,
+    pub(crate) row: u32,
+    pub(crate) from: u64,
+    pub(crate) to: u64,
 }
 
 /// The state of one member or reader.
 #[derive(Debug)]
-pub(super) struct MemberState {
+pub(crate) struct MemberState {
     limits: Limits,
     lanes: LaneTable,
     /// By the lane's number.
@@ -86,11 +82,11 @@ pub(super) struct MemberState {
     turn: usize,
     read_turn: usize,
     /// Where a reader ends when it ends at a time that was still to come.
-    pub(super) until_time: Option<Timestamp>,
+    pub(crate) until_time: Option<Timestamp>,
 }
 
 impl MemberState {
-    pub(super) fn new(limits: Limits) -> Self {
+    pub(crate) fn new(limits: Limits) -> Self {
         Self {
             limits,
             lanes: LaneTable::new(limits),
@@ -104,7 +100,7 @@ impl MemberState {
     }
 
     /// Opens lanes and announces them, all in one signal.
-    pub(super) fn open(&mut self, places: Vec<Place>) {
+    pub(crate) fn open(&mut self, places: Vec<Place>) {
         if places.is_empty() {
             return;
         }
@@ -149,7 +145,7 @@ impl MemberState {
     }
 
     /// Announces that lanes are to be released; nothing of them is handed out any more.
-    pub(super) fn revoke(&mut self, places: &[TopicPartition]) {
+    pub(crate) fn revoke(&mut self, places: &[TopicPartition]) {
         let lanes = self.lanes_at(places);
         for lane in &lanes {
             self.slots[lane.id as usize].revoking = true;
@@ -161,7 +157,7 @@ impl MemberState {
     }
 
     /// Closes lanes that are gone already, and says so.
-    pub(super) fn lose(&mut self, places: &[TopicPartition]) {
+    pub(crate) fn lose(&mut self, places: &[TopicPartition]) {
         let lanes = self.lanes_at(places);
         for lane in &lanes {
             self.close(*lane);
@@ -172,7 +168,7 @@ impl MemberState {
     }
 
     /// Closes lanes that their owner gives away, and returns where they are.
-    pub(super) fn release(&mut self, lanes: &[Lane]) -> Vec<TopicPartition> {
+    pub(crate) fn release(&mut self, lanes: &[Lane]) -> Vec<TopicPartition> {
         let mut places = Vec::new();
         for lane in lanes {
             let Some(slot) = self.slot(*lane) else {
@@ -201,7 +197,7 @@ impl MemberState {
     }
 
     /// The next signal there is: control first, then messages.
-    pub(super) fn next_signal(&mut self) -> Option<Signal> {
+    pub(crate) fn next_signal(&mut self) -> Option<Signal> {
         if let Some(signal) = self.control.pop_front() {
             return Some(signal);
         }
@@ -283,14 +279,18 @@ impl MemberState {
         }
     }
 
-    /// The next page worth reading, if there is one.
-    pub(super) fn wanted(&mut self) -> Option<Wanted> {
+    /// The pages worth reading next, each of another lane.
+    pub(crate) fn wanted(&mut self, pages_max: usize) -> Vec<Wanted> {
+        let mut pages = Vec::new();
         if self.ahead_bytes >= AHEAD_BYTES {
-            return None;
+            return pages;
         }
         let count = self.slots.len();
-        let indices = (0..count).map(|offset| (self.read_turn + offset) % count);
-        for index in indices {
+        let first = self.read_turn;
+        for index in (0..count).map(|offset| (first + offset) % count) {
+            if pages.len() >= pages_max {
+                break;
+            }
             let slot = &self.slots[index];
             let to = slot.place.end.next().min(slot.place.until);
             let enough = slot.ahead.len() as u64 >= PAGE_ROWS / 2;
@@ -298,21 +298,20 @@ impl MemberState {
             if slot.revoking || enough || slot.read_to >= to || self.lanes.credit(slot.lane) == 0 {
                 continue;
             }
-            let wanted = Wanted {
+            pages.push(Wanted {
                 lane: slot.lane,
                 topic: Arc::clone(&slot.place.topic),
                 row: slot.place.row(),
                 from: slot.read_to,
                 to,
-            };
+            });
             self.read_turn = index + 1;
-            return Some(wanted);
         }
-        None
+        pages
     }
 
     /// Takes in a page, unless its lane is another one by now.
-    pub(super) fn take_page(&mut self, wanted: &Wanted, page: Page) {
+    pub(crate) fn take_page(&mut self, wanted: &Wanted, page: Page) {
         if !self.lanes.is_open(wanted.lane) {
             return;
         }
@@ -337,7 +336,7 @@ impl MemberState {
     }
 
     /// Ends every lane before the position it is given here.
-    pub(super) fn end_at(&mut self, ends: &[u64]) {
+    pub(crate) fn end_at(&mut self, ends: &[u64]) {
         self.until_time = None;
         for (index, end) in ends.iter().enumerate() {
             if let Some(slot) = self.slots.get_mut(index) {
@@ -348,23 +347,24 @@ impl MemberState {
     }
 
     /// The rows of all lanes, in the order of their numbers.
-    pub(super) fn rows(&self) -> Vec<u32> {
+    pub(crate) fn rows(&self) -> Vec<u32> {
         self.slots.iter().map(|slot| slot.place.row()).collect()
     }
 
-    /// Marks messages done; true when that gave credit back.
-    pub(super) fn settle(&mut self, receipts: impl Iterator<Item = Receipt>) -> u64 {
+    /// Marks messages done; returns how many were of an older epoch or done before.
+    pub(crate) fn settle(&mut self, receipts: impl Iterator<Item = Receipt>) -> u64 {
         let stale = self.lanes.stale();
         for receipt in receipts {
             if let Settled::LowWater(position) = self.lanes.settle(receipt) {
-                self.slots[receipt.lane.id as usize].settled = to_u64(position) + 1;
+                // It was handed out here, so it fits.
+                self.slots[receipt.lane.id as usize].settled = position.0 as u64 + 1;
             }
         }
         self.lanes.stale() - stale
     }
 
     /// What is settled and not recorded yet.
-    pub(super) fn advances(&self, group: i64) -> Vec<Advance> {
+    pub(crate) fn advances(&self, group: i64) -> Vec<Advance> {
         let open = self
             .slots
             .iter()
@@ -383,7 +383,7 @@ impl MemberState {
     }
 
     /// Takes note that advances are on disk.
-    pub(super) fn recorded(&mut self, advances: &[Advance]) {
+    pub(crate) fn recorded(&mut self, advances: &[Advance]) {
         for advance in advances {
             let mine = self.slots.iter_mut().find(|slot| {
                 slot.place.row() == advance.lane && slot.place.epoch == Some(advance.epoch)

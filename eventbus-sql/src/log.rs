@@ -1,0 +1,106 @@
+//! What members and readers of a partitioned log in a database are, whatever database it is: their
+//! lanes, what is read ahead, who is woken. No SQL is here.
+
+mod deliveries;
+mod member;
+mod topics;
+mod wake;
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use eventbus_core::{Lease, MemberId, Message, Result, Timestamp};
+use tokio::sync::Notify;
+
+pub(crate) use deliveries::{LogDeliveries, LogSettlement, MemberHandle, Seat};
+pub(crate) use member::{Place, Wanted};
+pub(crate) use topics::{TopicLanes, Topics, is_dead_letters};
+pub(crate) use wake::{LaneEnd, Wakes};
+
+/// Most messages of a page.
+pub(crate) const PAGE_ROWS: u64 = 512;
+
+/// A share of an open database, as its members use it.
+pub(crate) trait Log: Clone + Debug + Send + Sync + 'static {
+    /// Most pages that one question reads.
+    const PAGES_MAX: usize;
+
+    /// Who waits for what.
+    fn wakes(&self) -> &Wakes;
+
+    /// Reads one page for each that is wanted, in this order.
+    fn read_pages(&self, wanted: &[Wanted]) -> impl Future<Output = Result<Vec<Page>>> + Send;
+
+    /// Waits until it is `time` by the broker's clock, and finds the first position of each lane
+    /// that was taken then or later.
+    fn ends_at(
+        &self,
+        lanes: &[u32],
+        time: Timestamp,
+    ) -> impl Future<Output = Result<Vec<u64>>> + Send;
+
+    /// Where the group goes on at the places that were granted; one that was granted to somebody
+    /// else since is left out.
+    fn open_places(
+        &self,
+        group: i64,
+        leases: &[Lease],
+        notify: &Arc<Notify>,
+    ) -> impl Future<Output = Result<Vec<Place>>> + Send;
+
+    /// Records how far groups are.
+    fn settle(&self, advances: Vec<Advance>) -> impl Future<Output = Result<()>> + Send;
+
+    /// Takes note of settlements that were ignored.
+    fn count_stale(&self, settlements: u64);
+
+    /// Ends a member and frees what it holds.
+    fn leave(&self, group: i64, member: MemberId) -> impl Future<Output = Result<()>> + Send;
+}
+
+/// A message out of the log.
+#[derive(Clone, Debug)]
+pub(crate) struct Unpacked {
+    pub(crate) position: u64,
+    pub(crate) time: Timestamp,
+    /// Bytes of key, headers and payload.
+    pub(crate) size: usize,
+    pub(crate) message: Message,
+}
+
+/// What was found from a position on.
+#[derive(Debug)]
+pub(crate) enum Page {
+    /// These, without a gap between them.
+    Messages(Vec<Unpacked>),
+    /// Everything before this position is gone.
+    Gone { base: u64 },
+}
+
+/// A group's new place on a lane, as the holder of this epoch says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Advance {
+    pub(crate) group: i64,
+    pub(crate) lane: u32,
+    pub(crate) epoch: u64,
+    /// The first position not settled.
+    pub(crate) position: u64,
+}
+
+/// The furthest of several advances of each lease, by group and lane.
+pub(crate) fn furthest<'a>(advances: impl IntoIterator<Item = &'a Advance>) -> Vec<Advance> {
+    let mut furthest = BTreeMap::new();
+    for advance in advances {
+        let lease = (advance.group, advance.lane, advance.epoch);
+        let position = furthest.entry(lease).or_insert(0);
+        *position = advance.position.max(*position);
+    }
+    let advance = |((group, lane, epoch), position)| Advance {
+        group,
+        lane,
+        epoch,
+        position,
+    };
+    furthest.into_iter().map(advance).collect()
+}

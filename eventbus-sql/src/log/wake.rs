@@ -1,0 +1,200 @@
+//! Who is to be woken when something was written. What other processes wrote is for the databases'
+//! modules to see; here is who waits for it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use tokio::sync::{Notify, watch};
+
+/// The end of one lane, as far as it was seen, and who waits for more.
+#[derive(Debug)]
+pub(crate) struct LaneEnd {
+    next: AtomicU64,
+    readers: Mutex<Vec<Weak<Notify>>>,
+}
+
+impl LaneEnd {
+    /// The position that the next message gets.
+    pub(crate) fn next(&self) -> u64 {
+        self.next.load(Ordering::Acquire)
+    }
+
+    /// Takes note of an end, and wakes who waits if it is a new one.
+    pub(crate) fn reaches(&self, next: u64) {
+        if self.next.fetch_max(next, Ordering::AcqRel) >= next {
+            return;
+        }
+        for reader in lock(&self.readers).iter() {
+            if let Some(reader) = reader.upgrade() {
+                reader.notify_one();
+            }
+        }
+    }
+
+    /// Lets `reader` be woken until it is dropped.
+    pub(crate) fn listen(&self, reader: &Arc<Notify>) {
+        let mut readers = lock(&self.readers);
+        readers.retain(|known| known.strong_count() > 0);
+        let known = readers
+            .iter()
+            .any(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(reader)));
+        if !known {
+            readers.push(Arc::downgrade(reader));
+        }
+    }
+}
+
+/// Everything of one database that somebody may wait for.
+#[derive(Debug)]
+pub(crate) struct Wakes {
+    lanes: Mutex<HashMap<u32, Weak<LaneEnd>>>,
+    /// The generation of each group whose members wait for changes.
+    groups: Mutex<HashMap<i64, watch::Sender<i64>>>,
+    /// The version of the schedule, for those who wait for what it holds.
+    schedule: watch::Sender<i64>,
+    /// The last position of the outbox that was seen.
+    outbox: watch::Sender<i64>,
+    waiting: AtomicUsize,
+    waits: Notify,
+}
+
+/// Held while somebody waits.
+#[derive(Debug)]
+pub(crate) struct Waiting<'w>(&'w Wakes);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Wakes {
+    pub(crate) fn new() -> Self {
+        Self {
+            lanes: Mutex::new(HashMap::new()),
+            groups: Mutex::new(HashMap::new()),
+            schedule: watch::Sender::new(0),
+            outbox: watch::Sender::new(0),
+            waiting: AtomicUsize::new(0),
+            waits: Notify::new(),
+        }
+    }
+
+    /// The end of a lane, for those who read it.
+    pub(crate) fn lane(&self, lane: u32, next: u64) -> Arc<LaneEnd> {
+        let mut lanes = lock(&self.lanes);
+        let known = lanes.get(&lane).and_then(Weak::upgrade);
+        let end = known.unwrap_or_else(|| {
+            lanes.retain(|_, end| end.strong_count() > 0);
+            let end = Arc::new(LaneEnd {
+                next: AtomicU64::new(next),
+                readers: Mutex::new(Vec::new()),
+            });
+            lanes.insert(lane, Arc::downgrade(&end));
+            end
+        });
+        drop(lanes);
+        end.reaches(next);
+        end
+    }
+
+    /// Takes note of lanes that became longer.
+    pub(crate) fn appended(&self, ends: &[(u32, u64)]) {
+        for (lane, next) in ends {
+            let end = lock(&self.lanes).get(lane).and_then(Weak::upgrade);
+            if let Some(end) = end {
+                end.reaches(*next);
+            }
+        }
+    }
+
+    /// Hears of changes of a group.
+    pub(crate) fn group(&self, group: i64) -> watch::Receiver<i64> {
+        let mut groups = lock(&self.groups);
+        groups.retain(|_, sender| sender.receiver_count() > 0);
+        let sender = groups.entry(group).or_insert_with(|| watch::Sender::new(0));
+        sender.subscribe()
+    }
+
+    /// Takes note that members or leases of a group changed.
+    pub(crate) fn group_changed(&self, group: i64, generation: i64) {
+        if let Some(sender) = lock(&self.groups).get(&group) {
+            sender.send_if_modified(|known| {
+                let newer = *known < generation;
+                *known = generation.max(*known);
+                newer
+            });
+        }
+    }
+
+    /// Has the database looked at until the guard is dropped.
+    pub(crate) fn wait(&self) -> Waiting<'_> {
+        if self.waiting.fetch_add(1, Ordering::AcqRel) == 0 {
+            self.waits.notify_one();
+        }
+        Waiting(self)
+    }
+
+    /// Resolves when somebody waits.
+    pub(crate) async fn wanted(&self) {
+        while self.waiting.load(Ordering::Acquire) == 0 {
+            self.waits.notified().await;
+        }
+    }
+
+    /// The lanes that somebody reads.
+    pub(crate) fn watched_lanes(&self) -> Vec<u32> {
+        let lanes = lock(&self.lanes);
+        let alive = lanes.iter().filter(|(_, end)| end.strong_count() > 0);
+        alive.map(|(lane, _)| *lane).collect()
+    }
+
+    /// The groups whose members wait for changes.
+    pub(crate) fn watched_groups(&self) -> Vec<i64> {
+        lock(&self.groups).keys().copied().collect()
+    }
+}
+
+#[cfg_attr(
+    not(feature = "sqlite"),
+    allow(dead_code, reason = "PostgreSQL keeps no schedule and no outbox yet")
+)]
+impl Wakes {
+    /// Hears of messages that are due earlier than all others.
+    pub(crate) fn schedule(&self) -> watch::Receiver<i64> {
+        self.schedule.subscribe()
+    }
+
+    pub(crate) fn schedule_is_heard(&self) -> bool {
+        self.schedule.receiver_count() > 0
+    }
+
+    /// Takes note of the schedule's version.
+    pub(crate) fn schedule_changed(&self, version: i64) {
+        self.schedule
+            .send_if_modified(|known| std::mem::replace(known, version.max(*known)) < version);
+    }
+
+    /// Hears of what is appended to the outbox.
+    pub(crate) fn outbox(&self) -> watch::Receiver<i64> {
+        self.outbox.subscribe()
+    }
+
+    pub(crate) fn outbox_is_heard(&self) -> bool {
+        self.outbox.receiver_count() > 0
+    }
+
+    /// Takes note of how far the outbox goes.
+    pub(crate) fn outbox_reaches(&self, position: i64) {
+        self.outbox.send_if_modified(|known| {
+            let newer = *known < position;
+            *known = position.max(*known);
+            newer
+        });
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
