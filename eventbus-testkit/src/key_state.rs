@@ -26,20 +26,23 @@ pub trait KeyStateHarness: Send + Sync {
 
 /// Expands to one `#[tokio::test]` for each check of [`key_state`](crate::key_state).
 ///
-/// The expression makes the [`KeyStateHarness`] of one test and may `await`.
+/// The expression makes the [`KeyStateHarness`] of one test and may `await`. An attribute in front of
+/// it is put on every test.
 #[macro_export]
 macro_rules! key_state_conformance {
-    (@checks $harness:expr; $($check:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $check() {
-                let harness = $harness;
-                $crate::key_state::$check(&harness).await;
-            }
-        )*
+    (@checks $attributes:tt $harness:expr; $($check:ident)*) => {
+        $( $crate::key_state_conformance!(@check $attributes $harness; $check); )*
     };
-    ($harness:expr) => {
-        $crate::key_state_conformance!(@checks $harness;
+    (@check [$(#[$attribute:meta])*] $harness:expr; $check:ident) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        $(#[$attribute])*
+        async fn $check() {
+            let harness = $harness;
+            $crate::key_state::$check(&harness).await;
+        }
+    };
+    (@all $attributes:tt $harness:expr) => {
+        $crate::key_state_conformance!(@checks $attributes $harness;
             held_messages_come_back_in_order_and_unchanged
             name_goes_with_its_last_message
             later_claim_fences_earlier_ones
@@ -56,6 +59,13 @@ macro_rules! key_state_conformance {
             list_and_messages_come_in_pages
             concurrent_claims_leave_one_owner
         );
+    };
+    // One attribute, not several: before an expression a repetition would be ambiguous.
+    (#[$attribute:meta] $harness:expr) => {
+        $crate::key_state_conformance!(@all [#[$attribute]] $harness);
+    };
+    ($harness:expr) => {
+        $crate::key_state_conformance!(@all [] $harness);
     };
 }
 
