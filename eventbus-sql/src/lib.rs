@@ -1,10 +1,18 @@
 #![doc = include_str!("../README.md")]
 #![warn(clippy::unwrap_used, clippy::print_stdout)]
 
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod duration;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod log;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "sqlite")]
 mod sqlite;
 
+#[cfg(feature = "postgres")]
+pub use postgres::{PostgresBroker, PostgresConfig, PostgresKeyState, PostgresLeases};
+#[cfg(feature = "sqlite")]
 pub use sqlite::{
     SqliteBroker, SqliteConfig, SqliteOutbox, SqliteSchedule, SqliteStore, SqliteTransaction,
 };

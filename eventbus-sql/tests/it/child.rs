@@ -1,4 +1,4 @@
-//! Another process on the same file: this test binary, started with one ignored test.
+//! Another process on the same file or database: this test binary, started with one ignored test.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -6,8 +6,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use eventbus_core::{
-    Deliveries, EventId, Group, Key, Member, Message, Publisher, ScheduleStore, Scheduled, Signal,
-    Subscriber, Subscription, Topic, Verdict,
+    Broker, Deliveries, EventId, Group, Key, Member, Message, ScheduleStore, Scheduled, Signal,
+    Subscription, Topic, Verdict,
 };
 use eventbus_sql::{SqliteBroker, SqliteConfig};
 
@@ -35,19 +35,19 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    pub(crate) fn start(role: &str, file: &Path) -> Self {
+    pub(crate) fn start(role: &str, place: impl AsRef<Path>) -> Self {
         let program = std::env::current_exe().expect("this test has a path");
-        Self::run(Command::new(program), role, file)
+        Self::run(Command::new(program), role, place)
     }
 
     /// A child whose files cannot grow beyond so many kilobytes, until [`lift`](Self::lift).
-    pub(crate) fn start_limited(role: &str, file: &Path, kilobytes: u32) -> Self {
+    pub(crate) fn start_limited(role: &str, place: impl AsRef<Path>, kilobytes: u32) -> Self {
         let program = std::env::current_exe().expect("this test has a path");
         let mut shell = Command::new("bash");
         // What is ignored here stays ignored: a write beyond the limit fails instead of killing.
         let script = format!("trap '' XFSZ; ulimit -S -f {kilobytes}; exec \"$0\" \"$@\"");
         shell.args(["-c", &script]).arg(program);
-        Self::run(shell, role, file)
+        Self::run(shell, role, place)
     }
 
     /// Takes the limit away.
@@ -58,7 +58,7 @@ impl Process {
         assert!(lifted.expect("there is a prlimit command").success());
     }
 
-    fn run(mut command: Command, role: &str, file: &Path) -> Self {
+    fn run(mut command: Command, role: &str, place: impl AsRef<Path>) -> Self {
         let mut child = command
             .args([
                 "--exact",
@@ -66,7 +66,7 @@ impl Process {
                 "--ignored",
                 "--nocapture",
             ])
-            .env(ROLE, format!("{role} {}", file.display()))
+            .env(ROLE, format!("{role} {}", place.as_ref().display()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -160,18 +160,18 @@ async fn plays_its_role() {
     let Ok(role) = std::env::var(ROLE) else {
         return;
     };
-    let (role, file) = role.split_once(' ').expect("a role and a file");
-    let file = Path::new(file);
-    let broker = SqliteBroker::connect(config(file))
-        .await
-        .expect("the file opens");
+    let (role, place) = role.split_once(' ').expect("a role and a place");
+    let file = Path::new(place);
     match role.split_once(':').unwrap_or((role, "")) {
-        ("open", _) => say("open"),
-        ("publish", from) => publish(&broker, from.parse().expect("a number")).await,
-        ("consume", _) => consume(&broker).await,
-        ("tail", _) => tail(&broker).await,
-        ("linger", _) => linger(&broker).await,
-        ("fill", _) => fill(&broker).await,
+        ("open", _) => {
+            connect(place).await;
+            say("open");
+        }
+        ("publish", from) => publish(&*connect(place).await, from.parse().expect("a number")).await,
+        ("consume", _) => consume(&*connect(place).await).await,
+        ("tail", _) => tail(&*connect(place).await).await,
+        ("linger", _) => linger(&*connect(place).await).await,
+        ("fill", _) => fill(&*connect(place).await).await,
         ("schedule", millis) => schedule(file, millis_of(millis)).await,
         ("schedule-and-die", step) => {
             let step: &'static str = step.to_owned().leak();
@@ -179,8 +179,8 @@ async fn plays_its_role() {
             schedule(file, Duration::from_millis(100)).await;
         }
         ("schedule-nothing", _) => schedule_nothing(file).await,
-        ("store-only", millis) => store_only(&broker, millis_of(millis)).await,
-        ("shop", _) => crate::crash::trade(broker, Path::new(file)).await,
+        ("store-only", millis) => store_only(&open(file).await, millis_of(millis)).await,
+        ("shop", _) => crate::crash::trade(open(file).await, file).await,
         _ => panic!("no such role: {role}"),
     }
 }
@@ -189,8 +189,23 @@ fn millis_of(text: &str) -> Duration {
     Duration::from_millis(text.parse().expect("a number"))
 }
 
+/// A file, or the URL of a PostgreSQL database.
+async fn connect(place: &str) -> Box<dyn Broker> {
+    #[cfg(feature = "postgres")]
+    if place.starts_with("postgres:") {
+        let broker = eventbus_sql::PostgresBroker::from_url(place).await;
+        return Box::new(broker.expect("the server answers"));
+    }
+    Box::new(open(Path::new(place)).await)
+}
+
+async fn open(file: &Path) -> SqliteBroker {
+    let broker = SqliteBroker::connect(config(file)).await;
+    broker.expect("the file opens")
+}
+
 /// Publishes numbers for ever and says each that was acknowledged.
-async fn publish(broker: &SqliteBroker, from: usize) {
+async fn publish(broker: &dyn Broker, from: usize) {
     for first in (from..).step_by(3) {
         let batch = (first..first + 3).map(number).collect();
         broker.publish(batch).await.expect("it is taken");
@@ -201,7 +216,7 @@ async fn publish(broker: &SqliteBroker, from: usize) {
 }
 
 /// Handles numbers for ever and says each before it is settled.
-async fn consume(broker: &SqliteBroker) {
+async fn consume(broker: &dyn Broker) {
     let mut member = broker
         .subscribe(Subscription::group(GROUP, vec![TOPIC]))
         .await
@@ -233,7 +248,7 @@ async fn next(member: &mut Member) -> Signal {
 }
 
 /// Says for each message how many microseconds after its time it came.
-async fn tail(broker: &SqliteBroker) {
+async fn tail(broker: &dyn Broker) {
     let reader = Subscription::reader(vec![TOPIC]).with_start(eventbus_core::Start::Latest);
     let member = broker.subscribe(reader).await.expect("it can read");
     let mut deliveries: Box<dyn Deliveries> = member.deliveries;
@@ -254,7 +269,7 @@ async fn tail(broker: &SqliteBroker) {
 }
 
 /// Takes a message and settles it much later.
-async fn linger(broker: &SqliteBroker) {
+async fn linger(broker: &dyn Broker) {
     let mut member = broker
         .subscribe(Subscription::group(GROUP, vec![TOPIC]))
         .await
@@ -275,7 +290,7 @@ async fn linger(broker: &SqliteBroker) {
 }
 
 /// Publishes until the file may not grow any more, and once again when it may.
-async fn fill(broker: &SqliteBroker) {
+async fn fill(broker: &dyn Broker) {
     let message = || Message::new(TOPIC, vec![b'x'; 100_000]).with_key("k");
     let mut taken = 0;
     let error = loop {

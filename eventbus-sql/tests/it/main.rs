@@ -1,4 +1,4 @@
-//! The SQLite broker as its users meet it.
+//! The brokers as their users meet them: SQLite here, PostgreSQL in its folder.
 
 mod child;
 mod conformance;
@@ -10,6 +10,8 @@ mod key_state;
 mod leases;
 mod outbox;
 mod place;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod processes;
 mod retention;
 mod schedule;

@@ -1,11 +1,13 @@
-//! Several processes on one file: opening, waking, dying and standing still.
+//! Several processes on one file or database: opening, waking, dying and standing still. What holds
+//! for both is a function that the tests of both call.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Delivery, Message, Publisher, Subscription, TopicSpec, Until,
+    AdminReply, AdminRequest, Broker, Delivery, Message, Publisher, Subscription, Topic, TopicSpec,
+    Until,
 };
 use eventbus_sql::SqliteBroker;
 use eventbus_testkit::{Probe, text_of, within};
@@ -24,8 +26,12 @@ async fn open(file: &Path, partitions: u32) -> SqliteBroker {
 }
 
 /// Everything on the topic.
-async fn all(broker: &SqliteBroker, partitions: usize) -> Vec<Delivery> {
-    let reader = Subscription::reader(vec![TOPIC]).with_until(Until::Now);
+pub(crate) async fn all(broker: &dyn Broker, partitions: usize) -> Vec<Delivery> {
+    all_of(broker, TOPIC, partitions).await
+}
+
+pub(crate) async fn all_of(broker: &dyn Broker, topic: Topic, partitions: usize) -> Vec<Delivery> {
+    let reader = Subscription::reader(vec![topic]).with_until(Until::Now);
     let mut probe = Probe::join(broker, reader).await.expect("it can be read");
     let mut all = Vec::new();
     while probe.ended().len() < partitions || probe.waiting() > 0 {
@@ -62,9 +68,14 @@ async fn what_a_killed_publisher_was_told_is_there_is_there() {
     let place = Place::new();
     let file = place.file("killed.db");
     let broker = open(&file, 4).await;
+    killed_publishers(&broker, &file.display().to_string()).await;
+}
+
+/// On a topic of four partitions.
+pub(crate) async fn killed_publishers(broker: &dyn Broker, place: &str) {
     let mut acknowledged = BTreeSet::new();
     for round in 0..8usize {
-        let mut child = Process::start(&format!("publish:{}", round * 1_000_000), &file);
+        let mut child = Process::start(&format!("publish:{}", round * 1_000_000), place);
         // Both write at the same time, so positions are given by two processes.
         let from_here: Vec<_> = (0..10)
             .map(|each| round * 1_000_000 + 500_000 + each)
@@ -80,7 +91,7 @@ async fn what_a_killed_publisher_was_told_is_there_is_there() {
         acknowledged.extend(from_here);
         acknowledged.extend(numbers(&child.kill()));
     }
-    let all = all(&broker, 4).await;
+    let all = all(broker, 4).await;
     let found: BTreeSet<usize> = all
         .iter()
         .map(|it| text_of(it).parse().expect("a number"))
@@ -101,15 +112,20 @@ async fn what_a_killed_publisher_was_told_is_there_is_there() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_consumers_lose_nothing_and_are_replaced_at_once() {
-    const MESSAGES: usize = 2_000;
     let place = Place::new();
     let file = place.file("consumers.db");
     let broker = open(&file, 4).await;
+    killed_consumers(&broker, &file.display().to_string()).await;
+}
+
+/// On a topic of four partitions.
+pub(crate) async fn killed_consumers(broker: &dyn Broker, place: &str) {
+    const MESSAGES: usize = 2_000;
     let batch = (0..MESSAGES).map(number).collect();
     broker.publish(batch).await.expect("it is taken");
     let mut handled = BTreeSet::new();
     for _ in 0..6 {
-        let mut child = Process::start("consume", &file);
+        let mut child = Process::start("consume", place);
         let started = Instant::now();
         for _ in 0..20 {
             let said = child.hear().expect("it handles something");
@@ -125,7 +141,7 @@ async fn killed_consumers_lose_nothing_and_are_replaced_at_once() {
     );
     let rest = within(LIMIT, async {
         let member = Subscription::group(GROUP, vec![TOPIC]);
-        let mut probe = Probe::join(&broker, member).await.expect("it can join");
+        let mut probe = Probe::join(broker, member).await.expect("it can join");
         let mut rest = BTreeSet::new();
         while handled.union(&rest).count() < MESSAGES {
             let first = probe.collect(1).await;
@@ -151,11 +167,15 @@ async fn killed_consumers_lose_nothing_and_are_replaced_at_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_process_hears_of_a_message_within_milliseconds() {
-    const MESSAGES: usize = 40;
     let place = Place::new();
     let file = place.file("wake.db");
     let broker = open(&file, 1).await;
-    let mut child = Process::start("tail", &file);
+    wake_another(&broker, &file.display().to_string()).await;
+}
+
+pub(crate) async fn wake_another(broker: &dyn Broker, place: &str) {
+    const MESSAGES: usize = 40;
+    let mut child = Process::start("tail", place);
     assert_eq!(child.hear().as_deref(), Some("ready"));
     let mut latencies = Vec::new();
     for _ in 0..MESSAGES {
@@ -190,8 +210,13 @@ async fn a_member_that_stood_still_is_fenced() {
     let mut child = Process::start("linger", &file);
     assert_eq!(child.hear().as_deref(), Some("holding"));
     stop_between_commits(&child, &broker).await;
+    replace_and_wake(child, &broker).await;
+}
+
+/// Takes over from a child that stands still while it holds message 1.
+pub(crate) async fn replace_and_wake(mut child: Process, broker: &dyn Broker) {
     let member = Subscription::group(GROUP, vec![TOPIC]);
-    let mut probe = Probe::join(&broker, member).await.expect("it can join");
+    let mut probe = Probe::join(broker, member).await.expect("it can join");
     let again = within(LIMIT, probe.collect(1)).await;
     assert_eq!(text_of(&again[0]), "1");
     // It settles what is not its own any more.

@@ -1,0 +1,250 @@
+//! A connection while something is done with it: every wait is bounded, and one that was left in the
+//! middle of something is closed instead of used again.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use eventbus_core::{Error, ErrorKind, Result};
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgPoolOptions, PgRow};
+use sqlx::query::Query;
+use sqlx::{Connection, Executor, PgConnection, PgPool, Postgres, Row, SqlStr};
+use tokio::time::{Instant, timeout};
+
+use super::config::PostgresConfig;
+use super::error::into_error;
+
+/// A statement with its arguments.
+pub(super) type PgQuery<'q> = Query<'q, Postgres, PgArguments>;
+
+/// A connection that lay idle for longer is asked whether it still lives.
+const IDLE_TRUSTED: Duration = Duration::from_secs(2);
+/// How much longer than the server is waited for before the connection is given up.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// The connections of one client.
+#[derive(Clone, Debug)]
+pub(super) struct Sessions {
+    pool: PgPool,
+    limit: Duration,
+    /// When a connection was last lost: none that is older is trusted.
+    lost: Arc<Mutex<Option<Instant>>>,
+}
+
+impl Sessions {
+    pub(super) fn new(config: &PostgresConfig) -> Self {
+        let lost = Arc::new(Mutex::new(None));
+        let known = Arc::clone(&lost);
+        let setup = setup(config.timeout);
+        let pool = PgPoolOptions::new()
+            .max_connections(config.connections)
+            .acquire_timeout(config.timeout)
+            .test_before_acquire(false)
+            .after_connect(move |connection, _| {
+                let setup = setup.clone();
+                Box::pin(async move { set_up(connection, &setup).await })
+            })
+            .before_acquire(move |connection, seen| {
+                let lost: Option<Instant> = *known.lock().unwrap_or_else(PoisonError::into_inner);
+                let outdated = lost.is_some_and(|lost| seen.age >= lost.elapsed());
+                Box::pin(async move {
+                    if outdated || seen.idle_for < IDLE_TRUSTED {
+                        return Ok(!outdated);
+                    }
+                    connection.ping().await.map(|()| true)
+                })
+            })
+            .connect_lazy_with(config.connect.clone());
+        Self {
+            pool,
+            limit: config.timeout + GRACE,
+            lost,
+        }
+    }
+
+    /// Takes a connection.
+    pub(super) async fn get(&self, operation: &'static str) -> Result<Session> {
+        let connection = self.pool.acquire().await;
+        Ok(Session {
+            operation,
+            connection: connection.map_err(|error| into_error(operation, error))?,
+            sessions: self.clone(),
+            ended: false,
+        })
+    }
+
+    fn note_loss(&self) {
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        *lost = Some(Instant::now());
+    }
+}
+
+/// Tries to connect once, and says what is in the way: a pool would go on trying.
+pub(super) async fn try_connect(config: &PostgresConfig) -> Result<PgConnection> {
+    const CONNECT: &str = "connect";
+    let connecting = async {
+        let mut connection = PgConnection::connect_with(&config.connect).await?;
+        set_up(&mut connection, &setup(config.timeout)).await?;
+        Ok(connection)
+    };
+    match timeout(config.timeout, connecting).await {
+        Ok(connected) => connected.map_err(|error| into_error(CONNECT, error)),
+        Err(_) => Err(no_answer(CONNECT)),
+    }
+}
+
+async fn set_up(connection: &mut PgConnection, setup: &str) -> Result<(), sqlx::Error> {
+    // Safe: it is the crate's own text with a number in it.
+    let sql = sqlx::AssertSqlSafe(setup);
+    connection.execute(sqlx::raw_sql(sql)).await.map(|_| ())
+}
+
+/// What every connection is told: waits are bounded, and an acknowledgement means the disk.
+fn setup(limit: Duration) -> String {
+    let millis = limit.as_millis();
+    format!(
+        "SET default_transaction_isolation TO 'read committed';
+         SET statement_timeout TO {millis};
+         SET idle_in_transaction_session_timeout TO {millis};
+         SET jit TO off;
+         SET client_min_messages TO warning;
+         SELECT set_config('synchronous_commit', 'on', false)
+         WHERE current_setting('synchronous_commit') = 'off'"
+    )
+}
+
+/// A connection in use. Dropped before it came to its end, it is closed: the server undoes what was
+/// not committed.
+#[derive(Debug)]
+pub(super) struct Session {
+    operation: &'static str,
+    connection: PoolConnection<Postgres>,
+    sessions: Sessions,
+    ended: bool,
+}
+
+/// Why a statement failed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The server or the driver said so.
+    Native(sqlx::Error),
+    /// Nobody answered in time.
+    NoAnswer,
+}
+
+impl Failure {
+    pub(super) fn into_error(self, operation: &'static str) -> Error {
+        match self {
+            Self::Native(error) => into_error(operation, error),
+            Self::NoAnswer => no_answer(operation),
+        }
+    }
+
+    /// Whether the connection is gone, and what became of the statement is not known.
+    pub(super) fn is_loss(&self) -> bool {
+        match self {
+            Self::Native(error) => super::error::is_loss(error),
+            Self::NoAnswer => true,
+        }
+    }
+}
+
+fn no_answer(operation: &'static str) -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        operation,
+        "the database did not answer in time: look at its host, port and load, or raise `timeout`",
+    )
+}
+
+impl Session {
+    /// Runs one statement and returns its rows.
+    pub(super) async fn rows(&mut self, query: PgQuery<'_>) -> Result<Vec<PgRow>> {
+        let answer = self.ask(query).await;
+        answer.map_err(|failure| failure.into_error(self.operation))
+    }
+
+    /// As [`rows`](Self::rows), where the caller has to know how it failed.
+    pub(super) async fn ask(&mut self, query: PgQuery<'_>) -> Result<Vec<PgRow>, Failure> {
+        // To its end, also where one row is expected: the commit is behind it.
+        let rows = query.fetch_all(&mut *self.connection);
+        let answer = match timeout(self.sessions.limit, rows).await {
+            Ok(answer) => answer.map_err(Failure::Native),
+            Err(_) => Err(Failure::NoAnswer),
+        };
+        if answer.as_ref().is_err_and(Failure::is_loss) {
+            self.sessions.note_loss();
+        }
+        answer
+    }
+
+    /// Runs statements that answer nothing.
+    pub(super) async fn run(&mut self, sql: SqlStr) -> Result<()> {
+        let ran = self.connection.execute(sqlx::raw_sql(sql));
+        match timeout(self.sessions.limit, ran).await {
+            Ok(ran) => ran
+                .map(|_| ())
+                .map_err(|error| into_error(self.operation, error)),
+            Err(_) => Err(no_answer(self.operation)),
+        }
+    }
+
+    /// Begins a transaction.
+    pub(super) async fn begin(&mut self) -> Result<(), Failure> {
+        self.ask(sqlx::query("BEGIN")).await.map(|_| ())
+    }
+
+    /// Commits it and gives the connection back.
+    pub(super) async fn commit(mut self) -> Result<()> {
+        self.rows(sqlx::query("COMMIT")).await?;
+        self.end();
+        Ok(())
+    }
+
+    /// Gives the connection back.
+    pub(super) fn end(mut self) {
+        self.ended = true;
+    }
+
+    /// Asks whether it lives.
+    pub(super) async fn is_alive(&mut self) -> bool {
+        let ping = self.connection.ping();
+        matches!(timeout(self.sessions.limit, ping).await, Ok(Ok(())))
+    }
+
+    /// Reads a column.
+    pub(super) fn column<'r, T>(&self, row: &'r PgRow, index: usize) -> Result<T>
+    where
+        T: sqlx::Decode<'r, Postgres> + sqlx::Type<Postgres>,
+    {
+        column(self.operation, row, index)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.connection.close_on_drop();
+        }
+    }
+}
+
+/// Reads a column.
+pub(super) fn column<'r, T>(operation: &'static str, row: &'r PgRow, index: usize) -> Result<T>
+where
+    T: sqlx::Decode<'r, Postgres> + sqlx::Type<Postgres>,
+{
+    row.try_get(index)
+        .map_err(|error| into_error(operation, error))
+}
+
+/// The options with which notifications are listened for, on a connection of their own.
+pub(super) fn listening(connect: &PgConnectOptions) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(1)
+        .max_lifetime(None)
+        .idle_timeout(None)
+        .connect_lazy_with(connect.clone())
+}
