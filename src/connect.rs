@@ -7,12 +7,17 @@ use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result, Topic};
 use crate::config::{EventBusConfig, redacted};
 
 /// Every scheme there is, and the feature that brings it.
-const SCHEMES: &[(&str, &str)] = &[("memory", "memory"), ("sqlite", "sqlite")];
+const SCHEMES: &[(&str, &str)] = &[
+    ("memory", "memory"),
+    ("sqlite", "sqlite"),
+    ("postgres", "postgres"),
+    ("postgresql", "postgres"),
+];
 
 /// Connects an [`EventBus`]; in scope with the prelude, so that `EventBus::connect` is there.
 pub trait Connect: Sized {
-    /// Connects to the broker that `url` names, such as `sqlite://shop.db`, `memory:`, `memory:shop`
-    /// for one that several parts of a process share, or `memory:?like=kafka`.
+    /// Connects to the broker that `url` names, such as `sqlite://shop.db`, `postgres://db.example/shop`,
+    /// `memory:`, `memory:shop` for one that several parts of a process share, or `memory:?like=kafka`.
     ///
     /// # Errors
     ///
@@ -99,6 +104,12 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
             let schedule = Arc::new(broker.schedule());
             let builder = EventBus::builder(broker).key_state(key_state);
             Ok(builder.schedule(schedule))
+        }
+        #[cfg(feature = "postgres")]
+        "postgres" | "postgresql" => {
+            let broker = eventbus_sql::PostgresBroker::from_url(url).await?;
+            let key_state = Arc::new(broker.key_state());
+            Ok(EventBus::builder(broker).key_state(key_state))
         }
         scheme => Err(unknown(scheme, url)),
     }

@@ -36,6 +36,8 @@ pub use eventbus_core::{
 };
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;
+#[cfg(feature = "postgres")]
+pub use eventbus_sql::{PostgresBroker, PostgresConfig};
 #[cfg(feature = "sqlite")]
 pub use eventbus_sql::{SqliteBroker, SqliteConfig, SqliteOutbox, SqliteStore, SqliteTransaction};
 // Consumers and their handlers.
