@@ -109,6 +109,14 @@ impl Wakes {
         }
     }
 
+    /// Takes note of where a lane ends in truth, after something said that it ends later.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn ends_at(&self, lane: u32, next: u64) {
+        if let Some(end) = lock(&self.lanes).get(&lane).and_then(Weak::upgrade) {
+            end.next.store(next, Ordering::Release);
+        }
+    }
+
     /// Hears of changes of a group.
     pub(crate) fn group(&self, group: i64) -> watch::Receiver<i64> {
         let mut groups = lock(&self.groups);

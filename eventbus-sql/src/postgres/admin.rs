@@ -12,6 +12,7 @@ use super::database::Database;
 use super::groups::lanes_of;
 use super::leases;
 use super::page::{ids, stored, to_u64};
+use super::tables::Tables;
 use super::topics::{Applied, saturated};
 use crate::log::TopicLanes;
 
@@ -53,7 +54,7 @@ impl Database {
         }
         let applied = self.apply_topics(specs).await?;
         let reports = specs.iter().zip(&applied);
-        let reports = reports.map(|(spec, applied)| report(spec, applied));
+        let reports = reports.map(|(spec, applied)| report(&self.tables, spec, applied));
         Ok(AdminReply::Topics(reports.collect()))
     }
 
@@ -258,7 +259,7 @@ fn never_subscribed(operation: &'static str, group: &Group, topic: &Topic) -> Er
     .with("topic", topic)
 }
 
-fn report(declared: &TopicSpec, applied: &Applied) -> TopicReport {
+fn report(tables: &Tables, declared: &TopicSpec, applied: &Applied) -> TopicReport {
     let TopicLanes { partitions, .. } = *applied.topic;
     let mut report = TopicReport::new(declared.name.clone(), partitions);
     if applied.created {
@@ -269,24 +270,23 @@ fn report(declared: &TopicSpec, applied: &Applied) -> TopicReport {
             "{count} partitions are declared, the topic has {partitions}; keys would move to other partitions, so it stays"
         ));
     }
-    let shown = |number: Option<i64>| number.map_or("none".to_owned(), |number| number.to_string());
-    let retention = declared.retention.map(|time| saturated(time.as_micros()));
-    if retention.is_some() && retention != applied.retention {
-        report = report.with_drift(format!(
-            "a retention of {} microseconds is declared, the topic has {}",
-            shown(retention),
-            shown(applied.retention)
-        ));
-    }
-    let bytes = declared
-        .retention_bytes
-        .map(|bytes| saturated(bytes.into()));
-    if bytes.is_some() && bytes != applied.retention_bytes {
-        report = report.with_drift(format!(
-            "a retention of {} bytes is declared, the topic has {}",
-            shown(bytes),
-            shown(applied.retention_bytes)
-        ));
+    let micros = declared.retention.map(|time| saturated(time.as_micros()));
+    let bytes = declared.retention_bytes;
+    let bytes = bytes.map(|bytes| saturated(bytes.into()));
+    for (column, unit, declared, has) in [
+        ("retention", "microseconds", micros, applied.retention),
+        ("retention_bytes", "bytes", bytes, applied.retention_bytes),
+    ] {
+        let Some(wanted) = declared.filter(|_| declared != has) else {
+            continue;
+        };
+        let has = has.map_or("none".to_owned(), |has| has.to_string());
+        let change = tables.sql("UPDATE {s}.topics SET");
+        let (change, name) = (change.as_str(), &report.name);
+        let drift = format!(
+            "a retention of {wanted} {unit} is declared, the topic has {has}; messages could vanish, so it stays: to change it, execute in the database: {change} {column} = {wanted} WHERE name = '{name}'"
+        );
+        report = report.with_drift(drift);
     }
     report
 }

@@ -51,15 +51,15 @@ fn driver_meaning(native: &sqlx::Error) -> (ErrorKind, Retry, &'static str) {
             Retry::Later,
             "no server answers there: look at host and port, and whether it runs",
         ),
+        _ if is_about_encryption(native) => (
+            Unavailable,
+            Retry::Never,
+            "the connection cannot be encrypted as asked for: look at `sslmode` and `sslrootcert`, and at the server's certificate",
+        ),
         sqlx::Error::Io(_) => (
             Unavailable,
             Retry::Later,
             "the server cannot be reached or has closed the connection: look at its host, network and log",
-        ),
-        sqlx::Error::Tls(_) => (
-            Unavailable,
-            Retry::Never,
-            "the connection cannot be encrypted as asked for: look at `sslmode` and `sslrootcert`, and at the server's certificate",
         ),
         sqlx::Error::Configuration(_) => (
             InvalidInput,
@@ -76,6 +76,15 @@ fn driver_meaning(native: &sqlx::Error) -> (ErrorKind, Retry, &'static str) {
             Retry::Never,
             "the driver answered what it should not",
         ),
+    }
+}
+
+/// A certificate that is not trusted comes as data that cannot be read.
+fn is_about_encryption(native: &sqlx::Error) -> bool {
+    match native {
+        sqlx::Error::Tls(_) => true,
+        sqlx::Error::Io(error) => error.kind() == io::ErrorKind::InvalidData,
+        _ => false,
     }
 }
 

@@ -2,7 +2,6 @@
 //! for a time.
 
 use std::collections::HashMap;
-use std::slice;
 
 use eventbus_core::{Error, ErrorKind, Position, Result, Start, Timestamp};
 
@@ -39,6 +38,12 @@ const SELECT_PAGES: &str = "
     ORDER BY wanted.number, page.position";
 
 pub(super) const SELECT_LANES: &str = "SELECT id, base, next FROM {s}.lanes WHERE id = ANY($1)";
+
+/// All of it as it was at one moment.
+const SELECT_MISSING: &str = "
+    SELECT base, next,
+        EXISTS (SELECT 1 FROM {s}.messages WHERE lane = id AND position = $2)
+    FROM {s}.lanes WHERE id = $1";
 
 /// Halves what is left of each lane until nothing is. What was removed meanwhile was taken earlier.
 const SEARCH: &str = "
@@ -108,11 +113,28 @@ impl Database {
         Ok(pages)
     }
 
-    /// Finds out why there is no message at a place before the end of its lane.
+    /// Finds out why there was no message at a place before the end of its lane.
     async fn missing(&self, wanted: &Wanted) -> Result<Page> {
-        let lane = self.lanes(READ, slice::from_ref(&wanted.row)).await?;
-        match lane.get(&wanted.row) {
-            Some(lane) if lane.base > wanted.from => Ok(Page::Gone { base: lane.base }),
+        let sql = self.tables.sql(SELECT_MISSING);
+        let rows = self.read(READ, || {
+            let query = sqlx::query(sql.clone()).bind(wanted.row as i32);
+            query.bind(stored(wanted.from))
+        });
+        let rows = rows.await?;
+        let lane = rows.first().map(|row| -> Result<(i64, i64, bool)> {
+            let (base, next) = (self.column(READ, row, 0)?, self.column(READ, row, 1)?);
+            Ok((base, next, self.column(READ, row, 2)?))
+        });
+        let from = stored(wanted.from);
+        match lane.transpose()? {
+            Some((base, _, _)) if base > from => Ok(Page::Gone { base: base as u64 }),
+            // It came between the two questions, and is read with the next.
+            Some((_, _, true)) => Ok(Page::Messages(Vec::new())),
+            Some((_, next, _)) if next == from => {
+                // Anybody can send a notification; this one said what is not true.
+                self.wakes.ends_at(wanted.row, wanted.from);
+                Ok(Page::Messages(Vec::new()))
+            }
             _ => Err(Error::new(
                 ErrorKind::Codec,
                 READ,

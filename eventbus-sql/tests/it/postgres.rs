@@ -4,6 +4,7 @@ mod conformance;
 mod faults;
 mod key_state;
 mod leases;
+mod order;
 mod processes;
 mod proxy;
 mod retention;
