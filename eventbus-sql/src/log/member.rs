@@ -305,7 +305,10 @@ impl MemberState {
                 from: slot.read_to,
                 to,
             });
-            self.read_turn = index + 1;
+            if pages.len() == 1 {
+                // Whoever is first is surely read, so each lane is first in its turn.
+                self.read_turn = index + 1;
+            }
         }
         pages
     }

@@ -66,6 +66,11 @@ fn driver_meaning(native: &sqlx::Error) -> (ErrorKind, Retry, &'static str) {
             Retry::Never,
             "the url cannot be used: it is postgres://USER:PASSWORD@HOST:PORT/DATABASE",
         ),
+        sqlx::Error::Protocol(_) => (
+            Unavailable,
+            Retry::Later,
+            "the answer breaks off or is none of PostgreSQL's: the server stopped in the middle of it, or something else answers at host and port",
+        ),
         sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) => (
             Codec,
             Retry::Never,
@@ -207,9 +212,10 @@ mod tests {
             (sqlx::Error::Decode("odd".into()), ErrorKind::Codec, true),
             (
                 sqlx::Error::Protocol("odd".into()),
-                ErrorKind::Internal,
+                ErrorKind::Unavailable,
                 true,
             ),
+            (sqlx::Error::WorkerCrashed, ErrorKind::Internal, true),
         ];
         for (native, kind, loss) in cases {
             assert_eq!(is_loss(&native), loss, "{native}");

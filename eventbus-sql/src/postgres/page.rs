@@ -9,8 +9,12 @@ use super::database::Database;
 use super::headers::{Packed, Packer};
 use crate::log::{PAGE_ROWS, Page, Wanted};
 
-/// Most bytes of all pages of a question. Each page has at least one message.
+/// Bytes of all pages of a question, after which nothing is added; the first page has at least one
+/// message.
 const PAGES_BYTES: i64 = 8 * 1024 * 1024;
+/// Most messages of all pages of a question, shared by its lanes.
+const PAGES_ROWS: usize = 2048;
+const PAGE_ROWS_MIN: usize = 64;
 
 /// A lane as its row says.
 #[derive(Clone, Copy, Debug)]
@@ -20,22 +24,23 @@ pub(super) struct LaneRow {
 }
 
 const SELECT_PAGES: &str = "
-    SELECT page.lane, page.position, page.taken, page.key, page.headers, page.payload
-    FROM unnest($1::int[], $2::bigint[], $3::bigint[]) WITH ORDINALITY
-        AS wanted(lane, first, behind, number)
-    CROSS JOIN LATERAL (
-        SELECT sized.*, sum(sized.size) OVER (ORDER BY sized.position) AS total
-        FROM (
+    SELECT lane, position, taken, key, headers, payload
+    FROM (
+        SELECT page.*, wanted.number,
+            sum(page.size) OVER (ORDER BY wanted.number, page.position) AS bytes
+        FROM unnest($1::int[], $2::bigint[], $3::bigint[]) WITH ORDINALITY
+            AS wanted(lane, first, behind, number)
+        CROSS JOIN LATERAL (
             SELECT message.*, coalesce(octet_length(key), 0) + octet_length(headers)
                 + octet_length(payload) AS size
             FROM {s}.messages AS message
             WHERE message.lane = wanted.lane AND message.position >= wanted.first
                 AND message.position < wanted.behind
             ORDER BY message.position LIMIT $4
-        ) AS sized
-    ) AS page
-    WHERE page.total - page.size < $5
-    ORDER BY wanted.number, page.position";
+        ) AS page
+    ) AS pages
+    WHERE bytes - size < $5
+    ORDER BY number, position";
 
 pub(super) const SELECT_LANES: &str = "SELECT id, base, next FROM {s}.lanes WHERE id = ANY($1)";
 
@@ -76,7 +81,7 @@ impl Database {
         let first: Vec<i64> = wanted.iter().map(|wanted| wanted.from as i64).collect();
         let behind = wanted.iter().map(|wanted| stored(wanted.to));
         let behind: Vec<i64> = behind.collect();
-        let share = PAGES_BYTES / wanted.len().max(1) as i64;
+        let rows_max = (PAGES_ROWS / wanted.len().max(1)).max(PAGE_ROWS_MIN) as u64;
         let sql = self.tables.sql(SELECT_PAGES);
         let rows = self
             .read(READ, || {
@@ -84,8 +89,8 @@ impl Database {
                     .bind(&lanes)
                     .bind(&first)
                     .bind(&behind)
-                    .bind(PAGE_ROWS as i64)
-                    .bind(share)
+                    .bind(PAGE_ROWS.min(rows_max) as i64)
+                    .bind(PAGES_BYTES)
             })
             .await?;
         let mut packer = Packer::default();
@@ -94,6 +99,7 @@ impl Database {
             pushed.map_err(|error| self.error(READ, error))?;
         }
         let (bytes, rows) = packer.finish();
+        let full = bytes.len() as i64 >= PAGES_BYTES;
         let mut rows = &rows[..];
         let mut pages = Vec::with_capacity(wanted.len());
         for wanted in wanted {
@@ -102,6 +108,8 @@ impl Database {
             let behind = others.iter().take_while(|row| row.lane() == wanted.row);
             rows = &others[behind.count()..];
             pages.push(match mine {
+                // There was no room for it: its turn comes.
+                [] if full => Page::Messages(Vec::new()),
                 [] => self.missing(wanted).await?,
                 mine => Page::Messages(
                     mine.iter()

@@ -1,9 +1,7 @@
 //! A connection while something is done with it: every wait is bounded, and one that was left in the
 //! middle of something is closed instead of used again.
 
-use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use eventbus_core::{Error, ErrorKind, Result};

@@ -132,14 +132,8 @@ impl Database {
 
     /// The version of the tables; `None` when there are none.
     async fn version(&self, session: &mut Session) -> Result<Option<usize>> {
-        let found = sqlx::query("SELECT to_regclass($1) IS NOT NULL");
-        let found = found.bind(format!("\"{}\".version", self.tables.schema()));
-        let found = session.rows(found).await?;
-        let found: Option<bool> = found
-            .first()
-            .map(|row| session.column(row, 0))
-            .transpose()?;
-        if found != Some(true) {
+        let found = session.rows(sqlx::query(FIND_VERSION).bind(self.tables.schema()));
+        if found.await?.is_empty() {
             return Ok(None);
         }
         let rows = session.rows(sqlx::query(
@@ -167,6 +161,12 @@ impl Database {
 }
 
 const OPEN: &str = "open database";
+
+/// Asks the tables of the catalogue. `to_regclass` asks a cache, which after the wait for a lock does
+/// not know yet what was created meanwhile.
+const FIND_VERSION: &str = "
+    SELECT 1 FROM pg_class JOIN pg_namespace AS space ON space.oid = relnamespace
+    WHERE nspname = $1 AND relname = 'version'";
 
 /// Tables that are there already, in an existing schema without versions.
 const FIND_TABLES: &str = "

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use eventbus_core::{
-    AdminRequest, Broker, Deliveries, Delivery, ErrorKind, Group, Key, Message, Outcome, Publisher,
-    Settlement, Signal, Subscriber, Subscription, Topic, TopicSpec, Verdict, error_chain,
+    AdminRequest, Broker, Deliveries, Delivery, ErrorKind, Group, Key, Member, Message, Outcome,
+    Publisher, Settlement, Signal, Subscriber, Subscription, Topic, TopicSpec, Verdict,
+    error_chain,
 };
 use eventbus_sql::{PostgresBroker, PostgresConfig};
 use eventbus_testkit::within;
@@ -78,8 +79,7 @@ async fn consume(
     broker: PostgresBroker,
     sent: watch::Receiver<Option<usize>>,
 ) -> Vec<(usize, usize)> {
-    let group = Subscription::group(GROUP, vec![TOPIC]);
-    let member = broker.subscribe(group).await.expect("it can join");
+    let member = join(&broker).await;
     let (mut deliveries, mut settlement) = (member.deliveries, member.settlement);
     let mut handled = Vec::new();
     let mut distinct = BTreeSet::new();
@@ -102,6 +102,17 @@ async fn consume(
         }
     }
     handled
+}
+
+/// Joins the group; the server may be away.
+async fn join(broker: &PostgresBroker) -> Member {
+    loop {
+        let group = Subscription::group(GROUP, vec![TOPIC]);
+        match broker.subscribe(group).await {
+            Ok(member) => return member,
+            Err(error) => assert!(error.is_retryable(), "{}", error_chain(&error)),
+        }
+    }
 }
 
 async fn release(settlement: &mut dyn Settlement, lanes: &[eventbus_core::Lane]) {

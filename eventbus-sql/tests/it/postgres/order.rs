@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use eventbus_core::{
-    AdminRequest, Broker, Message, Publisher, Subscription, Topic, TopicSpec, error_chain,
+    AdminRequest, Broker, Key, Message, Publisher, Subscription, Topic, TopicSpec, error_chain,
 };
 use eventbus_sql::PostgresBroker;
 use eventbus_testkit::{Probe, within};
@@ -100,4 +100,30 @@ async fn a_notification_that_is_wrong_does_no_harm() {
         publisher.publish(vec![message]).await.expect("it is taken");
         assert_eq!(probe.collect_texts(1).await, [number.to_string()]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs brokers: ./dev/test"]
+async fn large_messages_of_several_partitions_all_arrive_in_their_order() {
+    let server = Server::new().await;
+    let broker = open(&server, 4).await;
+    // More than one question reads, of every partition and together.
+    let mut sent = Vec::new();
+    for key in 0..4 {
+        for number in 0..4 {
+            let text = format!("{key}/{number}/");
+            let payload = text.clone() + &"x".repeat(3_000_000);
+            let message = Message::new(TOPIC, payload).with_key(Key::display(key));
+            broker.publish(vec![message]).await.expect("it is taken");
+            sent.push(text);
+        }
+    }
+    let read = within(LIMIT, all_of(&broker, TOPIC, 4)).await;
+    let mut read: Vec<_> = read
+        .iter()
+        .map(|it| String::from_utf8_lossy(&it.message.payload[..4]).into_owned())
+        .collect();
+    // Stable, so that the order within a key is seen.
+    read.sort_by_key(|text| text.as_bytes()[0]);
+    assert_eq!(read, sent);
 }

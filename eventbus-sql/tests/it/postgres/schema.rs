@@ -67,3 +67,15 @@ async fn tables_of_a_newer_version_are_left_alone() {
         "{error}"
     );
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs brokers: ./dev/test"]
+async fn clients_that_create_the_tables_at_once_all_succeed() {
+    for _ in 0..10 {
+        let server = Server::new().await;
+        let clients = (0..8).map(|_| server.connect());
+        for client in futures_util::future::join_all(clients).await {
+            client.expect("one creates them, the others wait");
+        }
+    }
+}
