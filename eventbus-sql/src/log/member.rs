@@ -344,6 +344,11 @@ impl MemberState {
         for (index, end) in ends.iter().enumerate() {
             if let Some(slot) = self.slots.get_mut(index) {
                 slot.place.until = slot.place.until.min(*end);
+                // What was published behind the end may have been read before the end was known.
+                while slot.ahead.back().is_some_and(|it| it.position() >= *end) {
+                    let beyond = slot.ahead.pop_back();
+                    self.ahead_bytes -= beyond.map_or(0, |beyond| beyond.size());
+                }
                 self.check_end(index);
             }
         }
@@ -399,10 +404,67 @@ impl MemberState {
 }
 
 impl Ahead {
+    fn position(&self) -> u64 {
+        match self {
+            Self::Message(message) => message.position,
+            Self::Gap { from, .. } => *from,
+        }
+    }
+
     fn size(&self) -> usize {
         match self {
             Self::Message(message) => message.size,
             Self::Gap { .. } => 0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use eventbus_core::{Message, Topic};
+
+    use super::*;
+    use crate::log::Wakes;
+
+    const TOPIC: Topic = Topic::from_static("orders");
+
+    /// A reader of one lane that has read so many messages ahead.
+    fn reader(messages: u64, until_time: Timestamp) -> MemberState {
+        let mut state = MemberState::new(Limits::default());
+        state.until_time = Some(until_time);
+        state.open(vec![Place {
+            topic: Arc::new(TopicLanes::new(TOPIC, 1, 1)),
+            partition: 0,
+            position: 0,
+            until: u64::MAX,
+            end: Wakes::new().lane(1, messages),
+            epoch: None,
+        }]);
+        let wanted = state.wanted(1);
+        let message = |position: u64| Unpacked {
+            position,
+            time: Timestamp::from_micros(position as i64),
+            size: 1,
+            message: Message::new(TOPIC, "x"),
+        };
+        state.take_page(
+            &wanted[0],
+            Page::Messages((0..messages).map(message).collect()),
+        );
+        state
+    }
+
+    #[test]
+    fn what_was_read_ahead_behind_the_end_is_not_handed_out() {
+        let mut state = reader(4, Timestamp::from_micros(2));
+        assert!(matches!(state.next_signal(), Some(Signal::Assigned(_))));
+        state.end_at(&[2]);
+        let Some(Signal::Delivered(batch)) = state.next_signal() else {
+            panic!("two messages are before the end");
+        };
+        assert_eq!(batch.len(), 2);
+        assert!(matches!(state.next_signal(), Some(Signal::Ended(_))));
+        assert!(state.next_signal().is_none());
+        assert_eq!(state.ahead_bytes, 0);
     }
 }
