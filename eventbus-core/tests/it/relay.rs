@@ -437,7 +437,7 @@ async fn a_relay_without_a_schedule_parks_only_what_is_for_later() {
     let stage = Stage::new();
     let held = Arc::new(stage.held.clone());
     let bus = EventBus::builder(stage.test.broker().clone())
-        .key_state(held.clone())
+        .key_state(Arc::<MemoryKeyState>::clone(&held))
         .build();
     let later = bus.clock().now().plus(60 * MINUTE);
     let mut batch = stage.test.batch(Origin::new()).unwrap();

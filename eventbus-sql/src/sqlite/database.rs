@@ -156,8 +156,8 @@ pub(super) struct Database {
     pub(super) writer: Writer,
     pub(super) wakes: Arc<Wakes>,
     /// Of the SDK's own: duplicate checks, the relay and the schedule never wait for a service's.
+    own_readers: SqlitePool,
     pub(super) readers: SqlitePool,
-    pub(super) service_readers: SqlitePool,
     topics: Mutex<Topics>,
     /// Settlements that were ignored because their epoch was over.
     stale: Arc<AtomicU64>,
@@ -184,7 +184,7 @@ impl Database {
         let connection = open_patiently(&options, &tables, config.busy_timeout)
             .await
             .map_err(|error| error.with("path", path.display()))?;
-        let (readers, service_readers) = (readers(&options), readers(&options));
+        let (own_readers, readers) = (readers(&options), readers(&options));
         let wakes = Arc::new(Wakes::new());
         let stale = Arc::new(AtomicU64::new(0));
         let timer = Timer::start().map_err(|error| thread_failed(path, error))?;
@@ -208,8 +208,8 @@ impl Database {
             tables,
             writer,
             wakes,
+            own_readers,
             readers,
-            service_readers,
             topics: Mutex::new(Topics::default()),
             stale,
             tasks,
@@ -222,7 +222,7 @@ impl Database {
         operation: &'static str,
         query: sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>,
     ) -> Result<Vec<SqliteRow>> {
-        let rows = query.fetch_all(&self.readers).await;
+        let rows = query.fetch_all(&self.own_readers).await;
         rows.map_err(|error| self.error(operation, error))
     }
 

@@ -134,7 +134,7 @@ impl SqliteStore {
     /// Connections of the service's own that see what is committed and cannot write; at most four at
     /// a time.
     pub fn readers(&self) -> &SqlitePool {
-        &self.database.service_readers
+        &self.database.readers
     }
 
     /// Appends messages, in order, in a transaction of somebody else's on the same file: they are

@@ -57,7 +57,7 @@ async fn run_through(
     let labels = shipping::open(data).await.unwrap();
     let mails = notification::open(data).await.unwrap();
     let providers = Arc::new(Providers { declines });
-    let (psp, mailer) = (providers.clone(), providers);
+    let (psp, mailer) = (Arc::clone(&providers), providers);
     let _consumers = (
         serve(bus, &orders, order::consumer(bus, orders.clone())).await,
         serve(bus, warehouse.store(), inventory::consumer(bus, &warehouse)).await,
