@@ -323,13 +323,17 @@ async fn a_rollback_is_noticed_though_another_transaction_stands_in_its_place() 
             tx.commit().await
         },
     );
-    for error in [beside, culprit] {
-        let error = error.expect_err("it is of both");
-        assert!(error.is_retryable(), "{error}");
-    }
-    assert!(orders(&store).await.is_empty());
+    let error = culprit.expect_err("it has ended what is of others");
+    assert!(error.is_retryable(), "{error}");
+    // They share a commit unless the machine is slow.
+    let kept = match beside {
+        Ok(()) => vec![1],
+        Err(error) if error.is_retryable() => Vec::new(),
+        Err(error) => panic!("{error}"),
+    };
+    assert_eq!(orders(&store).await, kept);
     place(&outbox, 3).await;
-    assert_eq!(orders(&store).await, [3]);
+    assert_eq!(orders(&store).await, [kept, vec![3]].concat());
 }
 
 /// Borrows the connection, and writes a row whose parent may be missing.
@@ -338,6 +342,19 @@ async fn refer(outbox: &SqliteOutbox, parent: i64) -> Result<()> {
     let refer = sqlx::query("INSERT INTO child VALUES (?)").bind(parent);
     refer.execute(&mut *tx).await.expect("it is checked later");
     tx.commit().await
+}
+
+/// As a caller does who is told to do it again.
+async fn refer_until_it_is_settled(outbox: &SqliteOutbox, parent: i64) -> Result<()> {
+    let settled = async {
+        loop {
+            match refer(outbox, parent).await {
+                Err(error) if error.is_retryable() => {}
+                settled => return settled,
+            }
+        }
+    };
+    timeout(LIMIT, settled).await.expect("it is settled")
 }
 
 #[tokio::test]
@@ -358,29 +375,15 @@ async fn a_broken_deferred_constraint_fails_whoever_broke_it() {
     // The others gather behind it.
     let first = outbox.begin(Origin::new()).await.expect("a transaction");
     let (bad, good, published, ()) = tokio::join!(
-        refer(&outbox, 99),
-        refer(&outbox, 1),
+        refer_until_it_is_settled(&outbox, 99),
+        refer_until_it_is_settled(&outbox, 1),
         bus.publish(OrderPlaced { number: 1 }),
         async { first.roll_back() },
     );
     published.expect("it has nothing to do with it");
-    for error in [bad, good] {
-        let error = error.expect_err("it may be of either");
-        assert!(error.is_retryable(), "{error}");
-    }
-
-    let first = outbox.begin(Origin::new()).await.expect("a transaction");
-    let (bad, good, published, ()) = tokio::join!(
-        refer(&outbox, 99),
-        refer(&outbox, 1),
-        bus.publish(OrderPlaced { number: 2 }),
-        async { first.roll_back() },
-    );
-    published.expect("it has nothing to do with it");
-    good.expect("it is alone");
+    good.expect("it broke nothing");
     let error = bad.expect_err("it is the one");
-    assert_eq!(error.kind(), ErrorKind::InvalidInput);
-    assert!(!error.is_retryable(), "{error}");
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
     let children = sqlx::query_scalar("SELECT id FROM child");
     let children: Vec<i64> = children.fetch_all(store.readers()).await.expect("it reads");
     assert_eq!(children, [1]);
