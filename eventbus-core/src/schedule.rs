@@ -61,7 +61,7 @@ pub trait ScheduleStore: Debug + Send + Sync + 'static {
 
     /// Removes what was published, makes what was refused due again, in its order, from the time on
     /// that it says, and ends the claim; durable when it resolves. What is in neither is due still.
-    /// What was refused is not on the broker: it can be cancelled again.
+    /// What was refused is not on the broker, unless it is named as such: it can be cancelled again.
     ///
     /// # Errors
     ///
@@ -196,12 +196,14 @@ pub struct BusyTaker {
     pub free_in: Duration,
 }
 
-/// What a broker refused for good, as it seems, and did not take.
+/// What a broker did not take, and what waits behind it, so that it holds up no other.
 #[derive(Clone, Debug)]
-#[allow(clippy::exhaustive_structs, reason = "a plain pair")]
+#[allow(clippy::exhaustive_structs, reason = "a plain triple")]
 pub struct Refused {
-    /// The messages.
+    /// The messages, in their order.
     pub ids: Vec<EventId>,
+    /// Those of them that may be on the broker all the same: they cannot be cancelled.
+    pub unknown: Vec<EventId>,
     /// When they are tried again.
     pub again: Timestamp,
 }

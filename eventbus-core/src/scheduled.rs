@@ -27,6 +27,10 @@ impl EventBus {
     /// in its order per key: by time, then as it was scheduled. Delivery is at least once, with the
     /// same id. What has a time that is over is published at once.
     ///
+    /// What the broker refuses is tried again each minute, and what it does not take while it takes
+    /// others after up to a minute; later ones of its key wait behind it. Only when another process
+    /// takes over meanwhile, or more than 10,000 keys are stopped so, may one be overtaken.
+    ///
     /// An id that waits already keeps its place and time, so that a call may be repeated;
     /// [`cancel`](Self::cancel) it first to give it another time.
     ///

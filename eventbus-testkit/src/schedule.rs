@@ -121,6 +121,7 @@ async fn report(store: &dyn ScheduleStore, claim: u64, published: &[&str]) -> Re
 fn nothing() -> Refused {
     Refused {
         ids: Vec::new(),
+        unknown: Vec::new(),
         again: time(0),
     }
 }
@@ -253,7 +254,7 @@ pub async fn what_was_not_published_comes_again_first(harness: &dyn ScheduleHarn
 }
 
 /// Messages that the broker refused come from the time on that was said, in the order that was said,
-/// hold up nobody, and can be cancelled.
+/// hold up nobody, and can be cancelled, unless they may be on the broker all the same.
 pub async fn refused_message_comes_again_later(harness: &dyn ScheduleHarness) {
     let stage = Stage::new(harness).await;
     stage
@@ -262,6 +263,7 @@ pub async fn refused_message_comes_again_later(harness: &dyn ScheduleHarness) {
     let taken = stage.take(2).await;
     let refused = Refused {
         ids: vec![id("a"), id("c")],
+        unknown: vec![id("c")],
         again: time(60),
     };
     let done = stage.store.done(taken.claim, &[id("b")], &refused).await;
@@ -271,11 +273,14 @@ pub async fn refused_message_comes_again_later(harness: &dyn ScheduleHarness) {
     assert_eq!(early.next, Some(time(60)));
     let listed = stage.store.list(None, 10).await.expect("it answers");
     assert_eq!((listed.len(), listed[0].due), (2, time(60)));
+    let cancelled = stage.store.cancel(&id("c")).await;
+    assert!(!cancelled.expect("it answers"), "it may be on the broker");
     let taken = stage.take(61).await;
     assert_eq!(texts(&taken), ["a", "c"], "in the order that was said");
     assert_eq!(taken.messages[0].not_before, time(1), "as it was asked for");
     let refused = Refused {
         ids: vec![id("a")],
+        unknown: Vec::new(),
         again: time(120),
     };
     let done = stage.store.done(taken.claim, &[id("c")], &refused).await;

@@ -107,13 +107,13 @@ impl State {
         Some(removed)
     }
 
-    fn postpone(&mut self, id: &EventId, again: Timestamp) {
+    fn postpone(&mut self, id: &EventId, again: Timestamp, is_taken: bool) {
         let Some(place) = self.places.get_mut(id) else {
             return;
         };
         if let Some(mut entry) = self.waiting.remove(place) {
             place.0 = again;
-            entry.is_taken = false;
+            entry.is_taken = is_taken;
             self.waiting.insert(*place, entry);
         }
     }
@@ -240,7 +240,7 @@ impl ScheduleStore for MemorySchedule {
         }
         for (micros, id) in (0..).zip(&refused.ids) {
             let again = refused.again.plus(Duration::from_micros(micros));
-            state.postpone(id, again);
+            state.postpone(id, again, refused.unknown.contains(id));
         }
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! Publishes what a schedule holds when its time comes: one task a bus, in every process that has one.
+//! What becomes of what the broker did not take is in `scheduler/postponed.rs`.
 
-use std::collections::HashSet;
+mod postponed;
+
 use std::future::pending;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,26 +11,22 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
-use tracing::{error, trace, warn};
+use tracing::{trace, warn};
 
-use super::{Refused, ScheduleStore, Scheduled, TakeScheduled, Taken};
+use super::{ScheduleStore, Scheduled, TakeScheduled, Taken};
 use crate::activity::Part;
-use crate::broker::{self, PublishError, Unpublished};
 use crate::bus::{EventBus, WeakBus};
 use crate::clock::Timestamp;
 use crate::consumer::{SCHEDULE_LATENESS, SCHEDULED_WAITING, backoff::Backoff};
-use crate::envelope::EventId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lease::MemberId;
-use crate::message::Message;
+use postponed::{Outage, Outcome, StoppedKeys};
 
 /// How long other schedulers wait for one that does not report. Those of a dead process of the same
 /// machine are not waited for.
 const TTL: Duration = Duration::from_secs(30);
 /// How long a wait is at most for what has a date: the clock of the machine can be set.
 const NEXT_MAX: Duration = Duration::from_secs(3600);
-/// When a message is tried again that the broker refused, and not for being away.
-const REFUSED_PAUSE: Duration = Duration::from_secs(60);
 /// How long closing waits for what is being published.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -97,6 +95,8 @@ impl Schedule {
             store: Arc::clone(&self.store),
             alarm: Arc::clone(&self.alarm),
             taker: MemberId::random(),
+            stopped: StoppedKeys::default(),
+            outage: Outage::default(),
             _run: Run(Arc::clone(&self.is_running)),
         };
         self.alarm.part.raise();
@@ -151,6 +151,10 @@ struct Scheduler {
     store: Arc<dyn ScheduleStore>,
     alarm: Arc<Alarm>,
     taker: MemberId,
+    /// Behind which messages later ones of their keys wait.
+    stopped: StoppedKeys,
+    /// Since when the broker takes nothing.
+    outage: Outage,
     _run: Run,
 }
 
@@ -174,7 +178,7 @@ struct Wait {
 }
 
 impl Scheduler {
-    async fn run(self) {
+    async fn run(mut self) {
         let mut backoff = Backoff::new();
         while let Some(bus) = self.bus.upgrade() {
             self.alarm.set_for.store(i64::MAX, Ordering::Release);
@@ -229,7 +233,7 @@ impl Scheduler {
     }
 
     /// Publishes until nothing is due, and says when to look again.
-    async fn publish_due(&self, bus: &EventBus) -> Result<Wait> {
+    async fn publish_due(&mut self, bus: &EventBus) -> Result<Wait> {
         loop {
             let now = bus.clock().now();
             let begun = Instant::now();
@@ -259,20 +263,20 @@ impl Scheduler {
 
     /// Publishes what was taken and reports what became of it. An error when some of it is to be
     /// tried again soon.
-    async fn publish(&self, bus: &EventBus, taken: Taken) -> Result<()> {
-        let (ids, messages): (Vec<EventId>, Vec<Message>) = taken
-            .messages
-            .into_iter()
-            .map(|it| (it.id, it.message))
-            .unzip();
+    async fn publish(&mut self, bus: &EventBus, taken: Taken) -> Result<()> {
+        let now = bus.clock().now();
+        let (behind, ahead) = self.stopped.part(taken.messages, now);
         trace!(target: "eventbus::step", step = "schedule.taken");
-        let sent = bus.send(messages).await;
+        let mut outcome = Outcome::of(bus, ahead).await;
         trace!(target: "eventbus::step", step = "schedule.published");
-        let again = bus.clock().now().plus(REFUSED_PAUSE);
-        let outcome = Outcome::new(ids, sent, again);
+        let holds_up = self.outage.holds_up(&*self.store, &outcome, now).await?;
+        let failure = outcome.keep_due(holds_up);
+        let refused = self
+            .stopped
+            .postpone(behind, outcome.left, bus.clock().now());
         let reported = self
             .store
-            .done(taken.claim, &outcome.published, &outcome.refused)
+            .done(taken.claim, &outcome.published, &refused)
             .await;
         trace!(target: "eventbus::step", step = "schedule.done");
         match reported {
@@ -281,54 +285,8 @@ impl Scheduler {
             }
             reported => reported?,
         }
-        outcome.failure.map_or(Ok(()), Err)
+        failure.map_or(Ok(()), Err)
     }
-}
-
-/// What became of messages that were taken.
-struct Outcome {
-    published: Vec<EventId>,
-    refused: Refused,
-    /// Why others are to be tried again soon.
-    failure: Option<Error>,
-}
-
-impl Outcome {
-    fn new(ids: Vec<EventId>, sent: Result<(), PublishError>, again: Timestamp) -> Self {
-        let unpublished = sent.err().map_or(Vec::new(), |error| error.unpublished);
-        let mut left = HashSet::new();
-        let mut refused = Vec::new();
-        let mut failure = None;
-        for unpublished in unpublished {
-            left.insert(unpublished.index);
-            if !is_refused(&unpublished) {
-                failure = failure.or(Some(unpublished.error));
-                continue;
-            }
-            let id = &ids[unpublished.index];
-            error!(%id, topic = %unpublished.message.topic, error = %unpublished.error,
-                "a scheduled message is refused by the broker, and tried again in a minute: mend it, or cancel the message");
-            refused.push(id.clone());
-        }
-        let published = ids.into_iter().enumerate();
-        let published = published.filter(|(index, _)| !left.contains(index));
-        Self {
-            published: published.map(|(_, id)| id).collect(),
-            refused: Refused {
-                ids: refused,
-                again,
-            },
-            failure,
-        }
-    }
-}
-
-/// Whether the broker did not take a message, and will not either.
-fn is_refused(unpublished: &Unpublished) -> bool {
-    let error = &unpublished.error;
-    unpublished.outcome == broker::Outcome::NotTaken
-        && !error.is_retryable()
-        && error.kind() != ErrorKind::Closed
 }
 
 /// What nothing taken means for the next look.

@@ -394,3 +394,85 @@ async fn without_a_schedule_only_what_is_for_later_is_refused() {
     assert_eq!(refused, [(1, Outcome::NotTaken)]);
     assert_eq!(unpublished[0].error.kind(), ErrorKind::Unsupported);
 }
+
+#[tokio::test]
+async fn a_refused_message_is_not_overtaken_by_its_key() {
+    let (test, faults) = faulty();
+    for (step, delay) in [(1, MINUTE), (2, MINUTE + SECOND), (3, MINUTE + 20 * SECOND)] {
+        test.publish_after(amount(1, step), delay).await.unwrap();
+    }
+    faults.fail("orders", Fault::Refused);
+    test.advance(MINUTE + 2 * SECOND).await;
+    faults.mend();
+    let other = MINUTE / 2;
+    test.publish_after(amount(2, 0), other).await.unwrap();
+    test.advance(MINUTE / 2 + SECOND).await;
+    assert_eq!(amounts(&test).await, [0], "other keys go on");
+    test.advance(5 * MINUTE).await;
+    let events = test.published::<OrderCreated>().await;
+    let of_key = events.iter().filter(|event| event.order == 1);
+    let of_key: Vec<_> = of_key.map(|event| event.amount).collect();
+    assert_eq!(of_key, [1, 2, 3]);
+}
+
+#[tokio::test]
+async fn a_topic_that_is_away_holds_up_no_other() {
+    let (test, faults) = faulty();
+    for number in 0..600 {
+        let delay = MINUTE + Duration::from_millis(number);
+        test.publish_after(paid(number % 10), delay).await.unwrap();
+    }
+    faults.fail("payments", Fault::Away);
+    test.advance(2 * MINUTE).await;
+    for minute in 1..5 {
+        test.publish_after(order(minute), SECOND).await.unwrap();
+        test.advance(MINUTE).await;
+        let published = test.published::<OrderCreated>().await;
+        assert_eq!(published.len() as u64, minute);
+    }
+    faults.mend();
+    test.advance(3 * MINUTE).await;
+    assert_eq!(test.published::<OrderPaid>().await.len(), 600);
+    assert!(test.scheduled().unwrap().list().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_topic_that_was_away_is_published_in_order() {
+    let (test, faults) = faulty();
+    for step in 0..600 {
+        let delay = MINUTE + Duration::from_millis(step);
+        test.publish_after(amount(step % 7, step), delay)
+            .await
+            .unwrap();
+    }
+    test.publish_after(paid(1), 2 * MINUTE).await.unwrap();
+    faults.fail("orders", Fault::Away);
+    test.advance(2 * MINUTE + 5 * SECOND).await;
+    assert_eq!(test.published::<OrderPaid>().await, [paid(1)]);
+    faults.mend();
+    test.advance(5 * MINUTE).await;
+    let events = test.published::<OrderCreated>().await;
+    for key in 0..7 {
+        let of_key = events.iter().filter(|event| event.order == key);
+        let of_key: Vec<_> = of_key.map(|event| event.amount).collect();
+        let expected: Vec<_> = (0..600).filter(|step| step % 7 == key).collect();
+        assert_eq!(of_key, expected, "key {key}");
+    }
+}
+
+#[tokio::test]
+async fn while_the_broker_is_away_nothing_is_postponed() {
+    let (test, faults) = faulty();
+    let delay = MINUTE;
+    test.publish_after(paid(1), delay).await.unwrap();
+    test.publish_after(order(1), delay).await.unwrap();
+    let before = test.scheduled().unwrap().list().await.unwrap();
+    faults.fail("", Fault::Away);
+    test.advance(60 * MINUTE).await;
+    let after = test.scheduled().unwrap().list().await.unwrap();
+    let due = |it: &eventbus_core::ScheduledReport| it.due;
+    assert!(after.iter().map(due).eq(before.iter().map(due)));
+    faults.mend();
+    test.advance(3 * SECOND).await;
+    assert_eq!(test.published::<OrderCreated>().await.len(), 1);
+}

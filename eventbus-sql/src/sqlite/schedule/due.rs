@@ -172,7 +172,8 @@ impl Writing<'_> {
         let id: String = row.try_get(1).map_err(native)?;
         error!(id, error = %damage, "a scheduled message is damaged, and looked at again in an hour: restore the file from a copy, or cancel the message");
         let again = now.plus(DAMAGED_PAUSE).as_micros();
-        self.rows(self.sql(POSTPONE).bind(id).bind(again)).await?;
+        let query = self.sql(POSTPONE).bind(id).bind(again).bind(false);
+        self.rows(query).await?;
         Ok(())
     }
 
@@ -198,7 +199,8 @@ impl Writing<'_> {
         for (micros, id) in (0..).zip(&refused.ids) {
             let again = refused.again.plus(Duration::from_micros(micros));
             let query = self.sql(POSTPONE).bind(id.to_string());
-            self.rows(query.bind(again.as_micros())).await?;
+            let query = query.bind(again.as_micros());
+            self.rows(query.bind(refused.unknown.contains(id))).await?;
         }
         self.count(-removed, false).await?;
         Ok(())

@@ -45,7 +45,8 @@ pub(super) const END_CLAIM: &str = "
 pub(super) const REMOVE: &str = "
     DELETE FROM {p}scheduled WHERE event_id = ?1 RETURNING number";
 
-pub(super) const POSTPONE: &str = "UPDATE {p}scheduled SET due = ?2, taken = 0 WHERE event_id = ?1";
+pub(super) const POSTPONE: &str =
+    "UPDATE {p}scheduled SET due = ?2, taken = ?3 WHERE event_id = ?1";
 
 pub(super) const LIST: &str = "
     SELECT number, event_id, topic, due, taken, head, length(payload) FROM {p}scheduled
