@@ -66,9 +66,8 @@ pub enum OnRefused {
 /// - While the broker is away, nothing is lost or counted; it is asked again, less and less often.
 ///   So it is for a topic that is not there yet.
 /// - A message that the broker refuses for what it is (too large, for later without a
-///   schedule) is held under the
-///   relay's name as a group, and found by [`EventBus::held_keys`] on a bus with that store:
-///   retry publishes it again, release and discard give it up.
+///   schedule) is held under the relay's name as a group, and found by [`EventBus::held_keys`] on
+///   a bus with that store: retry publishes it again, release and discard give it up.
 /// - A message that goes on failing while others are taken waits with its key for a while, in the
 ///   same place, so that it does not hold up its lane.
 ///
