@@ -175,6 +175,14 @@ async fn members_hold_only_what_they_read() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_nobody_holds_is_granted_without_a_wait() {
+    let before = Instant::now();
+    let mut first = Leaseholder::join(Arc::new(MemoryLeases::new()), config(4));
+    assert_eq!(granted(&mut first).await.len(), 4);
+    assert_eq!(before.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
 async fn close_gives_everything_back_at_once() {
     let store: Arc<dyn LeaseStore> = Arc::new(MemoryLeases::new());
     let mut first = Leaseholder::join(Arc::clone(&store), config(4));

@@ -14,7 +14,7 @@ use eventbus_core::{
 use eventbus_testkit::TestBus;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::fixtures::{
     Fault, FaultyBroker, MINUTE, OrderCreated, OrderPaid, SECOND, amount, faulty, order, paid,
@@ -532,4 +532,24 @@ async fn what_a_key_held_is_published_in_order_however_much_it_is() {
     sleep(MINUTE).await;
     assert_eq!(stage.published().await[&1], (0..350).collect::<Vec<_>>());
     relay.stop().await;
+}
+
+#[tokio::test]
+async fn a_test_waits_for_a_relay_while_time_stands_still() {
+    let test = TestBus::new().with_database();
+    let outbox = MemoryOutbox::new();
+    let leases = Arc::new(MemoryLeases::new());
+    let held = Arc::new(MemoryKeyState::new());
+    test.relay(Relay::on(&test, Arc::new(outbox.clone()), leases, held))
+        .await;
+    let begun = Instant::now();
+    for number in 1..=100 {
+        let mut batch = test.batch(Origin::new()).unwrap();
+        batch.publish(order(number)).unwrap();
+        outbox.append(batch.into_messages()).unwrap();
+        test.settled().await;
+        let published = test.published::<OrderCreated>().await;
+        assert_eq!(published.len() as u64, number);
+    }
+    assert_eq!(begun.elapsed(), std::time::Duration::ZERO);
 }
