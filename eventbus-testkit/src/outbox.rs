@@ -50,20 +50,23 @@ pub trait OutboxTransaction: Send {
 
 /// Expands to one `#[tokio::test]` for each check of [`outbox`](crate::outbox).
 ///
-/// The expression makes the [`OutboxHarness`] of one test and may `await`.
+/// The expression makes the [`OutboxHarness`] of one test and may `await`. An attribute in front of
+/// it is put on every test.
 #[macro_export]
 macro_rules! outbox_conformance {
-    (@checks $harness:expr; $($check:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $check() {
-                let harness = $harness;
-                $crate::outbox::$check(&harness).await;
-            }
-        )*
+    (@checks $attributes:tt $harness:expr; $($check:ident)*) => {
+        $( $crate::outbox_conformance!(@check $attributes $harness; $check); )*
     };
-    ($harness:expr) => {
-        $crate::outbox_conformance!(@checks $harness;
+    (@check [$(#[$attribute:meta])*] $harness:expr; $check:ident) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        $(#[$attribute])*
+        async fn $check() {
+            let harness = $harness;
+            $crate::outbox::$check(&harness).await;
+        }
+    };
+    (@all $attributes:tt $harness:expr) => {
+        $crate::outbox_conformance!(@checks $attributes $harness;
             messages_come_back_in_order_and_unchanged
             what_was_rolled_back_is_never_seen
             removed_messages_are_gone
@@ -75,6 +78,13 @@ macro_rules! outbox_conformance {
             an_append_is_heard_of
             depth_counts_what_waits
         );
+    };
+    // One attribute, not several: before an expression a repetition would be ambiguous.
+    (#[$attribute:meta] $harness:expr) => {
+        $crate::outbox_conformance!(@all [#[$attribute]] $harness);
+    };
+    ($harness:expr) => {
+        $crate::outbox_conformance!(@all [] $harness);
     };
 }
 

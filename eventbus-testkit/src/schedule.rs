@@ -27,20 +27,23 @@ pub trait ScheduleHarness: Send + Sync {
 
 /// Expands to one `#[tokio::test]` for each check of [`schedule`](crate::schedule).
 ///
-/// The expression makes the [`ScheduleHarness`] of one test and may `await`.
+/// The expression makes the [`ScheduleHarness`] of one test and may `await`. An attribute in front of
+/// it is put on every test.
 #[macro_export]
 macro_rules! schedule_store_conformance {
-    (@checks $harness:expr; $($check:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $check() {
-                let harness = $harness;
-                $crate::schedule::$check(&harness).await;
-            }
-        )*
+    (@checks $attributes:tt $harness:expr; $($check:ident)*) => {
+        $( $crate::schedule_store_conformance!(@check $attributes $harness; $check); )*
     };
-    ($harness:expr) => {
-        $crate::schedule_store_conformance!(@checks $harness;
+    (@check [$(#[$attribute:meta])*] $harness:expr; $check:ident) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        $(#[$attribute])*
+        async fn $check() {
+            let harness = $harness;
+            $crate::schedule::$check(&harness).await;
+        }
+    };
+    (@all $attributes:tt $harness:expr) => {
+        $crate::schedule_store_conformance!(@checks $attributes $harness;
             scheduled_message_comes_unchanged_at_its_time
             earliest_comes_first_and_ties_as_they_were_added
             id_that_waits_is_passed_over
@@ -58,6 +61,13 @@ macro_rules! schedule_store_conformance {
             list_comes_in_pages
             concurrent_takers_share_nothing
         );
+    };
+    // One attribute, not several: before an expression a repetition would be ambiguous.
+    (#[$attribute:meta] $harness:expr) => {
+        $crate::schedule_store_conformance!(@all [#[$attribute]] $harness);
+    };
+    ($harness:expr) => {
+        $crate::schedule_store_conformance!(@all [] $harness);
     };
 }
 
