@@ -109,7 +109,9 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
         "postgres" | "postgresql" => {
             let broker = eventbus_sql::PostgresBroker::from_url(url).await?;
             let key_state = Arc::new(broker.key_state());
-            Ok(EventBus::builder(broker).key_state(key_state))
+            let schedule = Arc::new(broker.schedule());
+            let builder = EventBus::builder(broker).key_state(key_state);
+            Ok(builder.schedule(schedule))
         }
         scheme => Err(unknown(scheme, url)),
     }

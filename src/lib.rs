@@ -37,7 +37,9 @@ pub use eventbus_core::{
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;
 #[cfg(feature = "postgres")]
-pub use eventbus_sql::{PostgresBroker, PostgresConfig};
+pub use eventbus_sql::{
+    PostgresBroker, PostgresConfig, PostgresOutbox, PostgresStore, PostgresTransaction,
+};
 #[cfg(feature = "sqlite")]
 pub use eventbus_sql::{SqliteBroker, SqliteConfig, SqliteOutbox, SqliteStore, SqliteTransaction};
 // Consumers and their handlers.

@@ -16,5 +16,7 @@ pub use eventbus_core::{
 pub use eventbus_core::{
     MemoryOutbox, OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore, outbox_lane,
 };
+#[cfg(feature = "postgres")]
+pub use eventbus_sql::{PostgresOutbox, PostgresSchedule, PostgresStore, PostgresTransaction};
 #[cfg(feature = "sqlite")]
 pub use eventbus_sql::{SqliteOutbox, SqliteSchedule, SqliteStore, SqliteTransaction};

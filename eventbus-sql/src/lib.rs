@@ -9,9 +9,14 @@ mod log;
 mod postgres;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+#[cfg(feature = "postgres")]
+mod unit;
 
 #[cfg(feature = "postgres")]
-pub use postgres::{PostgresBroker, PostgresConfig, PostgresKeyState, PostgresLeases};
+pub use postgres::{
+    PostgresBroker, PostgresConfig, PostgresLeases, PostgresOutbox, PostgresSchedule,
+    PostgresStore, PostgresTransaction,
+};
 #[cfg(feature = "sqlite")]
 pub use sqlite::{
     SqliteBroker, SqliteConfig, SqliteOutbox, SqliteSchedule, SqliteStore, SqliteTransaction,

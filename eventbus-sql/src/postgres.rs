@@ -1,5 +1,5 @@
-//! The PostgreSQL broker: a durable partitioned log in a schema of a database, for any number of
-//! processes and machines.
+//! PostgreSQL: a durable partitioned log in a schema of a database, for any number of processes and
+//! machines, and the store of a service that has its own data there.
 
 mod admin;
 mod broker;
@@ -8,19 +8,28 @@ mod database;
 mod error;
 mod groups;
 mod headers;
+mod inbox;
 mod janitor;
 mod key_state;
 mod leases;
+mod lending;
+mod outbox;
 mod page;
+mod schedule;
 mod session;
 mod settle;
+mod store;
 mod subscriber;
 mod tables;
 mod topics;
+mod transaction;
+mod unit;
 mod wake;
 mod writer;
 
 pub use broker::PostgresBroker;
 pub use config::PostgresConfig;
-pub use key_state::PostgresKeyState;
 pub use leases::PostgresLeases;
+pub use schedule::PostgresSchedule;
+pub use store::PostgresStore;
+pub use transaction::{PostgresOutbox, PostgresTransaction};

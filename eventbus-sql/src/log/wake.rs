@@ -53,7 +53,7 @@ pub(crate) struct Wakes {
     groups: Mutex<HashMap<i64, watch::Sender<i64>>>,
     /// The version of the schedule, for those who wait for what it holds.
     schedule: watch::Sender<i64>,
-    /// The last position of the outbox that was seen.
+    /// The last position of the outbox that was seen, or how often it grew.
     outbox: watch::Sender<i64>,
     waiting: AtomicUsize,
     waits: Notify,
@@ -164,16 +164,13 @@ impl Wakes {
     }
 }
 
-#[cfg_attr(
-    not(feature = "sqlite"),
-    allow(dead_code, reason = "PostgreSQL keeps no schedule and no outbox yet")
-)]
 impl Wakes {
     /// Hears of messages that are due earlier than all others.
     pub(crate) fn schedule(&self) -> watch::Receiver<i64> {
         self.schedule.subscribe()
     }
 
+    #[cfg(feature = "sqlite")]
     pub(crate) fn schedule_is_heard(&self) -> bool {
         self.schedule.receiver_count() > 0
     }
@@ -189,11 +186,19 @@ impl Wakes {
         self.outbox.subscribe()
     }
 
+    #[cfg(feature = "sqlite")]
     pub(crate) fn outbox_is_heard(&self) -> bool {
         self.outbox.receiver_count() > 0
     }
 
+    /// Takes note that something was appended to the outbox.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn outbox_grew(&self) {
+        self.outbox.send_modify(|times| *times += 1);
+    }
+
     /// Takes note of how far the outbox goes.
+    #[cfg(feature = "sqlite")]
     pub(crate) fn outbox_reaches(&self, position: i64) {
         self.outbox.send_if_modified(|known| {
             let newer = *known < position;

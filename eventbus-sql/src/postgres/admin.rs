@@ -86,7 +86,7 @@ impl Database {
         let topics = self.named_topics(GROUPS, topics).await?;
         let lanes = ids(&lanes_of(&topics));
         let sql = self.tables.sql(SELECT_GROUPS);
-        let rows = self.read(GROUPS, || sqlx::query(sql.clone()).bind(&lanes));
+        let rows = self.query(GROUPS, || sqlx::query(sql.clone()).bind(&lanes));
         let mut positions = Vec::new();
         for row in &rows.await? {
             let group: String = self.column(GROUPS, row, 0)?;
@@ -113,7 +113,7 @@ impl Database {
             let id = id.ok_or_else(|| never_subscribed(LAG, group, name))?;
             let sql = self.tables.sql(SELECT_LAG);
             let rows = self
-                .read(LAG, || {
+                .query(LAG, || {
                     let query = sqlx::query(sql.clone()).bind(id);
                     query
                         .bind(topic.first_lane as i32)
@@ -203,7 +203,7 @@ impl Database {
         let sql = self
             .tables
             .sql("SELECT id FROM {s}.lanes ORDER BY id LIMIT 1 FOR SHARE SKIP LOCKED");
-        self.read("check health", || sqlx::query(sql.clone()))
+        self.query("check health", || sqlx::query(sql.clone()))
             .await?;
         Ok(AdminReply::Done)
     }

@@ -12,8 +12,9 @@ use eventbus_core::{
 
 use super::config::PostgresConfig;
 use super::database::Shared;
-use super::key_state::PostgresKeyState;
 use super::leases::{self, PostgresLeases};
+use super::schedule::PostgresSchedule;
+use super::store::PostgresStore;
 use super::tables::Tables;
 use super::writer::Refused;
 use crate::log::{MemberHandle, TopicLanes};
@@ -119,8 +120,14 @@ impl PostgresBroker {
 
     /// Where buses on this database hold keys: in the same schema.
     #[must_use]
-    pub fn key_state(&self) -> PostgresKeyState {
-        PostgresKeyState::new(self.client.database.clone())
+    pub fn key_state(&self) -> PostgresStore {
+        PostgresStore::on(self.client.database.clone())
+    }
+
+    /// Where buses on this database keep events until their time: in the same schema.
+    #[must_use]
+    pub fn schedule(&self) -> PostgresSchedule {
+        PostgresSchedule::new(self.client.database.clone())
     }
 
     /// Where members of any groups on this database hold leases: in the same schema.

@@ -4,7 +4,8 @@ use std::fmt;
 use std::time::Duration;
 
 use eventbus_core::{Error, ErrorKind, Result};
-use sqlx::postgres::PgConnectOptions;
+use sqlx::PgPool;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use super::tables::{SCHEMA_RULE, is_schema};
 use crate::duration::{DAY, duration};
@@ -51,7 +52,8 @@ pub struct PostgresConfig {
     pub schema: String,
     /// Partitions of a topic that nobody declared; one whose name ends in `.dlq` has a single one.
     pub partitions: u32,
-    /// Most connections of this client, beside one that hears of what other processes do.
+    /// Most connections of this client, beside one that hears of what other processes do. A store has
+    /// as many for transactions that it lends, and as many for the service itself.
     pub connections: u32,
     /// How long a statement, or the wait for a connection, may take.
     pub timeout: Duration,
@@ -61,6 +63,9 @@ pub struct PostgresConfig {
     /// How long a group is remembered that has no member: until then retention keeps what it has
     /// not read.
     pub group_expiry: Duration,
+    /// How long the inbox remembers that an event was handled: longer than any duplicate is late,
+    /// by a broker that was away or an operator who publishes again.
+    pub inbox_retention: Duration,
     /// How often retention and the expiry of groups are looked at.
     pub retention_interval: Duration,
 }
@@ -79,6 +84,7 @@ impl fmt::Debug for PostgresConfig {
             .field("timeout", &self.timeout)
             .field("lease", &self.lease)
             .field("group_expiry", &self.group_expiry)
+            .field("inbox_retention", &self.inbox_retention)
             .field("retention_interval", &self.retention_interval)
             .finish()
     }
@@ -86,8 +92,8 @@ impl fmt::Debug for PostgresConfig {
 
 impl PostgresConfig {
     /// The defaults on this database: schema `eventbus`, 4 partitions, 10 connections, 5 seconds for
-    /// a statement, leases of 10 seconds, groups remembered for 7 days, retention looked at every
-    /// minute.
+    /// a statement, leases of 10 seconds, groups and handled events remembered for 7 days, retention
+    /// looked at every minute.
     #[must_use]
     pub fn new(connect: PgConnectOptions) -> Self {
         Self {
@@ -98,6 +104,7 @@ impl PostgresConfig {
             timeout: Duration::from_secs(5),
             lease: Duration::from_secs(10),
             group_expiry: 7 * DAY,
+            inbox_retention: 7 * DAY,
             retention_interval: Duration::from_secs(60),
         }
     }
@@ -145,6 +152,13 @@ impl PostgresConfig {
         self
     }
 
+    /// Sets how long the inbox remembers an event.
+    #[must_use]
+    pub fn with_inbox_retention(mut self, retention: Duration) -> Self {
+        self.inbox_retention = retention;
+        self
+    }
+
     /// Sets how often retention is looked at, at least every ten milliseconds apart.
     #[must_use]
     pub fn with_retention_interval(mut self, interval: Duration) -> Self {
@@ -153,8 +167,8 @@ impl PostgresConfig {
     }
 
     /// Reads `postgres://USER:PASSWORD@HOST:PORT/DATABASE`, with `schema`, `partitions`,
-    /// `connections`, `timeout`, `lease`, `group_expiry` and `retention_interval` as options behind
-    /// `?`, and of PostgreSQL's own ones `sslmode`, `sslrootcert`, `sslcert`, `sslkey`,
+    /// `connections`, `timeout`, `lease`, `group_expiry`, `inbox_retention` and `retention_interval` as
+    /// options behind `?`, and of PostgreSQL's own ones `sslmode`, `sslrootcert`, `sslcert`, `sslkey`,
     /// `application_name` and `host` (the directory of a socket). Times are numbers with a unit:
     /// `500ms`, `5s`, `10m`, `1h`, `7d`.
     ///
@@ -211,6 +225,7 @@ impl PostgresConfig {
             "timeout" => self.timeout = time_of(TIMEOUT_MIN, "`timeout` is at least 100ms")?,
             "lease" => self.lease = time_of(LEASE_MIN, "`lease` is at least 100ms")?,
             "group_expiry" => self.group_expiry = time()?,
+            "inbox_retention" => self.inbox_retention = time()?,
             "retention_interval" => {
                 let rule = "`retention_interval` is at least 10ms";
                 self.retention_interval = time_of(INTERVAL_MIN, rule)?;
@@ -218,6 +233,14 @@ impl PostgresConfig {
             _ => return Err(OPTIONS),
         }
         Ok(())
+    }
+
+    /// Connections for whatever a service asks.
+    pub(super) fn pool(&self) -> PgPool {
+        PgPoolOptions::new()
+            .max_connections(self.connections)
+            .acquire_timeout(self.timeout)
+            .connect_lazy_with(self.connect.clone())
     }
 
     /// Names the server in an error, without user and password.
@@ -242,7 +265,7 @@ fn named(connect: PgConnectOptions) -> PgConnectOptions {
 const READ_URL: &str = "read broker url";
 const ADDRESS: &str = "a PostgreSQL broker is postgres://USER:PASSWORD@HOST:PORT/DATABASE, with the characters that mean something in a url as %-codes";
 const TIME: &str = "a time is a number with a unit, such as 500ms, 5s, 10m, 1h or 7d";
-const OPTIONS: &str = "the options are schema, partitions, connections, timeout, lease, group_expiry, retention_interval, and of PostgreSQL's own sslmode, sslrootcert, sslcert, sslkey, application_name and host";
+const OPTIONS: &str = "the options are schema, partitions, connections, timeout, lease, group_expiry, inbox_retention, retention_interval, and of PostgreSQL's own sslmode, sslrootcert, sslcert, sslkey, application_name and host";
 
 #[cfg(test)]
 mod tests {
@@ -251,7 +274,7 @@ mod tests {
     #[test]
     fn a_url_says_server_and_options() {
         let config = PostgresConfig::from_url(
-            "postgresql://me:s%40crt@db:6000/shop?schema=bus&partitions=8&connections=5&timeout=2s&lease=3s&group_expiry=1h&retention_interval=1m&sslmode=disable",
+            "postgresql://me:s%40crt@db:6000/shop?schema=bus&partitions=8&connections=5&timeout=2s&lease=3s&group_expiry=1h&inbox_retention=2h&retention_interval=1m&sslmode=disable",
         )
         .expect("a good url");
         let connect = &config.connect;
@@ -264,6 +287,7 @@ mod tests {
         );
         assert_eq!(config.lease, Duration::from_secs(3));
         assert_eq!(config.group_expiry, Duration::from_secs(3600));
+        assert_eq!(config.inbox_retention, Duration::from_secs(7200));
         assert_eq!(config.retention_interval, Duration::from_secs(60));
     }
 

@@ -15,6 +15,7 @@ use super::config::PostgresConfig;
 use super::error::into_error;
 use super::janitor;
 use super::leases;
+use super::lending::Lending;
 use super::session::{PgQuery, Session, Sessions, column, try_connect};
 use super::settle::Settler;
 use super::tables::Tables;
@@ -47,6 +48,8 @@ pub(super) struct Database {
     pub(super) wakes: Arc<Wakes>,
     pub(super) bell: Arc<Bell>,
     sessions: Sessions,
+    /// The connections that are lent; so those who hold them keep none of the client's own waiting.
+    pub(super) lending: Lending,
     topics: Mutex<Topics>,
     /// Settlements that were ignored because their epoch was over.
     stale: Arc<AtomicU64>,
@@ -83,6 +86,7 @@ impl Shared {
             wakes,
             bell,
             sessions,
+            lending: Lending::new(config),
             topics: Mutex::new(Topics::default()),
             stale,
             tasks: Mutex::new(Vec::new()),
@@ -216,8 +220,8 @@ impl Database {
         Ok(session)
     }
 
-    /// Runs one statement that only reads; once more where the connection was lost.
-    pub(super) async fn read<'q>(
+    /// Runs one statement that may as well run twice: once more where the connection was lost.
+    pub(super) async fn query<'q>(
         &self,
         operation: &'static str,
         query: impl Fn() -> PgQuery<'q>,
@@ -240,7 +244,7 @@ impl Database {
     pub(super) async fn now(&self) -> Result<Timestamp> {
         const NOW: &str = "read clock";
         let sql = self.tables.sql("SELECT {now}");
-        let rows = self.read(NOW, || sqlx::query(sql.clone())).await?;
+        let rows = self.query(NOW, || sqlx::query(sql.clone())).await?;
         let now = rows.first().map(|row| self.column(NOW, row, 0)).transpose();
         Ok(Timestamp::from_micros(now?.unwrap_or(0)))
     }
@@ -287,6 +291,7 @@ impl Database {
             sessions: self.sessions.clone(),
             tables: self.tables.clone(),
             connect: self.config.connect.clone(),
+            bell: Arc::clone(&self.bell),
         }
     }
 }

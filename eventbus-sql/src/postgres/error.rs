@@ -29,7 +29,8 @@ pub(super) fn is_loss(native: &sqlx::Error) -> bool {
     !refused.is_some_and(|refused| matches!(refused.severity(), PgSeverity::Error))
 }
 
-fn code_of(native: &sqlx::Error) -> Option<String> {
+/// PostgreSQL's code of an error that the server answered.
+pub(super) fn code_of(native: &sqlx::Error) -> Option<String> {
     Some(native.as_database_error()?.code()?.into_owned())
 }
 
@@ -95,7 +96,7 @@ fn is_about_encryption(native: &sqlx::Error) -> bool {
 
 /// Kind, whether to try again, and what to do.
 fn meaning(code: &str) -> (ErrorKind, Retry, &'static str) {
-    use ErrorKind::{Codec, Internal, NotFound, Unauthorized, Unavailable};
+    use ErrorKind::{Codec, Internal, InvalidInput, NotFound, Unauthorized, Unavailable};
     match (code, code.get(..2).unwrap_or_default()) {
         (_, "28") => (
             Unauthorized,
@@ -142,6 +143,16 @@ fn meaning(code: &str) -> (ErrorKind, Retry, &'static str) {
             Retry::Later,
             "the server is stopping or starting, or the connection was ended: the next call opens another",
         ),
+        ("25P02", _) => (
+            InvalidInput,
+            Retry::Never,
+            "a statement of this transaction failed before, so all of it is undone: return the error of that statement, or put it under a savepoint (`connection.begin()`)",
+        ),
+        ("22021", _) => (
+            InvalidInput,
+            Retry::Never,
+            "a text has a NUL character, which PostgreSQL does not keep",
+        ),
         (_, "40" | "55") => (
             Unavailable,
             Retry::Later,
@@ -171,7 +182,7 @@ mod tests {
 
     #[test]
     fn every_code_says_what_to_do() {
-        use ErrorKind::{Codec, Internal, NotFound, Unauthorized, Unavailable};
+        use ErrorKind::{Codec, Internal, InvalidInput, NotFound, Unauthorized, Unavailable};
         let cases = [
             ("28P01", Unauthorized, Retry::Never),
             ("28000", Unauthorized, Retry::Never),
@@ -179,6 +190,8 @@ mod tests {
             ("3D000", NotFound, Retry::Never),
             ("42P01", NotFound, Retry::Never),
             ("25006", Unavailable, Retry::Later),
+            ("25P02", InvalidInput, Retry::Never),
+            ("22021", InvalidInput, Retry::Never),
             ("53300", Unavailable, Retry::Later),
             ("53100", Unavailable, Retry::Later),
             ("53200", Unavailable, Retry::Later),

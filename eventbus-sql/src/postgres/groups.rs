@@ -85,7 +85,7 @@ impl Database {
             .tables
             .sql("SELECT id FROM {s}.consumer_groups WHERE name = $1");
         let rows = self
-            .read(operation, || sqlx::query(sql.clone()).bind(name.as_str()))
+            .query(operation, || sqlx::query(sql.clone()).bind(name.as_str()))
             .await?;
         let id = rows.first().map(|row| self.column(operation, row, 0));
         id.transpose()
@@ -108,7 +108,7 @@ impl Database {
         let lanes: Vec<u32> = granted.iter().map(|(_, _, lane)| *lane).collect();
         let epochs: Vec<i64> = leases.iter().map(|lease| lease.epoch as i64).collect();
         let sql = self.tables.sql(SELECT_PLACES);
-        let rows = self.read(OPEN, || {
+        let rows = self.query(OPEN, || {
             let query = sqlx::query(sql.clone()).bind(group);
             query.bind(ids(&lanes)).bind(&epochs)
         });

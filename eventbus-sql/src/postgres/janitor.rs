@@ -124,6 +124,7 @@ impl Database {
     /// Lets groups expire and enforces the retention of every topic.
     async fn sweep(&self) -> Result<()> {
         self.expire_groups().await?;
+        self.sweep_inbox().await?;
         for kept in self.kept().await? {
             if let Some(retention) = kept.retention {
                 self.remove_older(&kept.topic, retention).await?;
@@ -155,7 +156,7 @@ impl Database {
 
     async fn kept(&self) -> Result<Vec<Kept>> {
         let sql = self.tables.sql(SELECT_KEPT);
-        let rows = self.read(READ, || sqlx::query(sql.clone())).await?;
+        let rows = self.query(READ, || sqlx::query(sql.clone())).await?;
         let mut kept = Vec::with_capacity(rows.len());
         for row in &rows {
             let name: String = self.column(READ, row, 0)?;
@@ -196,7 +197,7 @@ impl Database {
     async fn remove_beyond(&self, topic: &TopicLanes, bytes_max: u64) -> Result<()> {
         let mut lanes: Vec<i32> = topic.lanes().map(|(_, lane)| lane as i32).collect();
         let sql = self.tables.sql(SELECT_BYTES);
-        let rows = self.read(READ, || {
+        let rows = self.query(READ, || {
             let query = sqlx::query(sql.clone()).bind(topic.first_lane as i32);
             query.bind(topic.partitions as i32)
         });
@@ -224,7 +225,7 @@ impl Database {
     async fn oldest(&self, lanes: &[i32]) -> Result<Option<i32>> {
         let sql = self.tables.sql(SELECT_OLDEST);
         let rows = self
-            .read(READ, || sqlx::query(sql.clone()).bind(lanes))
+            .query(READ, || sqlx::query(sql.clone()).bind(lanes))
             .await?;
         rows.first()
             .map(|row| self.column(READ, row, 0))

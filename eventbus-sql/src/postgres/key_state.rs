@@ -12,10 +12,9 @@ use eventbus_core::{
     KeyDecision, KeyStateDesk, KeyStateStore, Result, Timestamp, TopicPartition, Wait,
 };
 
-use super::config::PostgresConfig;
-use super::database::Shared;
 use super::error::into_error;
 use super::session::PgQuery;
+use super::store::PostgresStore;
 use held::{Held, about, of_place, with_wait};
 use read::{read_held, read_message, read_name, stored_name};
 use statements::{
@@ -30,28 +29,7 @@ const LIST_MESSAGES: &str = "list held messages";
 const LOOK: &str = "look for due keys";
 const LOOK_DECISIONS: &str = "look for decisions";
 
-/// Keeps held keys in a PostgreSQL database, beside a broker or alone; clones share it.
-///
-/// What is held and decided is on disk when that is acknowledged, and all processes see one store.
-#[derive(Clone, Debug)]
-pub struct PostgresKeyState {
-    database: Shared,
-}
-
-impl PostgresKeyState {
-    /// Connects, and creates or updates the store's tables.
-    ///
-    /// # Errors
-    ///
-    /// As [`PostgresBroker::connect`](crate::PostgresBroker::connect).
-    pub async fn connect(config: PostgresConfig) -> Result<Self> {
-        Ok(Self::new(Shared::open(&config).await?))
-    }
-
-    pub(super) fn new(database: Shared) -> Self {
-        Self { database }
-    }
-
+impl PostgresStore {
     /// Begins to write under a claim, if no later one was made.
     async fn write<'h>(&'h self, operation: &'static str, claim: &'h Claim) -> Result<Held<'h>> {
         let mut held = Held {
@@ -66,7 +44,7 @@ impl PostgresKeyState {
     /// Counts the decisions about a group; none before the first claim.
     async fn version(&self, group: &Group) -> Result<Option<(i64, i64)>> {
         let sql = self.database.tables.sql(SELECT_VERSION);
-        let rows = self.database.read(LOOK_DECISIONS, || {
+        let rows = self.database.query(LOOK_DECISIONS, || {
             sqlx::query(sql.clone()).bind(group.as_str())
         });
         let rows = rows.await?;
@@ -79,7 +57,7 @@ impl PostgresKeyState {
 }
 
 #[async_trait]
-impl KeyStateStore for PostgresKeyState {
+impl KeyStateStore for PostgresStore {
     async fn claim(&self, group: &Group, place: &TopicPartition) -> Result<(Claim, Vec<HeldName>)> {
         let tables = &self.database.tables;
         let mut session = self.database.begin(CLAIM_KEYS).await?;
@@ -164,14 +142,14 @@ impl KeyStateStore for PostgresKeyState {
         };
         let rows = self
             .database
-            .read(LOOK, || about_mine(due.clone()).bind(names_max))
+            .query(LOOK, || about_mine(due.clone()).bind(names_max))
             .await?;
         let names = rows.iter().map(|row| {
             let (held, wait, decision) = read_held(row)?;
             Ok(DueName::new(held, wait, decision))
         });
         let names = names.collect::<Result<Vec<_>>>()?;
-        let rows = self.database.read(LOOK, || about_mine(next.clone()));
+        let rows = self.database.query(LOOK, || about_mine(next.clone()));
         let next = rows.await?;
         let next = next.first().map(|row| self.database.column(LOOK, row, 0));
         let next: Option<i64> = next.transpose()?.flatten();
@@ -205,7 +183,7 @@ impl KeyStateStore for PostgresKeyState {
 const BROKEN_PAUSE: Duration = Duration::from_millis(500);
 
 #[async_trait]
-impl KeyStateDesk for PostgresKeyState {
+impl KeyStateDesk for PostgresStore {
     async fn list(
         &self,
         group: &Group,
@@ -215,7 +193,7 @@ impl KeyStateDesk for PostgresKeyState {
         let (kind, name) = after.map(|after| stored_name(&after.name)).unzip();
         let names_max = i64::try_from(names_max).unwrap_or(i64::MAX);
         let sql = self.database.tables.sql(LIST);
-        let rows = self.database.read(LIST_KEYS, || {
+        let rows = self.database.query(LIST_KEYS, || {
             sqlx::query(sql.clone())
                 .bind(group.as_str())
                 .bind(after.map(|after| after.place.topic.as_str()))
@@ -250,7 +228,7 @@ impl KeyStateDesk for PostgresKeyState {
     ) -> Result<Vec<HeldMessage>> {
         let sql = self.database.tables.sql(SELECT_MESSAGES);
         let messages_max = i64::try_from(messages_max).unwrap_or(i64::MAX);
-        let rows = self.database.read(LIST_MESSAGES, || {
+        let rows = self.database.query(LIST_MESSAGES, || {
             about(sql.clone(), group, &held.place, &held.name)
                 .bind(after.unwrap_or(0) as i64)
                 .bind(messages_max)

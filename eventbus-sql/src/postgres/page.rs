@@ -84,7 +84,7 @@ impl Database {
         let rows_max = (PAGES_ROWS / wanted.len().max(1)).max(PAGE_ROWS_MIN) as u64;
         let sql = self.tables.sql(SELECT_PAGES);
         let rows = self
-            .read(READ, || {
+            .query(READ, || {
                 sqlx::query(sql.clone())
                     .bind(&lanes)
                     .bind(&first)
@@ -124,7 +124,7 @@ impl Database {
     /// Finds out why there was no message at a place before the end of its lane.
     async fn missing(&self, wanted: &Wanted) -> Result<Page> {
         let sql = self.tables.sql(SELECT_MISSING);
-        let rows = self.read(READ, || {
+        let rows = self.query(READ, || {
             let query = sqlx::query(sql.clone()).bind(wanted.row as i32);
             query.bind(stored(wanted.from))
         });
@@ -163,7 +163,7 @@ impl Database {
         let ids = ids(lanes);
         let sql = self.tables.sql(SELECT_LANES);
         let rows = self
-            .read(operation, || sqlx::query(sql.clone()).bind(&ids))
+            .query(operation, || sqlx::query(sql.clone()).bind(&ids))
             .await?;
         let mut lanes = HashMap::with_capacity(rows.len());
         for row in &rows {
@@ -213,7 +213,7 @@ impl Database {
         let ids = ids(lanes);
         let sql = self.tables.sql(SEARCH);
         let rows = self
-            .read(READ, || {
+            .query(READ, || {
                 sqlx::query(sql.clone()).bind(&ids).bind(time.as_micros())
             })
             .await?;
@@ -230,7 +230,7 @@ impl Database {
     pub(super) async fn settle_lanes(&self, lanes: &[u32]) -> Result<()> {
         let ids = ids(lanes);
         let sql = self.tables.sql(LOCK_LANES);
-        let locked = self.read(READ, || sqlx::query(sql.clone()).bind(&ids));
+        let locked = self.query(READ, || sqlx::query(sql.clone()).bind(&ids));
         locked.await.map(|_| ())
     }
 }

@@ -32,17 +32,33 @@ pub(super) struct Sessions {
 }
 
 impl Sessions {
+    /// Those that run the client's own statements.
     pub(super) fn new(config: &PostgresConfig) -> Self {
+        Self::with_purpose(config, Purpose::Own)
+    }
+
+    /// Those that are lent, each inside a transaction.
+    pub(super) fn lent(config: &PostgresConfig) -> Self {
+        Self::with_purpose(config, Purpose::Lent)
+    }
+
+    fn with_purpose(config: &PostgresConfig, purpose: Purpose) -> Self {
+        let setup = purpose.setup(config);
         let lost = Arc::new(Mutex::new(None));
         let known = Arc::clone(&lost);
-        let setup = setup(config.timeout);
         let pool = PgPoolOptions::new()
             .max_connections(config.connections)
             .acquire_timeout(config.timeout)
             .test_before_acquire(false)
             .after_connect(move |connection, _| {
                 let setup = setup.clone();
-                Box::pin(async move { set_up(connection, &setup).await })
+                Box::pin(async move {
+                    set_up(connection, &setup).await?;
+                    match purpose {
+                        Purpose::Own => Ok(()),
+                        Purpose::Lent => begin_for_good(connection).await,
+                    }
+                })
             })
             .before_acquire(move |connection, seen| {
                 let lost: Option<Instant> = *known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -84,7 +100,7 @@ pub(super) async fn try_connect(config: &PostgresConfig) -> Result<PgConnection>
     const CONNECT: &str = "connect";
     let connecting = async {
         let mut connection = PgConnection::connect_with(&config.connect).await?;
-        set_up(&mut connection, &setup(config.timeout)).await?;
+        set_up(&mut connection, &Purpose::Own.setup(config)).await?;
         Ok(connection)
     };
     match timeout(config.timeout, connecting).await {
@@ -99,12 +115,40 @@ async fn set_up(connection: &mut PgConnection, setup: &str) -> Result<(), sqlx::
     connection.execute(sqlx::raw_sql(sql)).await.map(|_| ())
 }
 
+/// What connections are for.
+#[derive(Clone, Copy, Debug)]
+enum Purpose {
+    Own,
+    Lent,
+}
+
+impl Purpose {
+    fn setup(self, config: &PostgresConfig) -> String {
+        let setup = setup(config.timeout);
+        match self {
+            Self::Own => format!("{setup};{BY_INDEX};{ISOLATION}"),
+            Self::Lent => setup,
+        }
+    }
+}
+
+/// Has the driver believe that it has begun a transaction, so that those begun inside the one that is
+/// lent are savepoints. It goes on believing so, while transactions begin and end around its back.
+async fn begin_for_good(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    std::mem::forget(connection.begin().await?);
+    connection.execute("ROLLBACK").await.map(|_| ())
+}
+
+/// Tables here are small one moment and large the next, while plans are kept: an index is never bad.
+const BY_INDEX: &str = "SET enable_seqscan TO off";
+/// What the client's own statements are written for.
+const ISOLATION: &str = "SET default_transaction_isolation TO 'read committed'";
+
 /// What every connection is told: waits are bounded, and an acknowledgement means the disk.
 fn setup(limit: Duration) -> String {
     let millis = limit.as_millis();
     format!(
-        "SET default_transaction_isolation TO 'read committed';
-         SET statement_timeout TO {millis};
+        "SET statement_timeout TO {millis};
          SET idle_in_transaction_session_timeout TO {millis};
          SET jit TO off;
          SET client_min_messages TO warning;
@@ -140,6 +184,14 @@ impl Failure {
         }
     }
 
+    /// PostgreSQL's code of what the server answered.
+    pub(super) fn code(&self) -> Option<String> {
+        match self {
+            Self::Native(error) => super::error::code_of(error),
+            Self::NoAnswer => None,
+        }
+    }
+
     /// Whether the connection is gone, and what became of the statement is not known.
     pub(super) fn is_loss(&self) -> bool {
         match self {
@@ -167,8 +219,16 @@ impl Session {
     /// As [`rows`](Self::rows), where the caller has to know how it failed.
     pub(super) async fn ask(&mut self, query: PgQuery<'_>) -> Result<Vec<PgRow>, Failure> {
         // To its end, also where one row is expected: the commit is behind it.
-        let rows = query.fetch_all(&mut *self.connection);
-        let answer = match timeout(self.sessions.limit, rows).await {
+        self.limited(async |connection| query.fetch_all(connection).await)
+            .await
+    }
+
+    /// Has something done with the connection, for as long as an answer is waited for.
+    pub(super) async fn limited<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, Failure> {
+        let answer = match timeout(self.sessions.limit, work(&mut self.connection)).await {
             Ok(answer) => answer.map_err(Failure::Native),
             Err(_) => Err(Failure::NoAnswer),
         };
@@ -180,13 +240,22 @@ impl Session {
 
     /// Runs statements that answer nothing.
     pub(super) async fn run(&mut self, sql: SqlStr) -> Result<()> {
-        let ran = self.connection.execute(sqlx::raw_sql(sql));
-        match timeout(self.sessions.limit, ran).await {
-            Ok(ran) => ran
-                .map(|_| ())
-                .map_err(|error| into_error(self.operation, error)),
-            Err(_) => Err(no_answer(self.operation)),
-        }
+        let ran = self.execute(sql).await;
+        ran.map_err(|failure| failure.into_error(self.operation))
+    }
+
+    /// As [`run`](Self::run), where the caller has to know how it failed.
+    pub(super) async fn execute(&mut self, sql: SqlStr) -> Result<(), Failure> {
+        self.limited(async |connection| connection.execute(sqlx::raw_sql(sql)).await.map(|_| ()))
+            .await
+    }
+
+    pub(super) fn connection(&self) -> &PgConnection {
+        &self.connection
+    }
+
+    pub(super) fn connection_mut(&mut self) -> &mut PgConnection {
+        &mut self.connection
     }
 
     /// Begins a transaction.

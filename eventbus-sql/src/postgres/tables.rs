@@ -7,9 +7,11 @@ use super::database::Database;
 use super::session::Session;
 
 /// What brings an older version to the next, in order.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 4] = [
     include_str!("../../migrations/postgres/0001_log.sql"),
     include_str!("../../migrations/postgres/0002_held_keys.sql"),
+    include_str!("../../migrations/postgres/0003_schedule.sql"),
+    include_str!("../../migrations/postgres/0004_unit_of_work.sql"),
 ];
 
 const CREATE_SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS {s}";
@@ -198,6 +200,6 @@ mod tests {
         for part in script.split("CREATE TABLE ").skip(1) {
             assert!(part.starts_with("\"shop\"."), "{part}");
         }
-        assert!(script.contains("UPDATE \"shop\".version SET version = 2;"));
+        assert!(script.contains("UPDATE \"shop\".version SET version = 4;"));
     }
 }

@@ -106,7 +106,7 @@ impl Database {
         }
         let sql = self.tables.sql(FIND);
         let rows = self
-            .read(operation, || sqlx::query(sql.clone()).bind(name.as_str()))
+            .query(operation, || sqlx::query(sql.clone()).bind(name.as_str()))
             .await?;
         let row = rows.first().ok_or_else(|| {
             Error::new(
@@ -124,7 +124,7 @@ impl Database {
     pub(super) async fn topic_names(&self, operation: &'static str) -> Result<Vec<Topic>> {
         let sql = "SELECT name FROM {s}.topics ORDER BY name COLLATE \"C\"";
         let sql = self.tables.sql(sql);
-        let rows = self.read(operation, || sqlx::query(sql.clone())).await?;
+        let rows = self.query(operation, || sqlx::query(sql.clone())).await?;
         let names = rows.iter().map(|row| {
             let name: String = self.column(operation, row, 0)?;
             Topic::new(&name)

@@ -10,6 +10,8 @@
 
 use std::collections::BTreeMap;
 use std::future::{Future, pending};
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -37,18 +39,27 @@ const NOTE_BYTES: usize = 7900;
 
 const WATCH: &str = "watch database";
 
-/// What became greater: the end of a lane, or the generation of a group.
+/// What became greater: the end of a lane, the generation of a group, the version of the schedule, or
+/// how often somebody's commits added to the outbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Note {
     Lane(u32),
     Group(i64),
+    Schedule,
+    Outbox(Teller),
 }
+
+/// Who tells of its commits, so that it does not hear of them twice.
+type Teller = u64;
 
 /// Tells other processes what was written; at most one value waits for each lane and group.
 #[derive(Debug, Default)]
 pub(super) struct Bell {
     notes: Mutex<BTreeMap<Note, u64>>,
     rung: Notify,
+    teller: Teller,
+    /// How often this client's commits added to the outbox.
+    outbox: AtomicU64,
 }
 
 impl Bell {
@@ -57,7 +68,10 @@ impl Bell {
         sessions: Sessions,
         tables: &Tables,
     ) -> (Arc<Self>, impl Future<Output = ()> + Send + use<>) {
-        let bell = Arc::new(Self::default());
+        let bell = Arc::new(Self {
+            teller: RandomState::new().hash_one(()),
+            ..Self::default()
+        });
         let ringing = Arc::clone(&bell).ring(sessions, tables.channel());
         (bell, ringing)
     }
@@ -68,6 +82,15 @@ impl Bell {
 
     pub(super) fn group(&self, group: i64, generation: i64) {
         self.note([(Note::Group(group), generation as u64)]);
+    }
+
+    pub(super) fn schedule(&self, version: i64) {
+        self.note([(Note::Schedule, version as u64)]);
+    }
+
+    pub(super) fn outbox(&self) {
+        let times = self.outbox.fetch_add(1, Ordering::Relaxed) + 1;
+        self.note([(Note::Outbox(self.teller), times)]);
     }
 
     fn note(&self, news: impl IntoIterator<Item = (Note, u64)>) {
@@ -121,6 +144,8 @@ fn payloads(news: &BTreeMap<Note, u64>) -> Vec<String> {
         let text = match note {
             Note::Lane(lane) => format!("l{lane}:{value}"),
             Note::Group(group) => format!("g{group}:{value}"),
+            Note::Schedule => format!("s:{value}"),
+            Note::Outbox(teller) => format!("o{teller}:{value}"),
         };
         match payloads.last_mut() {
             Some(last) if last.len() + text.len() < NOTE_BYTES => {
@@ -139,6 +164,8 @@ fn read_payload(payload: &str) -> impl Iterator<Item = (Note, u64)> {
         let note = match note.split_at_checked(1)? {
             ("l", lane) => Note::Lane(lane.parse().ok()?),
             ("g", group) => Note::Group(group.parse().ok()?),
+            ("s", "") => Note::Schedule,
+            ("o", teller) => Note::Outbox(teller.parse().ok()?),
             // Of a later version.
             _ => return None,
         };
@@ -153,6 +180,7 @@ pub(super) struct Watched {
     pub(super) sessions: Sessions,
     pub(super) tables: Tables,
     pub(super) connect: PgConnectOptions,
+    pub(super) bell: Arc<Bell>,
 }
 
 /// Hears what other processes write, and looks by itself while somebody waits.
@@ -172,7 +200,7 @@ pub(super) async fn watch(watched: Watched) {
             tokio::select! {
                 biased;
                 heard = ear.hear() => match heard {
-                    Some(payload) => apply(&watched.wakes, &payload),
+                    Some(payload) => apply(&watched, &payload),
                     // What was sent meanwhile is not heard, so it is looked for.
                     None => break,
                 },
@@ -249,11 +277,15 @@ async fn listen(connect: &PgConnectOptions, channel: &str) -> Result<PgListener>
     Ok(listener)
 }
 
-fn apply(wakes: &Wakes, payload: &str) {
+fn apply(watched: &Watched, payload: &str) {
+    let wakes = &watched.wakes;
     for (note, value) in read_payload(payload) {
         match note {
             Note::Lane(lane) => wakes.appended(&[(lane, value)]),
             Note::Group(group) => wakes.group_changed(group, value as i64),
+            Note::Schedule => wakes.schedule_changed(value as i64),
+            Note::Outbox(teller) if teller == watched.bell.teller => {}
+            Note::Outbox(_) => wakes.outbox_grew(),
         }
     }
 }
@@ -290,7 +322,12 @@ mod tests {
     #[test]
     fn news_fit_notifications_and_are_read_as_they_were_written() {
         let lanes = (0..2000).map(|lane| (Note::Lane(lane), u64::MAX >> 1));
-        let news: BTreeMap<_, _> = lanes.chain([(Note::Group(7), 9)]).collect();
+        let others = [
+            (Note::Group(7), 9),
+            (Note::Schedule, 3),
+            (Note::Outbox(u64::MAX), 1),
+        ];
+        let news: BTreeMap<_, _> = lanes.chain(others).collect();
         let payloads = payloads(&news);
         assert!(payloads.len() > 1);
         assert!(payloads.iter().all(|payload| payload.len() < 8000));

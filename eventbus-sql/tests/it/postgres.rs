@@ -1,12 +1,16 @@
-//! The PostgreSQL broker as its users meet it, on a real server.
+//! PostgreSQL as its users meet it, on a real server.
 
 mod conformance;
 mod faults;
 mod key_state;
 mod leases;
 mod order;
+mod outbox;
 mod processes;
 mod proxy;
 mod retention;
+mod schedule;
 mod schema;
 mod server;
+mod service;
+mod unit;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use eventbus_core::{KeyStateStore, Result};
-use eventbus_sql::PostgresKeyState;
+use eventbus_sql::PostgresStore;
 use eventbus_testkit::{KeyStateHarness, key_state_conformance};
 
 use super::server::Server;
@@ -11,7 +11,7 @@ use super::server::Server;
 #[async_trait::async_trait]
 impl KeyStateHarness for Server {
     async fn open(&self) -> Result<Arc<dyn KeyStateStore>> {
-        Ok(Arc::new(PostgresKeyState::connect(self.config()).await?))
+        Ok(Arc::new(PostgresStore::connect(self.config()).await?))
     }
 }
 

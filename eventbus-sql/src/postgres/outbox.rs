@@ -1,0 +1,353 @@
+//! The outbox: messages that wait to be published, as rows, and back.
+//!
+//! There is no cursor: what was published is deleted, and what is next is what comes first by its
+//! position among what can be seen. So a transaction that commits late is never passed over. Of two
+//! transactions that wrote one key one after the other, the second took its positions when the
+//! first had committed, or had it waited for a lock of the first's: whoever sees the second sees the
+//! first, which has smaller positions. So nothing has to be held back for transactions that are open,
+//! and one that is forgotten stops nobody but itself.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use eventbus_core::{
+    Error, EventId, Headers, Key, Message, OutboxDepth, OutboxMessage, OutboxStore, Result,
+    Timestamp, Topic, header, outbox_lane,
+};
+use metrics::counter;
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row};
+use tracing::error;
+
+use super::error::into_error;
+use super::store::PostgresStore;
+use super::tables::Tables;
+
+/// Most bytes that one read takes, beyond its first message.
+const READ_BYTES_MAX: i64 = 16 * 1024 * 1024;
+/// Most messages of a statement, and bytes after which no more are added.
+const ROWS_MAX: usize = 1000;
+const BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// In their order: positions are given as rows come.
+const INSERT: &str = "
+    INSERT INTO {s}.outbox (lane, id, aggregatetype, aggregateid, key, type, payload, headers,
+        tracingspancontext)
+    SELECT lane, id, topic, text_key, key, type, payload, headers, trace
+    FROM unnest($1::int[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::bytea[],
+            $8::bytea[], $9::text[]) WITH ORDINALITY
+        AS new(lane, id, topic, text_key, key, type, payload, headers, trace, number)
+    WHERE $10 OR current_setting('eventbus.is_open', true) = 'yes'
+    ORDER BY number";
+
+/// The same for one message, as is mostly the case.
+const INSERT_ONE: &str = "
+    INSERT INTO {s}.outbox (lane, id, aggregatetype, aggregateid, key, type, payload, headers,
+        tracingspancontext)
+    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9
+    WHERE $10 OR current_setting('eventbus.is_open', true) = 'yes'";
+
+/// Of each lane that has messages an even share by the index, then a turn for each lane after the
+/// other. What it looks at depends on how many are asked for, not on how many wait.
+const SELECT_NEXT: &str = "
+    WITH busy AS MATERIALIZED (
+        SELECT wanted.lane FROM unnest($1::int[]) AS wanted(lane)
+        WHERE EXISTS (SELECT 1 FROM {s}.outbox AS message WHERE message.lane = wanted.lane)
+    ), first AS (
+        SELECT message.*,
+            row_number() OVER (PARTITION BY message.lane ORDER BY message.position) AS turn
+        FROM busy CROSS JOIN LATERAL (
+            SELECT position, lane, id, aggregatetype, aggregateid, key, headers, payload
+            FROM {s}.outbox AS message WHERE message.lane = busy.lane
+            ORDER BY message.lane, message.position
+            LIMIT (SELECT greatest(1, $2 / count(*)) FROM busy)
+        ) AS message
+    ), chosen AS (
+        SELECT first.*, sum(octet_length(payload)) OVER (ORDER BY turn, position)
+            - octet_length(payload) AS before
+        FROM first ORDER BY turn, position LIMIT $2
+    )
+    SELECT position, lane, id, aggregatetype, aggregateid, key, headers, payload
+    FROM chosen WHERE before < $3 ORDER BY position";
+
+const REMOVE: &str = "DELETE FROM {s}.outbox WHERE position = ANY($1)";
+
+/// Puts damaged messages on lanes below zero, which nobody asks for; the same again brings them back.
+const QUARANTINE: &str = "
+    UPDATE {s}.outbox SET lane = -1 - lane WHERE position = ANY($1) AND lane >= 0";
+
+const SELECT_DEPTH: &str = "
+    SELECT lane, count(*) FROM {s}.outbox WHERE lane >= 0 GROUP BY lane ORDER BY lane";
+
+/// The oldest message, and since when the oldest transaction is open that has added some, as far as
+/// this role may see those of others.
+const SELECT_OLDEST: &str = "
+    SELECT
+        (SELECT (extract(epoch FROM created_at) * 1000000)::bigint FROM {s}.outbox
+            WHERE lane >= 0 ORDER BY position LIMIT 1),
+        (SELECT (extract(epoch FROM max(clock_timestamp() - activity.xact_start)) * 1000000)::bigint
+            FROM pg_locks JOIN pg_stat_activity AS activity USING (pid)
+            WHERE locktype = 'relation' AND mode = 'RowExclusiveLock'
+                AND relation = '{s}.outbox'::regclass AND pg_locks.pid <> pg_backend_pid()
+                AND pg_locks.database = (
+                    SELECT oid FROM pg_database WHERE datname = current_database()))";
+
+/// Counts messages that were put aside because they are not what was written.
+const DAMAGED: &str = "eventbus.postgres.outbox.damaged";
+
+const READ: &str = "read outbox";
+
+/// Whether it has to be the transaction that was lent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Append {
+    /// Only if it is.
+    WhereOpen,
+    /// Whatever transaction it is.
+    Anywhere,
+}
+
+/// Appends messages in order, inside the transaction that is open; returns how many.
+pub(super) async fn append(
+    tables: &Tables,
+    connection: &mut PgConnection,
+    messages: &[(EventId, Message)],
+    append: Append,
+) -> sqlx::Result<u64> {
+    let anywhere = append == Append::Anywhere;
+    if let [(id, message)] = messages {
+        let row = OutboxRow::new(id, message);
+        let query = sqlx::query(tables.sql(INSERT_ONE))
+            .bind(row.lane)
+            .bind(row.id)
+            .bind(row.topic)
+            .bind(row.text_key)
+            .bind(row.key)
+            .bind(row.event_type)
+            .bind(row.payload)
+            .bind(row.headers)
+            .bind(row.trace)
+            .bind(anywhere);
+        return Ok(query.execute(connection).await?.rows_affected());
+    }
+    let mut appended = 0;
+    let mut left = messages;
+    while !left.is_empty() {
+        let (piece, rest) = left.split_at(piece_of(left));
+        let rows = Rows::new(piece);
+        let query = sqlx::query(tables.sql(INSERT))
+            .bind(rows.lanes)
+            .bind(rows.ids)
+            .bind(rows.topics)
+            .bind(rows.text_keys)
+            .bind(rows.keys)
+            .bind(rows.types)
+            .bind(rows.payloads)
+            .bind(rows.headers)
+            .bind(rows.traces)
+            .bind(anywhere);
+        appended += query.execute(&mut *connection).await?.rows_affected();
+        left = rest;
+    }
+    Ok(appended)
+}
+
+/// How many of these messages one statement takes.
+fn piece_of(messages: &[(EventId, Message)]) -> usize {
+    let mut bytes = 0;
+    let fits = |(_, message): &&(EventId, Message)| {
+        let fits = bytes < BYTES_MAX;
+        bytes += message.size();
+        fits
+    };
+    messages.iter().take(ROWS_MAX).take_while(fits).count()
+}
+
+/// A message as values of a row.
+struct OutboxRow<'m> {
+    lane: i32,
+    id: String,
+    topic: &'m str,
+    text_key: Option<&'m str>,
+    key: Option<&'m [u8]>,
+    event_type: &'m str,
+    payload: &'m [u8],
+    headers: &'m [u8],
+    trace: Option<String>,
+}
+
+impl<'m> OutboxRow<'m> {
+    fn new(id: &EventId, message: &'m Message) -> Self {
+        let key = message.key.as_ref().map(Key::as_bytes);
+        let text_key = key.and_then(|key| std::str::from_utf8(key).ok());
+        let text_key = text_key.filter(|key| is_text(key));
+        let event_type = message.headers.get_str(header::TYPE);
+        let trace = message.headers.get_str(header::TRACEPARENT);
+        let trace = trace.filter(|trace| is_text(trace));
+        Self {
+            lane: outbox_lane(message.key.as_ref(), id) as i32,
+            id: id.to_string(),
+            topic: message.topic.as_str(),
+            text_key,
+            key: key.filter(|_| text_key.is_none()),
+            event_type: event_type.filter(|name| is_text(name)).unwrap_or_default(),
+            payload: &message.payload,
+            headers: message.headers.packed(),
+            trace: trace.map(|trace| format!("traceparent={trace}\n")),
+        }
+    }
+}
+
+/// Whether PostgreSQL takes it as text.
+fn is_text(text: &str) -> bool {
+    !text.contains('\0')
+}
+
+/// Messages of a statement, as arrays with a value for each row.
+#[derive(Default)]
+struct Rows<'m> {
+    lanes: Vec<i32>,
+    ids: Vec<String>,
+    topics: Vec<&'m str>,
+    text_keys: Vec<Option<&'m str>>,
+    keys: Vec<Option<&'m [u8]>>,
+    types: Vec<&'m str>,
+    payloads: Vec<&'m [u8]>,
+    headers: Vec<&'m [u8]>,
+    traces: Vec<Option<String>>,
+}
+
+impl<'m> Rows<'m> {
+    fn new(messages: &'m [(EventId, Message)]) -> Self {
+        let mut rows = Self::default();
+        for (id, message) in messages {
+            let row = OutboxRow::new(id, message);
+            rows.lanes.push(row.lane);
+            rows.ids.push(row.id);
+            rows.topics.push(row.topic);
+            rows.text_keys.push(row.text_key);
+            rows.keys.push(row.key);
+            rows.types.push(row.event_type);
+            rows.payloads.push(row.payload);
+            rows.headers.push(row.headers);
+            rows.traces.push(row.trace);
+        }
+        rows
+    }
+}
+
+impl PostgresStore {
+    /// Puts damaged messages where they hold up no other.
+    async fn quarantine(&self, damaged: &[(i64, Error)]) -> Result<()> {
+        if damaged.is_empty() {
+            return Ok(());
+        }
+        let positions: Vec<i64> = damaged.iter().map(|(position, _)| *position).collect();
+        let sql = self.database.tables.sql(QUARANTINE);
+        let aside = self.database.query("put damaged messages aside", || {
+            sqlx::query(sql.clone()).bind(&positions)
+        });
+        aside.await?;
+        for (position, error) in damaged {
+            error!(position, %error, "a message in the outbox is damaged, and put aside unpublished: look at the rows of the outbox whose lane is below zero");
+        }
+        counter!(DAMAGED).increment(damaged.len() as u64);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl OutboxStore for PostgresStore {
+    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
+        let sql = self.database.tables.sql(SELECT_NEXT);
+        let lanes: Vec<i32> = lanes.iter().map(|lane| *lane as i32).collect();
+        let messages_max = i64::try_from(messages_max).unwrap_or(i64::MAX);
+        loop {
+            let rows = self.database.query(READ, || {
+                sqlx::query(sql.clone())
+                    .bind(&lanes)
+                    .bind(messages_max)
+                    .bind(READ_BYTES_MAX)
+            });
+            let rows = rows.await?;
+            let (mut sound, mut damaged) = (Vec::with_capacity(rows.len()), Vec::new());
+            for row in &rows {
+                let position: i64 = row.try_get(0).map_err(native)?;
+                match read(position, row) {
+                    Ok(message) => sound.push(message),
+                    Err(error) => damaged.push((position, error)),
+                }
+            }
+            self.quarantine(&damaged).await?;
+            // Nothing at all would say that nothing waits.
+            if !sound.is_empty() || damaged.is_empty() {
+                return Ok(sound);
+            }
+        }
+    }
+
+    async fn remove(&self, positions: &[u64]) -> Result<()> {
+        let sql = self.database.tables.sql(REMOVE);
+        let positions: Vec<i64> = positions.iter().map(|position| *position as i64).collect();
+        let removed = self.database.query("remove from outbox", || {
+            sqlx::query(sql.clone()).bind(&positions)
+        });
+        removed.await.map(|_| ())
+    }
+
+    async fn appended(&self) {
+        self.appending.wait(&self.database.wakes).await;
+    }
+
+    async fn depth(&self) -> Result<OutboxDepth> {
+        let tables = &self.database.tables;
+        let (depth, oldest) = (tables.sql(SELECT_DEPTH), tables.sql(SELECT_OLDEST));
+        let lanes = self.database.query(READ, || sqlx::query(depth.clone()));
+        let lanes = lanes.await?;
+        let oldest = self.database.query(READ, || sqlx::query(oldest.clone()));
+        let oldest = oldest.await?;
+        let mut depth = OutboxDepth::new();
+        for row in &lanes {
+            let (lane, messages): (i32, i64) = (
+                row.try_get(0).map_err(native)?,
+                row.try_get(1).map_err(native)?,
+            );
+            depth.lanes.push((lane as u32, messages as u64));
+        }
+        if let Some(row) = oldest.first() {
+            let created: Option<i64> = row.try_get(0).map_err(native)?;
+            let open: Option<i64> = row.try_get(1).map_err(native)?;
+            depth.oldest = created.map(Timestamp::from_micros);
+            let open = open.and_then(|micros| u64::try_from(micros).ok());
+            depth.held_back = open.map(Duration::from_micros);
+        }
+        Ok(depth)
+    }
+}
+
+/// Reads a row, if it is as it was written.
+fn read(position: i64, row: &PgRow) -> Result<OutboxMessage> {
+    let text = |index: usize| row.try_get::<Option<&str>, _>(index).map_err(native);
+    let bytes = |index: usize| row.try_get::<Option<&[u8]>, _>(index).map_err(native);
+    let lane: i32 = row.try_get(1).map_err(native)?;
+    let id = EventId::parse(text(2)?.unwrap_or_default())?;
+    let topic = Topic::new(text(3)?.unwrap_or_default())?;
+    let key = match (text(4)?, bytes(5)?) {
+        (Some(key), _) => Some(Key::from(key)),
+        (None, key) => key.map(|key| Key::new(Bytes::copy_from_slice(key))),
+    };
+    let headers = Headers::from_packed(Bytes::copy_from_slice(bytes(6)?.unwrap_or_default()));
+    let payload = Bytes::copy_from_slice(bytes(7)?.unwrap_or_default());
+    let mut message = Message::new(topic, payload).with_headers(headers);
+    message.key = key;
+    Ok(OutboxMessage::new(
+        position as u64,
+        lane as u32,
+        id,
+        message,
+    ))
+}
+
+fn native(error: sqlx::Error) -> Error {
+    into_error(READ, error)
+}
