@@ -8,8 +8,11 @@
 //! The mark is gone with the transaction: where somebody else has ended it, nothing is appended, and
 //! whoever did the work is told.
 
-use eventbus_core::{Error, ErrorKind, EventId, Group, Message, Result};
+use std::time::Duration;
+
+use eventbus_core::{Error, ErrorKind, EventId, Group, Message, Result, Retry};
 use sqlx::{PgConnection, SqlSafeStr};
+use tokio::time::Instant;
 use tracing::{error, trace};
 
 use super::config::PostgresConfig;
@@ -53,6 +56,7 @@ impl Lending {
         let begun = session.execute(BEGIN.into_sql_str()).await;
         Ok(begun.map(|()| Loan {
             session,
+            begun: Instant::now(),
             recorded: None,
         }))
     }
@@ -63,6 +67,7 @@ impl Lending {
 #[derive(Debug)]
 pub(crate) struct Loan {
     session: Session,
+    begun: Instant,
     /// What the inbox holds when the transaction is committed, whoever does so.
     recorded: Option<Recorded>,
 }
@@ -89,7 +94,7 @@ impl Loan {
             .session
             .limited(async |connection| inbox::record(tables, connection, group, ids).await)
             .await;
-        let (recorded, duplicates) = Self::answered(operation, recorded)?;
+        let (recorded, duplicates) = self.answered(operation, recorded)?;
         trace!(target: "eventbus::step", step = "unit.inbox.after");
         self.recorded = recorded;
         Ok(duplicates)
@@ -112,7 +117,7 @@ impl Loan {
                     outbox::append(tables, connection, messages, Append::WhereOpen).await
                 })
                 .await;
-            let appended = Self::answered(operation, appended)?;
+            let appended = self.answered(operation, appended)?;
             trace!(target: "eventbus::step", step = "unit.outbox.after");
             if appended < messages.len() as u64 {
                 return Err(self.ended(operation, tables).await);
@@ -126,19 +131,28 @@ impl Loan {
         {
             return Err(self.ended(operation, tables).await);
         }
-        Self::answered(operation, committed)?;
+        self.answered(operation, committed)?;
         trace!(target: "eventbus::step", step = "sql.commit.after");
         self.session.end();
         Ok(())
     }
 
-    /// Undoes the work. An error says that the connection is lost, which is why it had to be.
+    /// Undoes the work. An error says that the connection is lost, which is why it had to be; it is
+    /// not where the work took too long.
     pub(super) async fn undo(mut self, operation: &'static str, tables: &Tables) -> Result<()> {
-        self.forget(tables)
-            .await
-            .map_err(|failure| failure.into_error(operation))?;
-        self.session.end();
+        match self.forget(tables).await {
+            Ok(()) => self.session.end(),
+            // Its connection is closed, and so it is undone.
+            Err(failure) if self.is_overdue(&failure) => {}
+            Err(failure) => return Err(failure.into_error(operation)),
+        }
         Ok(())
+    }
+
+    /// Whether the connection was lost because nothing happened in the transaction for so long that the
+    /// server ended it, or may have been.
+    fn is_overdue(&self, failure: &Failure) -> bool {
+        failure.is_loss() && self.begun.elapsed() >= self.session.timeout()
     }
 
     /// Ends whatever transaction is open, and takes back what the inbox holds of the one that was lent,
@@ -171,12 +185,23 @@ impl Loan {
 
     /// Why a statement was refused. What only a commit checks is broken by the work that is in it: the
     /// client's own tables have nothing of the kind.
-    fn answered<T>(operation: &'static str, answer: Result<T, Failure>) -> Result<T> {
+    fn answered<T>(&self, operation: &'static str, answer: Result<T, Failure>) -> Result<T> {
         answer.map_err(|failure| match failure.code().as_deref() {
             Some(code) if code.starts_with("23") => broken(operation, failure),
+            _ if self.is_overdue(&failure) => overdue(operation, self.session.timeout(), failure),
             _ => failure.into_error(operation),
         })
     }
+}
+
+/// Not to be tried again without counting: the next time would be as long.
+fn overdue(operation: &'static str, timeout: Duration, failure: Failure) -> Error {
+    let message = format!(
+        "the transaction was open for longer than {timeout:?} and its connection is lost, maybe because nothing happened in it: open it later, wait for nobody meanwhile, or raise `timeout`"
+    );
+    Error::new(ErrorKind::Timeout, operation, message)
+        .with_retry(Retry::Never)
+        .with_source(failure.into_error(operation))
 }
 
 fn broken(operation: &'static str, failure: Failure) -> Error {

@@ -250,6 +250,11 @@ impl Session {
             .await
     }
 
+    /// How long the server lets a statement, or a transaction in which nothing happens, take.
+    pub(super) fn timeout(&self) -> Duration {
+        self.sessions.limit - GRACE
+    }
+
     pub(super) fn connection(&self) -> &PgConnection {
         &self.connection
     }

@@ -297,6 +297,36 @@ async fn a_connection_that_ends_is_not_the_handlers_failure() {
 
 #[tokio::test]
 #[ignore = "needs brokers: ./dev/test"]
+async fn a_handler_that_waits_too_long_in_its_transaction_is_one_that_failed() {
+    let timeout = Duration::from_millis(300);
+    let service = Service::with(|config| config.with_timeout(timeout)).await;
+    let shop = Shop::of(service);
+    let consumer = shop
+        .service
+        .bus
+        .consumer("inventory")
+        .state(Arc::clone(&shop.met))
+        .unit(shop.service.store.clone())
+        .on(
+            async |order: OrderPlaced, mut cx: Context<Arc<Met>, PostgresStore>| {
+                cx.state().note(order.number, cx.attempt());
+                cx.transaction().await?;
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                Ok(())
+            },
+        )
+        .retry(RetryPolicy::immediate(3))
+        .breaker(Breaker::default().with_probe_after(PROBE, PROBE))
+        .spawn()
+        .await
+        .expect("it starts");
+    shop.publish(1).await;
+    until(async || consumer.status().counts.dead_lettered == 1).await;
+    assert_eq!(shop.met.attempts(1), [1, 2, 3]);
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
 async fn while_all_connections_are_lent_nothing_counts_as_an_attempt() {
     let service = Service::with(|config| {
         config
