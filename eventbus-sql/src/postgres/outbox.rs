@@ -48,28 +48,29 @@ const INSERT_ONE: &str = "
     SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9
     WHERE $10 OR current_setting('eventbus.is_open', true) = 'yes'";
 
-/// Of each lane that has messages an even share by the index, then a turn for each lane after the
-/// other. What it looks at depends on how many are asked for, not on how many wait.
+/// Of each lane that has messages an even share, in messages and bytes, by the index; the oldest, where
+/// there are more lanes than messages to be had. What it looks at depends on how many are asked for, not
+/// on how many wait: were the lane named by `=`, the planner would know that the order is by position
+/// alone, and might go through all lanes by the index of positions.
 const SELECT_NEXT: &str = "
     WITH busy AS MATERIALIZED (
         SELECT wanted.lane FROM unnest($1::int[]) AS wanted(lane)
         WHERE EXISTS (SELECT 1 FROM {s}.outbox AS message WHERE message.lane = wanted.lane)
-    ), first AS (
-        SELECT message.*,
-            row_number() OVER (PARTITION BY message.lane ORDER BY message.position) AS turn
-        FROM busy CROSS JOIN LATERAL (
-            SELECT position, lane, id, aggregatetype, aggregateid, key, headers, payload
-            FROM {s}.outbox AS message WHERE message.lane = busy.lane
-            ORDER BY message.lane, message.position
-            LIMIT (SELECT greatest(1, $2 / count(*)) FROM busy)
-        ) AS message
-    ), chosen AS (
-        SELECT first.*, sum(octet_length(payload)) OVER (ORDER BY turn, position)
-            - octet_length(payload) AS before
-        FROM first ORDER BY turn, position LIMIT $2
+    ), share AS MATERIALIZED (
+        SELECT greatest($2 / greatest(count(*), 1), 1) AS messages, $3 / greatest(count(*), 1) AS bytes
+        FROM busy
     )
     SELECT position, lane, id, aggregatetype, aggregateid, key, headers, payload
-    FROM chosen WHERE before < $3 ORDER BY position";
+    FROM share CROSS JOIN busy CROSS JOIN LATERAL (
+        SELECT position, id, aggregatetype, aggregateid, key, headers, payload,
+            sum(octet_length(payload)) OVER (
+                ORDER BY message.lane, position ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
+            ) - octet_length(payload) AS before
+        FROM {s}.outbox AS message
+        WHERE message.lane BETWEEN busy.lane AND busy.lane
+        ORDER BY message.lane, position LIMIT share.messages
+    ) AS message
+    WHERE before < share.bytes ORDER BY position LIMIT $2";
 
 const REMOVE: &str = "DELETE FROM {s}.outbox WHERE position = ANY($1)";
 
