@@ -45,8 +45,8 @@ pub use eventbus_sql::{SqliteBroker, SqliteConfig, SqliteOutbox, SqliteStore, Sq
 // Consumers and their handlers.
 pub use eventbus_core::{
     BatchHandler, BatchItem, Breaker, Consumer, ConsumerBuilder, ConsumerState, ConsumerStatus,
-    Context, Counts, Handler, LaneStatus, Limits, NoUnit, OnError, OnPoison, Replay, ReplayReport,
-    RetryPolicy, Start, Until,
+    Context, Counts, DuplicateWindow, Handler, LaneStatus, Limits, NoUnit, OnError, OnPoison,
+    Replay, ReplayReport, RetryPolicy, Start, Until,
 };
 // What could not be handled, keys that wait for an operator, and events that wait for their time.
 pub use eventbus_core::{DeadLetter, DeadLetters, Edit, HeldKeys, Redrive, ScheduledEvents};

@@ -1,5 +1,5 @@
 //! What a store implements so that keys are held, leases shared out, events sent later and events
-//! kept until their time, all durably; and who holds leases over it.
+//! kept until their time, all durably, and duplicates known; and who holds leases over it.
 
 pub use eventbus_core::{
     BusyTaker, MemorySchedule, Refused, SCHEDULED_MAX, ScheduleStore, Scheduled, ScheduledReport,
@@ -9,6 +9,7 @@ pub use eventbus_core::{
     Claim, Due, DueName, HELD_KEYS_MAX, HeldMessage, HeldName, HeldPlace, HeldReport, HoldEntry,
     KeyAction, KeyDecision, KeyStateDesk, KeyStateStore, Wait,
 };
+pub use eventbus_core::{ClaimEvents, DuplicateStore, EventClaim, MemoryDuplicates};
 pub use eventbus_core::{
     HeldLeases, Lease, LeaseConfig, LeaseMember, LeaseReply, LeaseRequest, LeaseSignal, LeaseStore,
     LeaseTopic, Leaseholder, MemberId, MemoryLeases, ProcessId, TopicPartition,

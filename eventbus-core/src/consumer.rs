@@ -23,6 +23,7 @@ use crate::bus::EventBus;
 use crate::clock::FOREVER;
 use crate::dead_letter::{self, Cause};
 use crate::delivery::{Lane, Limits, Start, Subscription};
+use crate::duplicates::DuplicateWindow;
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::handler::{BatchHandler, Handler};
@@ -33,6 +34,7 @@ use crate::topic::TopicSpec;
 use crate::unit_of_work::{NoUnit, Unit, UnitOfWork};
 
 pub(crate) mod backoff;
+mod claims;
 mod departure;
 pub(crate) mod dispatch;
 mod gate;
@@ -60,6 +62,7 @@ pub use telemetry::{
     SCHEDULED_WAITING, SENT_MESSAGES, SKIPPED,
 };
 
+use claims::Claims;
 use dispatch::{Batch, ErasedHandler, Single};
 use gate::Gate;
 use held::HeldLanes;
@@ -167,6 +170,8 @@ pub(crate) struct Runtime {
     pub(crate) broker_topics: Vec<Topic>,
     pub(crate) settings: Settings,
     pub(crate) unit: Option<Arc<dyn UnitOfWork>>,
+    /// Where the consumer has a duplicate window, which one with a unit has not.
+    pub(crate) claims: Option<Arc<Claims>>,
     pub(crate) replay: Option<Replay>,
     pub(crate) on_poison: OnPoison,
     /// Where the bus has a store of held keys, and this is no replay.
@@ -363,6 +368,7 @@ pub struct ConsumerBuilder<S = (), U: Unit = NoUnit, L = Identity> {
     handlers: Vec<Arc<dyn ErasedHandler<S>>>,
     topics: Vec<Topic>,
     unit: Option<Arc<dyn UnitOfWork>>,
+    window: Option<DuplicateWindow>,
     layer: L,
     settings: Settings,
     /// The first thing that was set up wrongly; told when it is spawned.
@@ -379,6 +385,7 @@ impl ConsumerBuilder {
             handlers: Vec::new(),
             topics: Vec::new(),
             unit: None,
+            window: None,
             layer: Identity::new(),
             settings: Settings::default(),
             mistake: None,
@@ -406,6 +413,7 @@ impl<U: Unit, L> ConsumerBuilder<(), U, L> {
             handlers: Vec::new(),
             topics: Vec::new(),
             unit: self.unit,
+            window: self.window,
             layer: self.layer,
             settings: self.settings,
             mistake,
@@ -429,11 +437,19 @@ impl<S: Send + Sync + 'static, L> ConsumerBuilder<S, NoUnit, L> {
             handlers: Vec::new(),
             topics: Vec::new(),
             unit: Some(Arc::new(unit)),
+            window: self.window,
             layer: self.layer,
             settings: self.settings,
             mistake,
             unit_type: PhantomData,
         }
+    }
+
+    /// Runs handlers once per event within a window, for effects that no transaction of ours holds,
+    /// such as a payment provider's. With a [`unit`](Self::unit) there is no need for it.
+    pub fn duplicate_window(mut self, window: DuplicateWindow) -> Self {
+        self.window = Some(window);
+        self
     }
 
     /// Handles the events of one more type, up to `batch_max` at once: as many as are there, none
@@ -584,6 +600,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             handlers: self.handlers,
             topics: self.topics,
             unit: self.unit,
+            window: self.window,
             layer: Stack::new(layer, self.layer),
             settings: self.settings,
             mistake: self.mistake,
@@ -654,13 +671,17 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
                 misuse("a consumer has at least one handler: add `.on(…)`").with("group", group)
             );
         }
-        if replay.is_some() && self.unit.is_some() {
+        if replay.is_some() && (self.unit.is_some() || self.window.is_some()) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 "replay",
-                "a unit of work would take replayed events for duplicates: replay into a consumer without one",
+                "a unit of work or a duplicate window would take replayed events for duplicates: replay into a consumer without one",
             )
             .with("group", group));
+        }
+        if self.window.is_some() {
+            self.check_window()
+                .map_err(|error| error.with("group", &group))?;
         }
         if replay.is_some() && !self.bus.capabilities().replay {
             return Err(Error::new(
@@ -705,6 +726,10 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             let part = self.bus.shared_activity().part();
             Arc::new(HeldLanes::new(Arc::clone(store), part))
         });
+        let claims = self.window.map(|window| {
+            let part = self.bus.shared_activity().part();
+            Arc::new(Claims::new(window, group.clone(), part))
+        });
         let topics = self.bus.topics(&self.topics)?;
         for topic in &topics {
             dead_letter::topic_of(topic, &group).map_err(|error| {
@@ -727,6 +752,7 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             topics: self.topics,
             broker_topics: topics,
             unit: self.unit,
+            claims,
             replay,
             on_poison,
             held,
@@ -743,6 +769,26 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             runtime: Arc::new(runtime),
             service: self.layer.layer(Dispatch::new(self.handlers, self.state)),
         })
+    }
+}
+
+impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
+    /// What does not go with a duplicate window.
+    fn check_window(&self) -> Result<()> {
+        if self.unit.is_some() {
+            return Err(misuse(
+                "a unit of work finds duplicates itself: leave `.duplicate_window(…)` out",
+            ));
+        }
+        let is_batch = |handler: &Arc<dyn ErasedHandler<S>>| handler.batch_max().is_some();
+        if self.handlers.iter().any(is_batch) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "spawn consumer",
+                "a duplicate window holds single events: handle them with `.on(…)`, or in a consumer without one",
+            ));
+        }
+        Ok(())
     }
 }
 

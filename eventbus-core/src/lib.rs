@@ -13,6 +13,7 @@ mod consumer;
 mod context;
 mod dead_letter;
 mod delivery;
+mod duplicates;
 mod envelope;
 mod error;
 mod event;
@@ -49,6 +50,9 @@ pub use delivery::{
     Assignment, Delivery, Lane, Limits, Position, Receipt, Signal, Start, Subscription, Until,
     Verdict,
 };
+pub use duplicates::{
+    CLAIMS_LOST, ClaimEvents, DUPLICATES_FORGOTTEN, DuplicateStore, DuplicateWindow, EventClaim,
+};
 pub use envelope::{Envelope, EventId, Metadata};
 pub use error::{BoxError, Error, ErrorKind, Result, Retry, error_chain};
 #[doc(hidden)]
@@ -65,8 +69,8 @@ pub use lease::{
     LeaseTopic, Leaseholder, MemberId, ProcessId,
 };
 pub use memory::{
-    CommitFault, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryLeases, MemoryOutbox,
-    MemoryProfile, MemorySchedule, MemoryUnit,
+    CommitFault, MemoryBroker, MemoryConfig, MemoryDuplicates, MemoryKeyState, MemoryLeases,
+    MemoryOutbox, MemoryProfile, MemorySchedule, MemoryUnit,
 };
 pub use message::{
     Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,

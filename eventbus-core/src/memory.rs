@@ -7,6 +7,7 @@
 
 mod admin;
 mod config;
+mod duplicates;
 mod group;
 mod key_state;
 mod leases;
@@ -38,6 +39,7 @@ use crate::message::{Group, Message};
 use state::{Rest, State, Turn, ended};
 
 pub use config::{MemoryConfig, MemoryProfile};
+pub use duplicates::MemoryDuplicates;
 pub use key_state::MemoryKeyState;
 pub use leases::MemoryLeases;
 pub use outbox::MemoryOutbox;

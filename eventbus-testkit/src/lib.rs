@@ -3,6 +3,7 @@
 #![warn(clippy::unwrap_used, clippy::print_stdout)]
 
 pub mod broker;
+pub mod duplicates;
 pub mod key_state;
 pub mod lease;
 pub mod outbox;
@@ -11,6 +12,7 @@ pub mod schedule;
 mod test_bus;
 
 pub use broker::BrokerHarness;
+pub use duplicates::DuplicatesHarness;
 pub use key_state::KeyStateHarness;
 pub use lease::LeaseHarness;
 pub use outbox::{OutboxHarness, OutboxTransaction};

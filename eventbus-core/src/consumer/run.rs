@@ -6,10 +6,12 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tracing::level_filters::LevelFilter;
 use tracing::{Span, trace};
 
+use super::claims::{Claiming, Claims};
 use super::dispatch::{Layers, Request};
 use super::keys::Keep;
 use super::scope::{Failure, Scope};
@@ -88,6 +90,10 @@ pub(crate) enum Outcome {
     Unpublished(Vec<Message>, PublishError),
     /// Handled; what it published waits for that of an older delivery of its key.
     Unsent(Vec<Message>),
+    /// Handled, and what it published is sent, but not marked as handled: mark it, no more.
+    Unmarked(Error),
+    /// Somebody else of the group is at the same event: ask again after this time.
+    Busy(Duration),
 }
 
 /// Does one [`Run`] after another with a clone of the consumer's layers that is its own, so that
@@ -126,11 +132,16 @@ impl<V: Layers> Runner<V> {
         match run {
             Run::Handle(scope) => {
                 self.span = process_span(&scope);
-                match scope.runtime().unit.clone() {
-                    None => self.scope = Some(scope),
-                    Some(unit) => {
-                        let service = self.service.clone();
+                let runtime = scope.runtime();
+                match (&runtime.unit, &runtime.claims) {
+                    (None, None) => self.scope = Some(scope),
+                    (Some(unit), _) => {
+                        let (service, unit) = (self.service.clone(), Arc::clone(unit));
                         self.other = Some(Box::pin(handle_in_unit(service, unit, scope)));
+                    }
+                    (None, Some(claims)) => {
+                        let (service, claims) = (self.service.clone(), Arc::clone(claims));
+                        self.other = Some(Box::pin(handle_claimed(service, claims, scope)));
                     }
                 }
             }
@@ -140,7 +151,12 @@ impl<V: Layers> Runner<V> {
                 self.other = Some(Box::pin(handle_group(service, scopes)));
             }
             Run::Publish(scope, messages) => {
-                let publishing = async move { Ending::One(publish(&scope, messages).await) };
+                let publishing = async move {
+                    Ending::One(match publish(&scope, messages).await {
+                        Outcome::Done => mark_handled(&scope).await,
+                        outcome => outcome,
+                    })
+                };
                 self.other = Some(Box::pin(publishing));
             }
             Run::DeadLetter(scope, diagnosis) => {
@@ -293,6 +309,50 @@ async fn handle_in_unit<V: Layers>(
         Transaction::Failed(cause) => Outcome::Failed(cause),
         Transaction::Unavailable(error) => Outcome::Unavailable(error),
     })
+}
+
+/// Handles a delivery once its event is claimed, and marks it as handled when what the handler
+/// published is sent.
+async fn handle_claimed<V: Layers>(
+    mut service: V,
+    claims: Arc<Claims>,
+    scope: Arc<Scope>,
+) -> Ending {
+    scope.set_awaits_others(true);
+    match claims.claim(scope.id()).await {
+        Ok(Claiming::Granted(claimed)) => scope.set_claimed(claimed),
+        Ok(Claiming::Handled) => return Ending::One(Outcome::Duplicate),
+        Ok(Claiming::Busy(free_in)) => return Ending::One(Outcome::Busy(free_in)),
+        // Whatever the reason, no handler has run that could have failed.
+        Err(error) => return Ending::One(Outcome::Unavailable(error.into())),
+    }
+    scope.set_awaits_others(false);
+    let result = call(&mut service, Request::one(Arc::clone(&scope))).await;
+    Ending::One(match conclude(&scope, result).await {
+        Outcome::Done => mark_handled(&scope).await,
+        Outcome::Failed(cause) => {
+            scope.give_up_claim();
+            Outcome::Failed(cause)
+        }
+        outcome => outcome,
+    })
+}
+
+/// Marks the event of a delivery as handled, where it was claimed.
+async fn mark_handled(scope: &Scope) -> Outcome {
+    let Some(claimed) = scope.claimed() else {
+        return Outcome::Done;
+    };
+    scope.set_awaits_others(true);
+    trace!(target: "eventbus::step", step = "mark_handled.before");
+    let marked = claimed.mark_handled().await;
+    trace!(target: "eventbus::step", step = "mark_handled.after");
+    scope.set_awaits_others(false);
+    match marked {
+        Ok(()) => Outcome::Done,
+        // Whatever the reason, nothing is settled before it is marked.
+        Err(error) => Outcome::Unmarked(error),
+    }
 }
 
 /// Sends what a handler that succeeded has published.

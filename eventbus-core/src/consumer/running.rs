@@ -62,6 +62,8 @@ pub struct Consumer {
     settling: AbortOnDrop<()>,
     /// Brings held messages; where the bus has a store of them.
     keeping: Option<AbortOnDrop<()>>,
+    /// Renews claims; where the consumer has a duplicate window.
+    claiming: Option<AbortOnDrop<()>>,
     pumping: AbortOnDrop<Option<Box<dyn Deliveries>>>,
 }
 
@@ -169,6 +171,11 @@ pub(crate) async fn start<V: Layers>(
         guard(&runtime, keeper.run())
     });
 
+    let claiming = runtime
+        .claims
+        .as_ref()
+        .map(|claims| guard(&runtime, Arc::clone(claims).keep()));
+
     let (stop_pump, stop) = watch::channel(false);
     let (ended_sender, ended) = watch::channel(false);
     let pump = Pump::new(
@@ -196,6 +203,7 @@ pub(crate) async fn start<V: Layers>(
         workers,
         settling,
         keeping,
+        claiming,
         pumping,
     })
 }
@@ -415,6 +423,11 @@ impl Consumer {
             deadline.min(now + timeout).max(now + ANSWER_MIN)
         };
         let settled = tokio::time::timeout_at(patience(), &mut self.settling.0).await;
+        self.claiming = None;
+        if let Some(claims) = &self.runtime.claims {
+            // What is not released in time is free when its lease is over.
+            let _ = tokio::time::timeout_at(patience(), claims.release_dropped()).await;
+        }
         let lanes = self.runtime.lanes.status();
         let unsettled: usize = lanes.iter().map(|lane| lane.in_flight).sum();
         self.stop_pump.send_replace(true);

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use bytes::Bytes;
 
 use super::Runtime;
+use super::claims::Claimed;
 use crate::delivery::{Delivery, Lane, Position};
 use crate::envelope::{Envelope, EventId};
 use crate::error::{BoxError, Error, ErrorKind, Result};
@@ -44,6 +45,8 @@ pub(crate) struct Route {
 struct State {
     outgoing: Vec<Collected>,
     work: Option<Box<dyn Work>>,
+    /// The right to handle the event, where the consumer has a duplicate window.
+    claimed: Option<Arc<Claimed>>,
     /// Counts how often the transaction was lent or called back: one lent before is not taken back.
     loan: u64,
     failure: Option<Failure>,
@@ -210,6 +213,7 @@ impl Scope {
         let mut state = self.state();
         state.outgoing.clear();
         state.work = None;
+        state.claimed = None;
         state.failure = None;
         state.ended = false;
         self.touched.store(false, Ordering::Release);
@@ -386,6 +390,8 @@ impl Scope {
     #[cold]
     pub(crate) fn renewed(&self) -> Self {
         self.end();
+        // A context that lives on is not to keep the event from others.
+        self.give_up_claim();
         let mut scope = Self::new(Arc::clone(&self.runtime));
         scope.fill(self.delivery.clone(), self.partition);
         scope.id = self.id.clone();
@@ -417,6 +423,21 @@ impl Scope {
             true => self.state().failure.take(),
             false => None,
         }
+    }
+
+    /// Keeps the right to handle the event, until it is used up or the delivery is done with.
+    pub(crate) fn set_claimed(&self, claimed: Claimed) {
+        self.touch().claimed = Some(Arc::new(claimed));
+    }
+
+    pub(crate) fn claimed(&self) -> Option<Arc<Claimed>> {
+        self.state().claimed.clone()
+    }
+
+    /// Lets others handle the event.
+    pub(crate) fn give_up_claim(&self) {
+        let claimed = self.state().claimed.take();
+        drop(claimed);
     }
 
     /// Lends a transaction to the context of the handler that runs next.

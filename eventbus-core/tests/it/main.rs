@@ -4,6 +4,8 @@ mod batches;
 mod breaker;
 mod conformance;
 mod dead_letters;
+mod duplicate_window;
+mod duplicates;
 mod failures;
 mod fixtures;
 mod formats;

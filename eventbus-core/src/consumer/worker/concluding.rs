@@ -179,6 +179,14 @@ impl<V: Layers> Worker<V> {
                 self.keys.get_mut(id).stage = Stage::Publish(messages);
                 self.again(id);
             }
+            Outcome::Unmarked(error) => {
+                self.keys.get_mut(id).stage = Stage::Publish(Vec::new());
+                self.hold(id, || error.to_string());
+            }
+            Outcome::Busy(free_in) => {
+                self.end_probe(id, Probed::Reached);
+                self.again_after(id, free_in);
+            }
         }
     }
 

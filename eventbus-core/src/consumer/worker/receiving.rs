@@ -100,7 +100,10 @@ impl<V: Layers> Worker<V> {
                 self.pool.push(scope);
             }
             // Also where the handler panicked or was dropped, and its run saw no end of it.
-            None => scope.end(),
+            None => {
+                scope.end();
+                scope.give_up_claim();
+            }
         }
     }
 }
