@@ -50,10 +50,11 @@ pub use eventbus_core::{
 };
 // What could not be handled, keys that wait for an operator, and events that wait for their time.
 pub use eventbus_core::{DeadLetter, DeadLetters, Edit, HeldKeys, Redrive, ScheduledEvents};
-// Consumers, servers and what is beside them as one service; where events are.
+// Consumers, servers and what is beside them as one service; where events are, and whether none are.
 pub use eventbus_core::{
-    BrokerHealth, ConsumerHealth, EventPlace, GroupPosition, GroupProgress, HeldFor, Lookup,
-    Progress, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping, Unknown, Whereabouts,
+    BrokerHealth, ConsumerHealth, Drain, DrainReport, EventPlace, GroupPosition, GroupProgress,
+    HeldFor, Lookup, Progress, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping,
+    Undrained, Unknown, Whereabouts,
 };
 // From an outbox to the broker.
 pub use eventbus_core::{OnRefused, Relay, RelayHandle, RelayStatus};

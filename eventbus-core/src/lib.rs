@@ -13,6 +13,7 @@ mod consumer;
 mod context;
 mod dead_letter;
 mod delivery;
+mod drained;
 mod duplicates;
 mod envelope;
 mod error;
@@ -50,6 +51,7 @@ pub use delivery::{
     Assignment, Delivery, Lane, Limits, Position, Receipt, Signal, Start, Subscription, Until,
     Verdict,
 };
+pub use drained::{Drain, DrainReport, Undrained};
 pub use duplicates::{
     CLAIMS_LOST, ClaimEvents, DUPLICATES_FORGOTTEN, DuplicateStore, DuplicateWindow, EventClaim,
 };

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use crate::bus::EventBus;
 use crate::clock::FOREVER;
-use crate::error::Result;
+use crate::drained::Drain;
+use crate::error::{Error, ErrorKind, Result};
 use crate::key_state::KeyStateStore;
 use crate::lease::LeaseStore;
 use crate::message::{Group, Topic};
@@ -91,6 +92,9 @@ pub struct Relay {
     leases: Arc<dyn LeaseStore>,
     held: Arc<dyn KeyStateStore>,
     name: Group,
+    /// Where it publishes to, as the name that the others see.
+    target: Option<Topic>,
+    after: Option<Drain>,
     batch: usize,
     ttl: Duration,
     on_refused: OnRefused,
@@ -158,6 +162,8 @@ impl Relay {
             leases,
             held,
             name: Group::from_static("outbox"),
+            target: None,
+            after: None,
             batch: 1_000,
             ttl: Duration::from_secs(10),
             on_refused: OnRefused::default(),
@@ -174,6 +180,31 @@ impl Relay {
     pub fn name(mut self, name: &str) -> Result<Self> {
         self.name = Group::new(name)?;
         Ok(self)
+    }
+
+    /// Names the broker that it publishes to, so that the relays of an outbox know whether they
+    /// agree: while those of two targets run, none publishes, and the
+    /// [`status`](RelayHandle::status) says so. Without a name the target is that of the others
+    /// without one. A relay of an SDK that knew no targets cannot tell, and publishes on.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when the name is not allowed for a topic, less seven characters.
+    pub fn target(mut self, name: &str) -> Result<Self> {
+        self.target = Some(Topic::new(&format!("target.{name}"))?);
+        Ok(self)
+    }
+
+    /// Lets it publish only when another broker is drained, on which relays of the outbox published
+    /// before: when no relay of another [`target`](Self::target) runs, and what theirs published is
+    /// handled. What is committed meanwhile waits in the outbox, so that of each key what is on the
+    /// new broker comes after what was on the old one.
+    ///
+    /// Each relay looks once, when it has lanes, and again when one of another target came and went.
+    /// Going back is a move like any other, and waits for the broker that is left then.
+    pub fn after(mut self, drain: Drain) -> Self {
+        self.after = Some(drain);
+        self
     }
 
     /// Sets how many messages are published at once, at least one; by default 1,000. As many may be
@@ -211,8 +242,16 @@ impl Relay {
     /// # Errors
     ///
     /// What the store said that cannot be mended by trying again. The broker's errors are in the
-    /// [`status`](RelayHandle::status) and the log, and end nothing.
+    /// [`status`](RelayHandle::status) and the log, and end nothing. `InvalidInput` when it is to
+    /// wait for another broker and has no [`target`](Self::target); those of asking that broker.
     pub async fn run_until(self, signal: impl Future<Output = ()>) -> Result<()> {
+        if self.after.is_some() && self.target.is_none() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "run relay",
+                "a relay that comes after another broker has a name for its own: add `.target(…)`, by which relays of the other one are told apart",
+            ));
+        }
         Runner::new(self).run_until(signal).await
     }
 }

@@ -28,6 +28,8 @@ pub(super) struct Book {
     released: BTreeSet<Lease>,
     /// Members whose processes are gone and that may stand in the store.
     dead: Vec<MemberId>,
+    /// The members of the last reply, but for the dead.
+    pub(super) members: Vec<LeaseMember>,
     /// What the owner was granted and does not know to be lost.
     lost: BTreeSet<TopicPartition>,
     error: Option<Error>,
@@ -73,6 +75,7 @@ impl Book {
             share: BTreeSet::new(),
             released: BTreeSet::new(),
             dead: Vec::new(),
+            members: Vec::new(),
             lost: BTreeSet::new(),
             error: None,
             closed: false,
@@ -162,6 +165,7 @@ impl Book {
         let living: Vec<&LeaseMember> = reply.members.iter().filter(is_living).collect();
         self.take_over(reply.leases_of(self.member));
         self.share = share_of(self.member, &living);
+        self.members = living.iter().map(|member| (*member).clone()).collect();
         self.revoke(now + self.config.revoke_timeout.min(FOREVER));
         self.has_more_to_ask(asked, &living)
     }

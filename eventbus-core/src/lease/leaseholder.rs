@@ -219,6 +219,13 @@ impl HeldLeases {
         self.0.lock().epoch(place, Instant::now())
     }
 
+    /// How many members of the group are so, this one included, as the store said last; those that
+    /// are certainly dead are left out. It is as new as the newest grant.
+    pub(crate) fn count_members(&self, is_so: impl Fn(&LeaseMember) -> bool) -> usize {
+        let book = self.0.lock();
+        book.members.iter().filter(|member| is_so(member)).count()
+    }
+
     /// Gives places back: nothing runs there any more. What is not held is ignored. A place that
     /// was not revoked may be granted again at once.
     pub fn release(&self, places: &[TopicPartition]) {

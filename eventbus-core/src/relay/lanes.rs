@@ -21,6 +21,8 @@ const REVOKE_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Lanes {
     leaseholder: Leaseholder,
+    /// What this relay says of itself to the others: the lanes, and where it publishes to.
+    topics: Vec<LeaseTopic>,
     held: Arc<dyn KeyStateStore>,
     group: Group,
     lanes: BTreeMap<u32, Lane>,
@@ -42,11 +44,18 @@ impl Lanes {
             name: OUTBOX,
             partitions: OUTBOX_LANES,
         };
-        let config = LeaseConfig::new(relay.name.clone(), vec![topic])
+        let mut topics = vec![topic];
+        // Without partitions, so that there is nothing to share out: others only see that it is there.
+        topics.extend(relay.target.clone().map(|name| LeaseTopic {
+            name,
+            partitions: 0,
+        }));
+        let config = LeaseConfig::new(relay.name.clone(), topics.clone())
             .with_ttl(relay.ttl)
             .with_revoke_timeout(REVOKE_TIMEOUT);
         Self {
             leaseholder: Leaseholder::join(Arc::clone(&relay.leases), config),
+            topics,
             held: Arc::clone(&relay.held),
             group: relay.name.clone(),
             lanes: BTreeMap::new(),
@@ -106,6 +115,15 @@ impl Lanes {
         if let Some(lane) = self.lanes.remove(&lane) {
             self.granted.push(lane.claim.place);
         }
+    }
+
+    /// How many relays of this outbox publish to another target.
+    pub(super) fn elsewhere(&self) -> usize {
+        let is_named = |topic: &LeaseTopic| self.topics.iter().any(|ours| ours.name == topic.name);
+        let held = self.leaseholder.held();
+        held.count_members(|member| {
+            member.topics.len() != self.topics.len() || !member.topics.iter().all(is_named)
+        })
     }
 
     /// The lanes that are ours now, by the clock.

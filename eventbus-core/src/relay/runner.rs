@@ -36,6 +36,8 @@ pub(super) struct Runner {
     pub(super) decisions: u64,
     backoff: Backoff,
     counted: Option<Instant>,
+    /// What was published elsewhere before is handled: this relay may publish.
+    is_free: bool,
     part: Arc<Part>,
 }
 
@@ -47,6 +49,7 @@ impl Runner {
             decisions: 0,
             backoff: Backoff::new(),
             counted: None,
+            is_free: false,
             part: relay.bus.shared_activity().part(),
             relay,
         }
@@ -118,6 +121,10 @@ impl Runner {
         self.lanes.update().await?;
         self.relay.shared.lock().lanes = self.lanes.numbers();
         self.count().await?;
+        if let Some(reason) = self.look_at_others().await? {
+            self.relay.shared.lock().error = Some(reason);
+            return Ok(Some(Instant::now() + self.backoff.next()));
+        }
         let due = self.publish_due().await?;
         match self.publish_next().await? {
             Pass::Away => Ok(Some(Instant::now() + self.backoff.next())),
@@ -130,6 +137,30 @@ impl Runner {
                 Ok(due.map(|due| self.instant_of(due)))
             }
         }
+    }
+
+    /// Why nothing may be published now: others publish elsewhere, or what they did is not handled.
+    async fn look_at_others(&mut self) -> Result<Option<String>> {
+        let others = self.lanes.elsewhere();
+        if others > 0 {
+            self.is_free = false;
+            return Ok(Some(format!(
+                "relays of this outbox publish to another target ({others} of them): it waits until they have ended"
+            )));
+        }
+        // Without a lane it may not know yet who else there is.
+        if self.is_free || self.lanes.numbers().is_empty() {
+            return Ok(None);
+        }
+        if let Some(drain) = &self.relay.after {
+            let report = drain.report().await?;
+            if !report.is_drained() {
+                return Ok(Some(format!("it waits for another broker: {report}")));
+            }
+            tracing::info!(relay = %self.relay.name, "the other broker is drained: the relay publishes");
+        }
+        self.is_free = true;
+        Ok(None)
     }
 
     /// Counts what waits, from time to time.

@@ -4,6 +4,7 @@ mod batches;
 mod breaker;
 mod conformance;
 mod dead_letters;
+mod drained;
 mod duplicate_window;
 mod duplicates;
 mod failures;

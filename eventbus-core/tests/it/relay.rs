@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use async_trait::async_trait;
 use eventbus_core::{
-    Context, Error, ErrorKind, EventBus, HeldKeys, HeldPlace, KeyAction, MemoryKeyState,
-    MemoryLeases, MemoryOutbox, OnRefused, Origin, OutboxDepth, OutboxMessage, OutboxStore,
-    Outgoing, Relay, RelayHandle, Result, RetryPolicy,
+    Consumer, Context, Error, ErrorKind, Event, EventBus, HeldKeys, HeldPlace, KeyAction,
+    MemoryBroker, MemoryKeyState, MemoryLeases, MemoryOutbox, OnRefused, Origin, OutboxDepth,
+    OutboxMessage, OutboxStore, Outgoing, Relay, RelayHandle, Result, RetryPolicy, Start, Until,
 };
 use eventbus_testkit::TestBus;
 use tokio::sync::oneshot;
@@ -552,4 +552,125 @@ async fn a_test_waits_for_a_relay_while_time_stands_still() {
         assert_eq!(published.len() as u64, number);
     }
     assert_eq!(begun.elapsed(), std::time::Duration::ZERO);
+}
+
+/// A broker that the relays of a stage move to, and the group that reads the one they leave.
+struct Move {
+    stage: Stage,
+    new: EventBus,
+    billing: Consumer,
+}
+
+impl Move {
+    async fn begin() -> Self {
+        let stage = Stage::new();
+        let billing = stage.test.consumer("billing");
+        let billing = billing.on(async |_: OrderCreated, _: Context| Ok(()));
+        let billing = stage.test.spawn(billing).await;
+        Self {
+            stage,
+            new: EventBus::new(MemoryBroker::new()),
+            billing,
+        }
+    }
+
+    /// A relay to the new broker, which waits for the old one.
+    fn moved(&self) -> Relay {
+        let outbox = Arc::new(self.stage.outbox.clone());
+        let leases = Arc::new(self.stage.leases.clone());
+        let relay = Relay::on(&self.new, outbox, leases, Arc::new(self.stage.held.clone()));
+        let drained = self.stage.test.drained(&[OrderCreated::TOPIC]);
+        relay.target("new").unwrap().after(drained)
+    }
+
+    async fn waiting(&self) -> u64 {
+        self.stage.outbox.depth().await.unwrap().messages()
+    }
+
+    /// How many events are on the new broker.
+    async fn arrived(&self) -> usize {
+        let topics = [OrderCreated::TOPIC];
+        let reader = self.new.read(&topics, Start::Earliest, Some(Until::Now));
+        let mut reader = reader.await.unwrap();
+        let mut arrived = 0;
+        while reader.next().await.unwrap().is_some() {
+            arrived += 1;
+        }
+        arrived
+    }
+}
+
+fn reason(relay: &Running) -> String {
+    relay.handle.status().error.unwrap_or_default()
+}
+
+#[tokio::test]
+async fn relays_of_two_targets_wait_until_one_is_left_and_its_broker_may_be_used() {
+    let moving = Move::begin().await;
+    let old = moving.stage.start(moving.stage.relay());
+    moving.stage.append((0..10).map(order));
+    moving.stage.drain().await;
+    let new = moving.stage.start(moving.moved());
+    sleep(MINUTE).await;
+    moving.stage.append((0..10).map(order));
+    sleep(MINUTE).await;
+    assert_eq!(moving.waiting().await, 10, "nobody publishes");
+    for relay in [&old, &new] {
+        assert!(
+            reason(relay).contains("another target"),
+            "{}",
+            reason(relay)
+        );
+    }
+    assert_eq!(moving.arrived().await, 0);
+    old.stop().await;
+    moving.stage.drain().await;
+    assert_eq!(moving.arrived().await, 10);
+    assert_eq!(reason(&new), "");
+    // Whoever comes back by mistake is told, and keeps nothing from order but time.
+    let back = moving.stage.start(moving.stage.relay());
+    sleep(MINUTE).await;
+    moving.stage.append((0..10).map(order));
+    sleep(MINUTE).await;
+    assert_eq!(moving.waiting().await, 10);
+    back.stop().await;
+    moving.stage.drain().await;
+    assert_eq!(moving.arrived().await, 20);
+    new.stop().await;
+}
+
+#[tokio::test]
+async fn a_relay_that_comes_after_another_broker_waits_until_that_is_drained() {
+    let moving = Move::begin().await;
+    let old = moving.stage.start(moving.stage.relay());
+    moving.billing.pause();
+    moving.stage.append((0..10).map(order));
+    moving.stage.drain().await;
+    old.stop().await;
+    let relays = [
+        moving.stage.start(moving.moved()),
+        moving.stage.start(moving.moved()),
+    ];
+    moving.stage.append((0..50).map(order));
+    sleep(10 * MINUTE).await;
+    assert_eq!(moving.waiting().await, 50);
+    for relay in &relays {
+        assert!(reason(relay).contains("billing has"), "{}", reason(relay));
+    }
+    moving.billing.resume();
+    moving.stage.drain().await;
+    assert_eq!(moving.arrived().await, 50);
+    for relay in relays {
+        relay.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_relay_that_comes_after_another_broker_needs_a_target_of_its_own() {
+    let moving = Move::begin().await;
+    let drained = moving.stage.test.drained(&[OrderCreated::TOPIC]);
+    let relay = moving.stage.relay().after(drained);
+    let refused = relay.run_until(std::future::pending()).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+    assert!(moving.stage.relay().target("a b").is_err());
 }

@@ -8,6 +8,7 @@ mod events;
 mod files;
 mod key_state;
 mod leases;
+mod moving;
 mod outbox;
 mod place;
 #[cfg(feature = "postgres")]
