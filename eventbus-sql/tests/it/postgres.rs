@@ -4,6 +4,7 @@ mod conformance;
 mod faults;
 mod key_state;
 mod leases;
+mod offline;
 mod order;
 mod outbox;
 mod processes;

@@ -11,6 +11,7 @@ use super::server::Server;
 const OPEN: u8 = 0;
 const DEAF: u8 = 1;
 const SILENT: u8 = 2;
+const GONE: u8 = 3;
 
 /// Passes everything on, until it is told otherwise.
 pub(crate) struct Proxy {
@@ -29,6 +30,9 @@ impl Proxy {
         let modes = Arc::clone(&mode);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                if modes.load(Ordering::SeqCst) == GONE {
+                    continue;
+                }
                 if let Ok(server) = TcpStream::connect(&address).await {
                     tokio::spawn(pass(client, server, Arc::clone(&modes)));
                 }
@@ -55,6 +59,11 @@ impl Proxy {
         self.mode.store(SILENT, Ordering::SeqCst);
     }
 
+    /// From now on the server is away: connections end when they are used, and there are no new ones.
+    pub(crate) fn cut(&self) {
+        self.mode.store(GONE, Ordering::SeqCst);
+    }
+
     /// New connections work again.
     pub(crate) fn mend(&self) {
         self.mode.store(OPEN, Ordering::SeqCst);
@@ -68,8 +77,10 @@ async fn pass(client: TcpStream, server: TcpStream, mode: Arc<AtomicU8>) {
     let asking = async move {
         let mut buffer = vec![0; 64 * 1024];
         while let Ok(count @ 1..) = from_client.read(&mut buffer).await {
-            if asked.load(Ordering::SeqCst) == SILENT {
-                std::future::pending::<()>().await;
+            match asked.load(Ordering::SeqCst) {
+                SILENT => std::future::pending().await,
+                GONE => return,
+                _ => {}
             }
             if to_server.write_all(&buffer[..count]).await.is_err() {
                 return;
