@@ -11,9 +11,10 @@ use eventbus::broker::{
 };
 use eventbus::format::{Codec, FlatFormat};
 use eventbus::prelude::*;
+use eventbus::store::{MemoryLeases, MemoryOutbox};
 use eventbus::{
-    BatchItem, Headers, MemoryBroker, MemoryConfig, MemoryProfile, MemoryUnit, Message, Position,
-    Timestamp,
+    BatchItem, Headers, MemoryBroker, MemoryConfig, MemoryKeyState, MemoryProfile, MemoryUnit,
+    Message, Position, Relay, Timestamp,
 };
 use eventbus_testkit::TestBus;
 use serde::{Deserialize, Serialize};
@@ -231,6 +232,19 @@ async fn spawning(lines: &mut Lines) {
             .await,
     );
     lines.refused(payments().on_batch(0, batch).spawn().await);
+    let windowed = || payments().duplicate_window(DuplicateWindow::in_memory());
+    lines.refused(windowed().on_batch(10, batch).spawn().await);
+    let unit = MemoryUnit::new(MemoryBroker::new(), ());
+    let with_unit = windowed()
+        .unit(unit)
+        .on(async |_: OrderCreated, _: Context<(), MemoryUnit<()>>| Ok(()));
+    lines.refused(with_unit.spawn().await);
+    let store = std::sync::Arc::new(MemoryOutbox::new());
+    let leases = std::sync::Arc::new(MemoryLeases::new());
+    let held = std::sync::Arc::new(MemoryKeyState::new());
+    let relay = Relay::on(test.bus(), store, leases, held);
+    let moved = relay.after(test.drained(&[OrderCreated::TOPIC]));
+    lines.refused(moved.run_until(async {}).await);
 }
 
 async fn unsupported(lines: &mut Lines) {

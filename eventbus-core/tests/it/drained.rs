@@ -2,9 +2,13 @@
 //! what is left is said.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use async_trait::async_trait;
 use eventbus_core::{
-    BoxError, Context, DrainReport, ErrorKind, Event, OnPoison, RetryPolicy, Undrained,
+    AdminReply, AdminRequest, BoxError, Broker, Capabilities, Context, DrainReport, ErrorKind,
+    Event, Member, MemoryBroker, MemoryConfig, Message, OnPoison, PublishError, Publisher, Result,
+    RetryPolicy, Subscriber, Subscription, Undrained,
 };
 use eventbus_testkit::TestBus;
 use tokio::time::{Instant, timeout};
@@ -137,4 +141,81 @@ async fn a_topic_that_nobody_reads_is_not_drained() {
         matches!(only(&report), Undrained::UnreadTopic(_)),
         "{report}"
     );
+}
+
+/// A broker on which something comes and is handled right after somebody looked where groups are.
+#[derive(Clone, Debug)]
+struct Meddled {
+    inner: MemoryBroker,
+    meddles: Arc<AtomicBool>,
+}
+
+impl Meddled {
+    async fn meddle(&self, groups: &AdminRequest) -> Result<()> {
+        let message = Message::new(
+            OrderCreated::TOPIC,
+            r#"{"event_type":"OrderCreated","order":1,"amount":1}"#,
+        );
+        self.inner.publish(vec![message]).await?;
+        loop {
+            let AdminReply::Groups(found) = self.inner.admin(groups.clone()).await? else {
+                unreachable!("it was asked for groups");
+            };
+            if found.iter().all(|position| position.lag == 0) {
+                return Ok(());
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+#[async_trait]
+impl Publisher for Meddled {
+    async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
+        self.inner.publish(batch).await
+    }
+}
+
+#[async_trait]
+impl Subscriber for Meddled {
+    async fn subscribe(&self, subscription: Subscription) -> Result<Member> {
+        self.inner.subscribe(subscription).await
+    }
+}
+
+#[async_trait]
+impl Broker for Meddled {
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    async fn admin(&self, request: AdminRequest) -> Result<AdminReply> {
+        let asks_for_groups = matches!(request, AdminRequest::Groups { .. });
+        let reply = self.inner.admin(request.clone()).await?;
+        if asks_for_groups && self.meddles.swap(false, Ordering::SeqCst) {
+            self.meddle(&request).await?;
+        }
+        Ok(reply)
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.inner.close().await
+    }
+}
+
+#[tokio::test]
+async fn what_comes_and_goes_while_it_is_looked_keeps_it_from_being_called_drained() {
+    let meddles = Arc::new(AtomicBool::new(false));
+    let test = TestBus::wrapping(MemoryConfig::default(), |inner| Meddled {
+        inner,
+        meddles: Arc::clone(&meddles),
+    });
+    let handle = async |_: OrderCreated, _: Context| Ok(());
+    let billing = test.spawn(test.consumer("billing").on(handle)).await;
+    assert!(look(&test).await.is_drained());
+    meddles.store(true, Ordering::SeqCst);
+    let report = look(&test).await;
+    assert!(matches!(only(&report), Undrained::Published), "{report}");
+    assert_eq!(billing.status().counts.handled, 1);
+    assert!(look(&test).await.is_drained());
 }
