@@ -285,11 +285,12 @@ async fn a_service_moves_under_load_with_each_effect_once_and_in_order() {
         assert_eq!(shop.count(table).await, orders, "{table}: each once");
         shop.check(table, orders).await;
     }
-    assert!(handled(&on_old) >= 800 && handled(&on_new) >= 400);
+    // The last effects are there before their events are settled.
     for bus in [&shop.old, &shop.new] {
-        let report = bus.drained(&TOPICS).report().await.expect("it answers");
-        assert!(report.is_drained(), "{report}");
+        let drained = within(LIMIT, bus.drained(&TOPICS).into_future()).await;
+        drained.expect("it answers");
     }
+    assert!(handled(&on_old) >= 800 && handled(&on_new) >= 400);
     for relay in new_relays {
         assert_eq!(relay.reason(), "");
         relay.stop().await;
