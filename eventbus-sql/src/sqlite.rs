@@ -16,6 +16,7 @@ mod lending;
 mod outbox;
 mod page;
 mod places;
+mod readers;
 mod schedule;
 mod settle;
 mod store;

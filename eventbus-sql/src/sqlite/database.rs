@@ -23,6 +23,7 @@ use super::error::into_error;
 use super::janitor;
 use super::leases::{self, LANES};
 use super::lending::{Lender, WritingConnection};
+use super::readers::Readers;
 use super::tables::Tables;
 use super::timer::Timer;
 use super::wake;
@@ -156,7 +157,7 @@ pub(super) struct Database {
     pub(super) writer: Writer,
     pub(super) wakes: Arc<Wakes>,
     /// Of the SDK's own: duplicate checks, the relay and the schedule never wait for a service's.
-    own_readers: SqlitePool,
+    own_readers: Readers,
     pub(super) readers: SqlitePool,
     topics: Mutex<Topics>,
     /// Settlements that were ignored because their epoch was over.
@@ -184,7 +185,9 @@ impl Database {
         let connection = open_patiently(&options, &tables, config.busy_timeout)
             .await
             .map_err(|error| error.with("path", path.display()))?;
-        let (own_readers, readers) = (readers(&options), readers(&options));
+        let reading = options.clone().pragma("query_only", "ON");
+        let own_readers = Readers::new(reading.clone(), READERS_MAX as usize);
+        let readers = readers(reading);
         let wakes = Arc::new(Wakes::new());
         let stale = Arc::new(AtomicU64::new(0));
         let timer = Timer::start().map_err(|error| thread_failed(path, error))?;
@@ -222,8 +225,18 @@ impl Database {
         operation: &'static str,
         query: sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>,
     ) -> Result<Vec<SqliteRow>> {
-        let rows = query.fetch_all(&self.own_readers).await;
+        let rows = self.own_readers.fetch_all(query).await;
         rows.map_err(|error| self.error(operation, error))
+    }
+
+    /// Runs one statement that only reads, for its first row.
+    pub(super) async fn read_first<'q>(
+        &self,
+        operation: &'static str,
+        query: sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>,
+    ) -> Result<Option<SqliteRow>> {
+        let row = self.own_readers.fetch_first(query).await;
+        row.map_err(|error| self.error(operation, error))
     }
 
     pub(super) fn sql(&self, text: &str) -> SqlStr {
@@ -275,11 +288,11 @@ fn options(path: &Path, config: &SqliteConfig) -> SqliteConnectOptions {
 }
 
 /// Connections that are opened when they are needed.
-fn readers(options: &SqliteConnectOptions) -> SqlitePool {
+fn readers(options: SqliteConnectOptions) -> SqlitePool {
     SqlitePoolOptions::new()
         .max_connections(READERS_MAX)
         .test_before_acquire(false)
-        .connect_lazy_with(options.clone().pragma("query_only", "ON"))
+        .connect_lazy_with(options)
 }
 
 pub(super) async fn connect(options: &SqliteConnectOptions) -> Result<SqliteConnection> {

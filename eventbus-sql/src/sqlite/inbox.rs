@@ -22,7 +22,7 @@ const SELECT: &str = "SELECT 1 FROM {p}inbox WHERE consumer_group = ?1 AND event
 
 const REMOVE: &str = "
     DELETE FROM {p}inbox
-    WHERE handled_at < ?1 AND rowid IN (SELECT rowid FROM {p}inbox ORDER BY rowid LIMIT ?2)";
+    WHERE handled_at < ?1 AND rowid IN (SELECT rowid FROM {p}inbox ORDER BY rowid LIMIT ?2 + 0)";
 
 /// Records that a group handles these events, in the transaction that is open. Returns which of
 /// them it has handled before, be it with an earlier one of these.
@@ -62,7 +62,7 @@ impl Database {
         let query = sqlx::query(self.sql(SELECT))
             .bind(group.to_string())
             .bind(id.to_string());
-        Ok(!self.read("look into inbox", query).await?.is_empty())
+        Ok(self.read_first("look into inbox", query).await?.is_some())
     }
 
     /// Forgets what was handled long ago.
@@ -71,7 +71,7 @@ impl Database {
         let now = self.now().as_micros();
         let before = now.saturating_sub(retention.unwrap_or(i64::MAX));
         let query = sqlx::query(self.sql(SELECT_OLD)).bind(before);
-        if self.read("sweep inbox", query).await?.is_empty() {
+        if self.read_first("sweep inbox", query).await?.is_none() {
             return Ok(());
         }
         loop {

@@ -58,13 +58,17 @@ impl SqliteStore {
         written.await
     }
 
-    /// Counts the decisions about a group; none before the first claim.
-    async fn version(&self, group: &Group) -> Result<Option<(i64, i64)>> {
+    /// A group's number, and the count of decisions about it and of changes of its members; none before
+    /// the first claim.
+    pub(super) async fn version(&self, group: &Group) -> Result<Option<(i64, i64)>> {
         let sql = self.database.sql(SELECT_VERSION);
         let query = sqlx::query(sql).bind(group.as_str());
-        let rows = self.database.read("look for decisions", query).await?;
-        let version = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?));
-        rows.first().map(version).transpose().map_err(native)
+        let row = self
+            .database
+            .read_first("look for decisions", query)
+            .await?;
+        let version = |row: SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?));
+        row.map(version).transpose().map_err(native)
     }
 }
 
@@ -183,9 +187,9 @@ impl KeyStateStore for SqliteStore {
         let names = names.collect::<Result<Vec<_>>>()?;
         let next = self
             .database
-            .read(operation, query(SELECT_NEXT_DUE))
+            .read_first(operation, query(SELECT_NEXT_DUE))
             .await?;
-        let next: Option<i64> = match next.first() {
+        let next: Option<i64> = match next {
             Some(row) => row.try_get(0).map_err(native)?,
             None => None,
         };

@@ -47,7 +47,7 @@ const SELECT_NEXT: &str = "
     ),
     chosen AS (
         SELECT position, sum(bytes) OVER (ORDER BY turn, position) - bytes AS before
-        FROM turns ORDER BY turn, position LIMIT ?2
+        FROM turns ORDER BY turn, position LIMIT ?2 + 0
     )
     SELECT position, lane, id, aggregatetype, headers, payload
     FROM chosen JOIN {p}outbox USING (position)
@@ -69,8 +69,6 @@ const SELECT_OLDEST: &str = "
 
 /// Counts messages that were put aside because they are not what was written.
 const DAMAGED: &str = "eventbus.sqlite.outbox.damaged";
-
-const SELECT_LAST: &str = "SELECT seq FROM sqlite_sequence WHERE name = '{p}outbox'";
 
 /// Appends messages in order, inside the transaction that is open; returns the last position.
 pub(super) async fn append(
@@ -127,15 +125,6 @@ fn bind(
         arguments,
         traceparent.map(|traceparent| format!("traceparent={traceparent}\n")),
     )
-}
-
-/// The last position that was ever given.
-pub(super) async fn last_appended(
-    tables: &Tables,
-    connection: &mut SqliteConnection,
-) -> sqlx::Result<i64> {
-    let row = sqlx::query(tables.sql(SELECT_LAST)).fetch_optional(connection);
-    row.await?.map_or(Ok(0), |row| row.try_get(0))
 }
 
 impl SqliteStore {

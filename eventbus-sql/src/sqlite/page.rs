@@ -20,7 +20,7 @@ const SELECT_PAGE: &str = "
     FROM (
         SELECT id, head, payload FROM {p}messages
         WHERE id >= ?1 AND id < ?2 AND length(head) + length(payload) < ?3
-        ORDER BY id LIMIT ?4
+        ORDER BY id LIMIT ?4 + 0
     )";
 
 const SELECT_ONE: &str = "
@@ -38,8 +38,8 @@ impl Database {
             .bind(id_of(lane, to))
             .bind(LARGE)
             .bind(PAGE_ROWS.min(to - from) as i64);
-        let rows = self.read(READ, query).await?;
-        let row = rows.first().ok_or_else(|| damaged(&topic.name, from))?;
+        let row = self.read_first(READ, query).await?;
+        let row = row.ok_or_else(|| damaged(&topic.name, from))?;
         let native = |error| self.error(READ, error);
         let count: i64 = row.try_get(0).map_err(native)?;
         let first: Option<i64> = row.try_get(1).map_err(native)?;
@@ -62,8 +62,7 @@ impl Database {
 
     async fn read_one(&self, topic: &TopicLanes, lane: u32, from: u64) -> Result<Page> {
         let query = sqlx::query(self.sql(SELECT_ONE)).bind(id_of(lane, from));
-        let rows = self.read(READ, query).await?;
-        if let Some(row) = rows.first() {
+        if let Some(row) = self.read_first(READ, query).await? {
             let row = row.try_get::<Vec<u8>, _>(0);
             let mut row = row.map_err(|error| self.error(READ, error))?.into();
             let message = self.unpack(topic, (lane, from), &mut row)?;
@@ -89,11 +88,11 @@ impl Database {
     /// A lane as its row says.
     pub(super) async fn lane(&self, lane: u32) -> Result<LaneRow> {
         let query = sqlx::query(self.sql(SELECT_LANES)).bind(format!("[{lane}]"));
-        let rows = self.read(READ, query).await?;
+        let row = self.read_first(READ, query).await?;
         let missing = || sqlx::Error::Decode(format!("lane {lane} has no row").into());
-        let row = rows.first().ok_or_else(missing);
+        let row = row.ok_or_else(missing);
         let (_, row) = row
-            .and_then(LaneRow::read)
+            .and_then(|row| LaneRow::read(&row))
             .map_err(|error| self.error(READ, error))?;
         Ok(row)
     }
@@ -131,8 +130,7 @@ impl Database {
     /// When the message there was taken; nothing when it is gone.
     pub(super) async fn taken_at(&self, lane: u32, position: u64) -> Result<Option<Timestamp>> {
         let query = sqlx::query(self.sql(SELECT_HEAD)).bind(id_of(lane, position));
-        let rows = self.read(READ, query).await?;
-        let Some(row) = rows.first() else {
+        let Some(row) = self.read_first(READ, query).await? else {
             return Ok(None);
         };
         let head = row.try_get::<Vec<u8>, _>(0);

@@ -9,10 +9,9 @@ use sqlx::{Row, SqliteConnection};
 use tokio::time::sleep;
 use tracing::warn;
 
-use super::append::{LaneRow, SELECT_LANES};
+use super::append::LaneRow;
 use super::database::connect;
 use super::error::into_error;
-use super::outbox::last_appended;
 use super::tables::Tables;
 use crate::log::Wakes;
 
@@ -60,45 +59,54 @@ async fn version(connection: &mut SqliteConnection) -> Result<i64> {
         .map_err(|error| into_error("watch database", error))
 }
 
-/// Reads the ends, generations and versions that somebody waits for.
+/// Reads the ends, generations and versions that somebody waits for, all in one statement: each
+/// costs a passage to SQLite's thread and back.
 async fn look(wakes: &Wakes, tables: &Tables, connection: &mut SqliteConnection) -> Result<()> {
     let native = |error| into_error("watch database", error);
-    let lanes = wakes.watched_lanes();
-    if !lanes.is_empty() {
-        let rows = sqlx::query(tables.sql(SELECT_LANES))
-            .bind(format!("{lanes:?}"))
-            .fetch_all(&mut *connection)
-            .await
-            .map_err(native)?;
-        for row in &rows {
-            let (lane, state) = LaneRow::read(row).map_err(native)?;
-            wakes.appended(&[(lane, state.next)]);
+    let (lanes, groups) = (wakes.watched_lanes(), wakes.watched_groups());
+    let parts = [
+        (!lanes.is_empty()).then_some(ENDS),
+        (!groups.is_empty()).then_some(GENERATIONS),
+        wakes.schedule_is_heard().then_some(SCHEDULE),
+        wakes.outbox_is_heard().then_some(OUTBOX),
+    ];
+    let parts: Vec<_> = parts.into_iter().flatten().collect();
+    if parts.is_empty() {
+        return Ok(());
+    }
+    let query = sqlx::query(tables.sql(&parts.join(" UNION ALL ")))
+        .bind(format!("{lanes:?}"))
+        .bind(format!("{groups:?}"));
+    let rows = query.fetch_all(connection).await.map_err(native)?;
+    for row in &rows {
+        let column = |index: usize| row.try_get::<i64, _>(index).map_err(native);
+        match column(5)? {
+            OF_LANE => {
+                let (lane, state) = LaneRow::read(row).map_err(native)?;
+                wakes.appended(&[(lane, state.next)]);
+            }
+            OF_GROUP => wakes.group_changed(column(0)?, column(1)?),
+            OF_SCHEDULE => wakes.schedule_changed(column(1)?),
+            _ => wakes.outbox_reaches(column(1)?),
         }
-    }
-    let groups = wakes.watched_groups();
-    if !groups.is_empty() {
-        let rows = sqlx::query(tables.sql(GENERATIONS))
-            .bind(format!("{groups:?}"))
-            .fetch_all(&mut *connection)
-            .await
-            .map_err(native)?;
-        for row in &rows {
-            let group = row.try_get(0).map_err(native)?;
-            wakes.group_changed(group, row.try_get(1).map_err(native)?);
-        }
-    }
-    if wakes.schedule_is_heard() {
-        let query = sqlx::query(tables.sql("SELECT version FROM {p}schedule"));
-        let row = query.fetch_one(&mut *connection).await.map_err(native)?;
-        wakes.schedule_changed(row.try_get(0).map_err(native)?);
-    }
-    if wakes.outbox_is_heard() {
-        let last = last_appended(tables, connection).await.map_err(native)?;
-        wakes.outbox_reaches(last);
     }
     Ok(())
 }
 
+/// What a row tells of, in its last column; of the outbox is the rest.
+const OF_LANE: i64 = 0;
+const OF_GROUP: i64 = 1;
+const OF_SCHEDULE: i64 = 2;
+
+const ENDS: &str = "
+    SELECT id, base, next, newest, seal, 0 FROM {p}lanes
+    WHERE id IN (SELECT value FROM json_each(?1))";
+
 const GENERATIONS: &str = "
-    SELECT id, generation FROM {p}consumer_groups
-    WHERE id IN (SELECT value FROM json_each(?))";
+    SELECT id, generation, 0, 0, 0, 1 FROM {p}consumer_groups
+    WHERE id IN (SELECT value FROM json_each(?2))";
+
+const SCHEDULE: &str = "SELECT 0, version, 0, 0, 0, 2 FROM {p}schedule";
+
+const OUTBOX: &str = "
+    SELECT 0, seq, 0, 0, 0, 3 FROM sqlite_sequence WHERE name = '{p}outbox'";

@@ -89,7 +89,7 @@ pub(super) const SELECT_DUE: &str = "
         ON held.consumer_group = ?1 AND held.topic = mine.topic
         AND held.partition = mine.partition AND action IS NOT NULL
     ORDER BY since_when
-    LIMIT ?4";
+    LIMIT ?4 + 0";
 
 pub(super) const SELECT_NEXT_DUE: &str = "
     SELECT min(held.until)
@@ -107,7 +107,7 @@ pub(super) const LIST: &str = "
     WHERE consumer_group = ?1
         AND (?2 IS NULL OR (topic, partition, kind, name) > (?2, ?3, ?4, ?5))
     ORDER BY topic, partition, kind, name
-    LIMIT ?6";
+    LIMIT ?6 + 0";
 
 pub(super) const SELECT_MESSAGES: &str = "
     SELECT message.number, message.position, message.head, message.payload, held.attempts,
@@ -116,7 +116,7 @@ pub(super) const SELECT_MESSAGES: &str = "
     FROM {p}held_names AS held JOIN {p}held_messages AS message ON message.held_name = held.id
     WHERE held.consumer_group = ?1 AND held.topic = ?2 AND held.partition = ?3
         AND held.kind = ?4 AND held.name = ?5 AND message.number > ?6
-    ORDER BY message.number LIMIT ?7";
+    ORDER BY message.number LIMIT ?7 + 0";
 
 pub(super) const DECIDE: &str = "
     UPDATE {p}held_names SET action = ?6, decided_by = ?7, because = ?8, decided_at = ?9

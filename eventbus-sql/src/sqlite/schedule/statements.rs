@@ -25,7 +25,7 @@ pub(super) const CANCEL: &str = "
 
 pub(super) const SELECT_SIZES: &str = "
     SELECT number, length(head) + length(payload) FROM {p}scheduled
-    WHERE due <= ?1 ORDER BY due, number LIMIT ?2";
+    WHERE due <= ?1 ORDER BY due, number LIMIT ?2 + 0";
 
 pub(super) const SELECT_DUE: &str = "
     SELECT number, event_id, topic, head, payload FROM {p}scheduled
@@ -51,4 +51,4 @@ pub(super) const POSTPONE: &str =
 pub(super) const LIST: &str = "
     SELECT number, event_id, topic, due, taken, head, length(payload) FROM {p}scheduled
     WHERE (due, number) > (?1, ?2)
-    ORDER BY due, number LIMIT ?3";
+    ORDER BY due, number LIMIT ?3 + 0";
