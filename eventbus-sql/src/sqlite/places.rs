@@ -95,13 +95,16 @@ impl LeaseStore for SqliteStore {
     }
 
     async fn changed(&self, group: &Group) {
-        let Ok(Some(group)) = self.database.find_group(EXCHANGE, group).await else {
+        let _waiting = self.database.wakes.wait();
+        // As it stands in the file: what this process knows of a group nobody waited for is old, and
+        // would be a change as soon as the file is looked at.
+        let Ok(Some((group, seen))) = self.version(group).await else {
             // It is a hint: members find out when they renew.
             return std::future::pending().await;
         };
-        let _waiting = self.database.wakes.wait();
         let mut generation = self.database.wakes.group(group);
-        if generation.changed().await.is_err() {
+        let newer = generation.wait_for(|generation| *generation > seen);
+        if newer.await.is_err() {
             // It is dropped with the database only; then nothing changes any more.
             std::future::pending().await
         }
