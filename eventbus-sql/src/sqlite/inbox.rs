@@ -4,12 +4,13 @@ use std::collections::HashSet;
 
 use eventbus_core::{EventId, Group, Result, Timestamp};
 use futures_util::FutureExt;
-use sqlx::sqlite::SqliteArguments;
-use sqlx::{Row, SqliteConnection};
+use sqlx::sqlite::{SqliteArguments, SqliteRow};
+use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
 use super::append::{add, statement_rows};
 use super::database::Database;
 use super::error::into_error;
+use super::lending::First;
 use super::tables::Tables;
 
 /// Most rows removed by one commit, so that handlers wait for none that is long.
@@ -24,36 +25,54 @@ const REMOVE: &str = "
     DELETE FROM {p}inbox
     WHERE handled_at < ?1 AND rowid IN (SELECT rowid FROM {p}inbox ORDER BY rowid LIMIT ?2 + 0)";
 
-/// Records that a group handles these events, in the transaction that is open. Returns which of
-/// them it has handled before, be it with an earlier one of these.
-pub(super) async fn record(
+/// The statement that records that a group handles the first of these events, and how many it does;
+/// its rows are the ids that are new.
+pub(super) fn recording(
+    tables: &Tables,
+    group: &Group,
+    ids: &[EventId],
+    now: Timestamp,
+) -> sqlx::Result<(Option<First>, usize)> {
+    let count = statement_rows(ids.len());
+    if count == 0 {
+        return Ok((None, 0));
+    }
+    let mut arguments = SqliteArguments::default();
+    for id in &ids[..count] {
+        add(&mut arguments, group.to_string())?;
+        add(&mut arguments, id.to_string())?;
+        add(&mut arguments, now.as_micros())?;
+    }
+    let rows = vec!["(?,?,?)"; count].join(",");
+    let insert = format!("{INSERT}{rows} ON CONFLICT DO NOTHING RETURNING event_id");
+    let sql = tables.sql(&insert).as_str().to_owned();
+    Ok((Some(First { sql, arguments }), count))
+}
+
+/// Records the events after the first ones, of which `inserted` tells, in the transaction that is
+/// open. Returns which of all it has handled before, be it with an earlier one of these.
+pub(super) async fn record_rest(
     tables: &Tables,
     connection: &mut SqliteConnection,
     group: &Group,
     ids: &[EventId],
+    (mut inserted, mut done): (Vec<SqliteRow>, usize),
     now: Timestamp,
 ) -> sqlx::Result<Vec<bool>> {
-    let mut left = ids;
     let mut new = HashSet::with_capacity(ids.len());
-    while !left.is_empty() {
-        let (chunk, rest) = left.split_at(statement_rows(left.len()));
-        let mut arguments = SqliteArguments::default();
-        for id in chunk {
-            add(&mut arguments, group.to_string())?;
-            add(&mut arguments, id.to_string())?;
-            add(&mut arguments, now.as_micros())?;
-        }
-        let rows = vec!["(?,?,?)"; chunk.len()].join(",");
-        let insert = format!("{INSERT}{rows} ON CONFLICT DO NOTHING RETURNING event_id");
-        let inserted = sqlx::query_with(tables.sql(&insert), arguments)
-            .fetch_all(&mut *connection)
-            .await?;
+    loop {
         for row in &inserted {
             new.insert(row.try_get::<String, _>(0)?);
         }
-        left = rest;
+        let (next, count) = recording(tables, group, &ids[done..], now)?;
+        let Some(First { sql, arguments }) = next else {
+            return Ok(ids.iter().map(|id| !new.remove(&id.to_string())).collect());
+        };
+        // Safe: it is this crate's own.
+        let query = sqlx::query_with(AssertSqlSafe(sql), arguments);
+        inserted = query.fetch_all(&mut *connection).await?;
+        done += count;
     }
-    Ok(ids.iter().map(|id| !new.remove(&id.to_string())).collect())
 }
 
 impl Database {

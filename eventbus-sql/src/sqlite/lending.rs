@@ -16,9 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use eventbus_core::{Error, ErrorKind, Result};
-use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{ConnectOptions, Connection, SqliteConnection};
+use eventbus_core::{Error, ErrorKind, Flushes, Result};
+use futures_util::FutureExt;
+use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteRow};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection};
 use tokio::sync::oneshot;
 use tracing::warn;
 
@@ -99,9 +100,18 @@ pub(super) struct Loan {
 /// Who waits for the connection.
 #[derive(Debug)]
 pub(super) struct Borrower {
-    pub(super) reply: oneshot::Sender<Result<Loan>>,
+    pub(super) reply: oneshot::Sender<Result<(Loan, Vec<SqliteRow>)>>,
     /// What the log calls it.
     pub(super) name: String,
+    /// What it runs first: in one passage to SQLite's thread with the savepoint.
+    pub(super) first: Option<First>,
+}
+
+/// A statement with what it is given.
+#[derive(Debug)]
+pub(super) struct First {
+    pub(super) sql: String,
+    pub(super) arguments: SqliteArguments,
 }
 
 /// A loan that is over.
@@ -230,31 +240,78 @@ impl Lender {
         self.waiting.len()
     }
 
-    /// Lends the connection to one after the other, inside the transaction that is open.
+    /// Lends the connection to one after the other, inside the transaction that `before` says, and
+    /// to those who come meanwhile; what else comes is put in `others`. False when there is nothing to
+    /// commit.
     pub(super) async fn lend(
         &mut self,
         slot: &mut Option<WritingConnection>,
-    ) -> Result<(), Failure> {
+        mut before: Before,
+        flushes: &mut Flushes<Command>,
+        others: &mut Vec<Command>,
+    ) -> Result<bool, Failure> {
         let until = Instant::now() + SHARE;
-        let mut before = Before::Nothing;
         while Instant::now() <= until
             && !self.is_full()
-            && let Some(borrower) = self.waiting.pop_front()
+            && let Some(mut borrower) = self.next(flushes, others).await
             && let Some(mut writing) = slot.take()
         {
-            if let Err(failure) = before.begin(&mut writing.connection).await {
+            if matches!(before, Before::RolledBack) {
                 *slot = Some(writing);
                 self.waiting.push_front(borrower);
-                return Err(failure);
+                return Err(Failure::ended(rolled_back()));
             }
-            let (writing, ended) = self.lend_one(writing, borrower).await?;
-            *slot = Some(writing);
-            before = ended;
+            let first = borrower.first.take();
+            let has_first = first.is_some();
+            let begun = before.begin(&mut writing.connection, first).await;
+            before = match begun {
+                Ok(rows) => {
+                    let (writing, ended) = self.lend_one(writing, borrower, rows).await?;
+                    *slot = Some(writing);
+                    before.after(ended)
+                }
+                Err(Refusal::OfBorrower(native)) => {
+                    *slot = Some(writing);
+                    // The borrower is gone, so nobody waits for the answer.
+                    let _ = borrower.reply.send(Err(into_error(OPEN, native)));
+                    match before {
+                        Before::Closed | Before::Spoilt => Before::Closed,
+                        _ => Before::Undone,
+                    }
+                }
+                Err(Refusal::OfAll(failure)) if has_first => {
+                    *slot = Some(writing);
+                    // As above.
+                    let _ = borrower.reply.send(Err(failure.error(OPEN)));
+                    return Err(failure);
+                }
+                Err(Refusal::OfAll(failure)) => {
+                    *slot = Some(writing);
+                    self.waiting.push_front(borrower);
+                    return Err(failure);
+                }
+            };
         }
         match slot {
             Some(writing) => before.end(&mut writing.connection).await,
-            None => Ok(()),
+            None => Ok(true),
         }
+    }
+
+    /// Who is next, if anybody is: those whose turn it is to run may be about to ask.
+    async fn next(
+        &mut self,
+        flushes: &mut Flushes<Command>,
+        others: &mut Vec<Command>,
+    ) -> Option<Borrower> {
+        if self.waiting.is_empty() {
+            tokio::task::yield_now().await;
+            if let Some(flush) = flushes.next(others).now_or_never() {
+                flush.done();
+                self.take_from(others);
+            }
+        }
+        self.waiting.pop_front()
     }
 
     /// Whether the next piece of work is to have a commit of its own.
@@ -278,18 +335,20 @@ impl Lender {
         &mut self,
         writing: WritingConnection,
         borrower: Borrower,
-    ) -> Result<(WritingConnection, Before), Failure> {
+        rows: Vec<SqliteRow>,
+    ) -> Result<(WritingConnection, Ended), Failure> {
         let (back, returned) = oneshot::channel();
         writing.marks.is_rolled_back.store(false, Ordering::Release);
         writing.marks.is_lent.store(true, Ordering::Release);
         let marks = Arc::clone(&writing.marks);
         let passed = self.timer.after(self.limit);
         // A borrower that is gone drops the loan, and so gives it back.
-        let _ = borrower.reply.send(Ok(Loan {
+        let loan = Loan {
             lent: Some((writing, back)),
             marks: Arc::clone(&marks),
             limit: self.limit,
-        }));
+        };
+        let _ = borrower.reply.send(Ok((loan, rows)));
         let returned = tokio::select! {
             biased;
             returned = returned => returned.ok(),
@@ -305,9 +364,9 @@ impl Lender {
         let is_kept = kept.is_some();
         self.kept.extend(kept);
         let ended = match writing.marks.is_rolled_back.load(Ordering::Acquire) {
-            true => Before::RolledBack,
-            false if is_kept => Before::Kept,
-            false => Before::Undone,
+            true => Ended::RolledBack,
+            false if is_kept => Ended::Kept,
+            false => Ended::Undone,
         };
         Ok((writing, ended))
     }
@@ -339,43 +398,125 @@ impl Lender {
     pub(super) fn refuse(&mut self, failure: &Failure) {
         for borrower in self.waiting.drain(..) {
             // The borrower is gone, so nobody waits for the answer.
-            let _ = borrower.reply.send(Err(failure.error("open transaction")));
+            let _ = borrower.reply.send(Err(failure.error(OPEN)));
         }
     }
 }
 
-/// How the piece of work before ended.
+const OPEN: &str = "open transaction";
+
+/// How a piece of work ended.
 #[derive(Clone, Copy)]
-enum Before {
-    /// There was none.
-    Nothing,
+enum Ended {
     Kept,
     Undone,
-    /// The whole transaction was, whatever is open now.
+    /// The whole transaction is undone, whatever is open now.
     RolledBack,
 }
 
+/// What there is before a piece of work. The first of a transaction is undone with it; only those
+/// that follow need a savepoint, for which SQLite copies each page that they change.
+#[derive(Clone, Copy)]
+pub(super) enum Before {
+    /// No transaction.
+    Closed,
+    /// A transaction in which nothing is but work that is to be undone.
+    Spoilt,
+    /// A transaction with something in it that is kept.
+    Open,
+    /// Kept work behind a savepoint.
+    Kept,
+    /// Work behind a savepoint that is to be undone.
+    Undone,
+    /// The whole transaction is undone, whatever is open now.
+    RolledBack,
+}
+
+/// Why a piece of work does not begin.
+enum Refusal {
+    /// What it was to run first failed, and is undone.
+    OfBorrower(sqlx::Error),
+    /// There is no transaction.
+    OfAll(Failure),
+}
+
 impl Before {
-    /// Sets the savepoint to which the next piece of work is undone.
-    async fn begin(self, connection: &mut SqliteConnection) -> Result<(), Failure> {
-        let begun = match self {
-            Self::Nothing => return Ok(run(connection, "SAVEPOINT lent").await?),
-            Self::Kept => run(connection, "RELEASE lent; SAVEPOINT lent").await,
-            Self::Undone => run(connection, "ROLLBACK TO lent").await,
-            Self::RolledBack => Err(rolled_back()),
+    /// Begins what the next piece of work is undone with, and runs what is first of it.
+    async fn begin(
+        self,
+        connection: &mut SqliteConnection,
+        first: Option<First>,
+    ) -> Result<Vec<SqliteRow>, Refusal> {
+        let begin = match self {
+            Self::Closed => "BEGIN IMMEDIATE",
+            Self::Spoilt => "ROLLBACK; BEGIN IMMEDIATE",
+            Self::Open => "SAVEPOINT lent",
+            Self::Kept => "RELEASE lent; SAVEPOINT lent",
+            Self::Undone => "ROLLBACK TO lent",
+            Self::RolledBack => return Err(Refusal::OfAll(Failure::ended(rolled_back()))),
         };
-        // The savepoint is gone only with the transaction.
-        begun.map_err(Failure::ended)
+        let Some(First { sql, arguments }) = first else {
+            let begun = run(connection, begin).await;
+            return begun
+                .map(|()| Vec::new())
+                .map_err(|native| Refusal::OfAll(self.failed(native)));
+        };
+        // Safe: both are this crate's own.
+        let both = AssertSqlSafe(format!("{begin}; {sql}"));
+        let query = sqlx::query_with(both, arguments);
+        let native = match query.fetch_all(&mut *connection).await {
+            Ok(rows) => return Ok(rows),
+            Err(native) => native,
+        };
+        // Where there is nothing to undo, the beginning is what failed.
+        match run(connection, self.undone().undo()).await {
+            Ok(()) => Err(Refusal::OfBorrower(native)),
+            Err(_) => Err(Refusal::OfAll(self.failed(native))),
+        }
     }
 
-    async fn end(self, connection: &mut SqliteConnection) -> Result<(), Failure> {
+    fn failed(self, native: sqlx::Error) -> Failure {
+        match self {
+            Self::Closed | Self::Spoilt | Self::Open => native.into(),
+            // The savepoint is gone only with the transaction.
+            _ => Failure::ended(native),
+        }
+    }
+
+    /// What there is when the work that began here has ended.
+    fn after(self, ended: Ended) -> Self {
+        match (ended, self) {
+            (Ended::Kept, Self::Closed | Self::Spoilt) => Self::Open,
+            (Ended::Kept, _) => Self::Kept,
+            (Ended::Undone, _) => self.undone(),
+            (Ended::RolledBack, _) => Self::RolledBack,
+        }
+    }
+
+    fn undone(self) -> Self {
+        match self {
+            Self::Closed | Self::Spoilt => Self::Spoilt,
+            _ => Self::Undone,
+        }
+    }
+
+    fn undo(self) -> &'static str {
+        match self {
+            Self::Spoilt => "ROLLBACK",
+            _ => "ROLLBACK TO lent",
+        }
+    }
+
+    /// Undoes what is to be undone; what is kept needs no more than the commit. False when nothing
+    /// is left to commit.
+    async fn end(self, connection: &mut SqliteConnection) -> Result<bool, Failure> {
         let ended = match self {
-            Self::Nothing => Ok(()),
-            Self::Kept => run(connection, "RELEASE lent").await,
-            Self::Undone => run(connection, "ROLLBACK TO lent").await,
+            Self::Closed | Self::Open | Self::Kept => Ok(()),
+            Self::Spoilt | Self::Undone => run(connection, self.undo()).await,
             Self::RolledBack => Err(rolled_back()),
         };
-        ended.map_err(Failure::ended)
+        ended.map_err(Failure::ended)?;
+        Ok(!matches!(self, Self::Closed | Self::Spoilt))
     }
 }
 

@@ -64,11 +64,16 @@ impl SqliteWork {
     /// Opens the transaction and records the ids, first of all.
     async fn open(&mut self) -> Result<()> {
         let name = format!("a handler of group {}", self.group);
-        let mut loan = self.database.writer.borrow(OPEN, name).await?;
-        trace!(target: "eventbus::step", step = "unit.inbox.before");
         let (tables, now) = (&self.database.tables, self.database.now());
+        let recording = inbox::recording(tables, &self.group, &self.ids, now);
+        let (first, count) = recording.map_err(|error| self.database.error(OPEN, error))?;
+        trace!(target: "eventbus::step", step = "unit.inbox.before");
+        let borrowed = self.database.writer.borrow_for(OPEN, name, first);
+        let (mut loan, rows) = borrowed.await?;
         let connection = loan.connection_mut();
-        let recorded = inbox::record(tables, connection, &self.group, &self.ids, now).await;
+        let recorded = (rows, count);
+        let recorded =
+            inbox::record_rest(tables, connection, &self.group, &self.ids, recorded, now).await;
         self.duplicates = recorded.map_err(|error| self.database.error(OPEN, error))?;
         trace!(target: "eventbus::step", step = "unit.inbox.after");
         self.loan = Some(loan);

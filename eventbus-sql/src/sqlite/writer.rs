@@ -17,14 +17,14 @@ use std::time::Duration;
 use eventbus_core::{Clock, Coalescer, Error, ErrorKind, Flushes, Outcome, Result};
 use futures_util::{FutureExt, future::BoxFuture};
 use sqlx::SqliteConnection;
-use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteRow};
 use tokio::sync::oneshot;
 use tracing::{trace, warn};
 
 use super::append::Appender;
 use super::error::into_error;
 use super::headers::Packed;
-use super::lending::{Borrower, Lender, Loan, WritingConnection, run};
+use super::lending::{Before, Borrower, First, Lender, Loan, WritingConnection, run};
 use super::settle;
 use super::tables::Tables;
 use crate::log::{Advance, Wakes};
@@ -208,8 +208,19 @@ impl Writer {
     ///
     /// A dropped future gives the turn up.
     pub(super) async fn borrow(&self, operation: &'static str, name: String) -> Result<Loan> {
+        let (loan, _) = self.borrow_for(operation, name, None).await?;
+        Ok(loan)
+    }
+
+    /// As [`borrow`](Self::borrow), and runs a statement first; returns its rows, too.
+    pub(super) async fn borrow_for(
+        &self,
+        operation: &'static str,
+        name: String,
+        first: Option<First>,
+    ) -> Result<(Loan, Vec<SqliteRow>)> {
         let (reply, answer) = oneshot::channel();
-        let borrower = Borrower { reply, name };
+        let borrower = Borrower { reply, name, first };
         self.commands.add(Command::Lend(borrower));
         answer.await.unwrap_or_else(|_| Err(gone(operation)))
     }
@@ -277,6 +288,8 @@ pub(super) struct WriterTask {
     /// None after it broke or was not given back; the next flush opens another.
     connection: Option<WritingConnection>,
     lender: Lender,
+    /// What came while the connection was lent: for the next commit.
+    came: Vec<Command>,
     options: SqliteConnectOptions,
     tables: Tables,
     appender: Appender,
@@ -299,6 +312,7 @@ impl WriterTask {
             flushes,
             connection: Some(connection),
             lender,
+            came: Vec::new(),
             options,
             appender: Appender::new(tables.clone(), clock),
             tables,
@@ -310,15 +324,15 @@ impl WriterTask {
 
     /// Writes until it is aborted with its database.
     pub(super) async fn run(mut self) {
-        let mut batch = Vec::new();
         loop {
+            let mut batch = std::mem::take(&mut self.came);
             self.next(&mut batch).await;
             self.lender.take_from(&mut batch);
             let waiting = batch.len() + self.lender.waiting();
             if waiting == 0 {
                 continue;
             }
-            self.write(std::mem::take(&mut batch)).await;
+            self.write(batch).await;
             if waiting > 1 {
                 // Those who were just answered put in what they have next, and it is one commit
                 // instead of two.
@@ -328,10 +342,10 @@ impl WriterTask {
         }
     }
 
-    /// Waits for something to write; what has come joins borrowers that wait already.
+    /// Waits for something to write; what has come joins what waits already.
     async fn next(&mut self, batch: &mut Vec<Command>) {
         // The outcome is told to each caller, so the ticket's is not asked for.
-        if self.lender.waiting() == 0 {
+        if batch.is_empty() && self.lender.waiting() == 0 {
             self.flushes.next(batch).await.done();
         } else if let Some(flush) = self.flushes.next(batch).now_or_never() {
             flush.done();
@@ -404,18 +418,31 @@ impl WriterTask {
             None => slot.insert(WritingConnection::open(&self.options).await?),
         };
         let connection = &mut writing.connection;
-        let rows = batch.iter().flat_map(Command::rows).collect();
-        self.appender.begin(connection, rows).await?;
-        for command in &mut *batch {
-            if let Command::Job(job) = command {
-                run_job(job.as_mut(), connection).await?;
+        let is_served = borrowers == Borrowers::Served;
+        let (mut before, mut stale) = (Before::Closed, 0);
+        if !batch.is_empty() || !is_served {
+            let rows = batch.iter().flat_map(Command::rows).collect();
+            self.appender.begin(connection, rows).await?;
+            for command in &mut *batch {
+                if let Command::Job(job) = command {
+                    run_job(job.as_mut(), connection).await?;
+                }
             }
+            let advances = batch.iter().flat_map(Command::advances);
+            stale = settle::record(&self.tables, connection, advances).await?;
+            self.appender.insert(connection).await?;
+            before = Before::Open;
         }
-        let advances = batch.iter().flat_map(Command::advances);
-        let stale = settle::record(&self.tables, connection, advances).await?;
-        self.appender.insert(connection).await?;
-        if borrowers == Borrowers::Served {
-            self.lender.lend(slot).await?;
+        if is_served {
+            let Self {
+                lender,
+                came,
+                flushes,
+                ..
+            } = self;
+            if !lender.lend(slot, before, flushes, came).await? {
+                return Ok(());
+            }
         }
         trace!(target: "eventbus::step", step = "sql.commit.before");
         let Some(writing) = slot else {
