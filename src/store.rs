@@ -15,7 +15,8 @@ pub use eventbus_core::{
     LeaseTopic, Leaseholder, MemberId, MemoryLeases, ProcessId, TopicPartition,
 };
 pub use eventbus_core::{
-    MemoryOutbox, OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore, outbox_lane,
+    MemoryOutbox, OUTBOX_BYTES_MIN, OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore,
+    outbox_lane,
 };
 #[cfg(feature = "postgres")]
 pub use eventbus_sql::{PostgresOutbox, PostgresSchedule, PostgresStore, PostgresTransaction};

@@ -100,7 +100,9 @@ pub use dead_letter::{
 };
 pub use handler::{BatchHandler, BatchItem, Handler};
 pub use held_keys::{HELD_LIST_MAX, HeldKeys};
-pub use outbox::{OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore, outbox_lane};
+pub use outbox::{
+    OUTBOX_BYTES_MIN, OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore, outbox_lane,
+};
 pub use outgoing::{Origin, Outgoing, OutgoingBatch};
 pub use reader::{Reader, Record};
 pub use relay::{

@@ -19,6 +19,10 @@ use crate::topic::partition_of;
 /// How many lanes an outbox has: as many relays can share it. Part of the stored form.
 pub const OUTBOX_LANES: u32 = 16;
 
+/// Bytes of messages that an answer of [`OutboxStore::next`] may always have: only of more may a store
+/// leave some for the next one.
+pub const OUTBOX_BYTES_MIN: usize = 1024 * 1024;
+
 /// The lane of an outbox on which a message waits: that of its key, or of its id where it has none.
 ///
 /// # Examples
@@ -51,6 +55,9 @@ pub trait OutboxStore: fmt::Debug + Send + Sync + 'static {
     ///   key one after the other, the messages of the first come first.
     /// - Only what is committed, and nothing that a transaction that is still open could precede.
     ///   None is left out for good, however late its transaction commits.
+    /// - An answer with less than a share for one lane (`messages_max / lanes.len()`, rounded down)
+    ///   and less than [`OUTBOX_BYTES_MIN`] is all there is: [`appended`](Self::appended) tells of
+    ///   what may be published afterwards.
     ///
     /// # Errors
     ///

@@ -24,6 +24,7 @@ mod lanes;
 mod parked;
 mod pass;
 mod runner;
+mod taken;
 
 use runner::Runner;
 

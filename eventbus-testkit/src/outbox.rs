@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use eventbus_core::{
-    EventId, Headers, Key, Message, OUTBOX_LANES, OutboxMessage, OutboxStore, Result, outbox_lane,
+    EventId, Headers, Key, Message, OUTBOX_BYTES_MIN, OUTBOX_LANES, OutboxMessage, OutboxStore,
+    Result, outbox_lane,
 };
 use tokio::time::timeout;
 
@@ -73,6 +74,7 @@ macro_rules! outbox_conformance {
             removed_positions_are_not_given_again
             lanes_are_read_apart
             lanes_get_even_shares
+            a_short_answer_is_all_there_is
             a_transaction_that_is_late_is_not_skipped
             transactions_one_after_the_other_keep_their_order
             an_append_is_heard_of
@@ -266,6 +268,28 @@ pub async fn lanes_get_even_shares(harness: &dyn OutboxHarness) {
     let many = numbers(&found, "many");
     assert_eq!(many, (1..=many.len() as u64).collect::<Vec<_>>());
     assert!(many.len() >= 10, "{many:?}");
+}
+
+/// Less than one lane's share, and few bytes, say that nothing else waits: a relay does not look
+/// again.
+pub async fn a_short_answer_is_all_there_is(harness: &dyn OutboxHarness) {
+    let large = |number| {
+        let text = "x".repeat(OUTBOX_BYTES_MIN / 9);
+        let message = Message::new(unique_topic(), text);
+        (
+            EventId::new(),
+            message.with_key(Key::from(format!("key-{number}").as_str())),
+        )
+    };
+    append(harness, (0..8).map(large).collect()).await;
+    let store = open(harness).await;
+    let share = 9;
+    let found = next(&store, share * OUTBOX_LANES as usize).await;
+    assert_eq!(found.len(), 8);
+    let first = found[0].lane;
+    let of_lane = found.iter().filter(|next| next.lane == first).count();
+    let alone = store.next(&[first], share).await.expect("it is there");
+    assert_eq!(alone.len(), of_lane);
 }
 
 fn many_lane() -> u32 {

@@ -28,6 +28,8 @@ pub(super) struct Lanes {
     lanes: BTreeMap<u32, Lane>,
     /// Granted and not claimed yet.
     granted: Vec<TopicPartition>,
+    /// To be given away: nothing of them is published any more.
+    leaving: Vec<TopicPartition>,
 }
 
 /// One lane while it is ours.
@@ -60,21 +62,43 @@ impl Lanes {
             group: relay.name.clone(),
             lanes: BTreeMap::new(),
             granted: Vec::new(),
+            leaving: Vec::new(),
         }
     }
 
-    /// Takes in what changed, and claims what is new.
-    pub(super) async fn update(&mut self) -> Result<()> {
+    /// Takes in what changed.
+    pub(super) fn update(&mut self) -> Result<()> {
         while let Some(signal) = self.leaseholder.next().now_or_never() {
             self.hear(signal)?;
         }
+        Ok(())
+    }
+
+    /// Claims what is new; whether there was any.
+    pub(super) async fn claim(&mut self) -> Result<bool> {
+        let is_new = !self.granted.is_empty();
         while let Some(place) = self.granted.last() {
             let (claim, names) = self.held.claim(&self.group, place).await?;
             let names = names.into_iter().collect();
             self.lanes.insert(place.partition, Lane { claim, names });
             self.granted.pop();
         }
-        Ok(())
+        Ok(is_new)
+    }
+
+    /// Whether lanes are to be released.
+    pub(super) fn are_leaving(&self) -> bool {
+        !self.leaving.is_empty()
+    }
+
+    /// Gives lanes away that are to be released: no batch of theirs is under way, and what was
+    /// published of them is removed.
+    pub(super) fn release(&mut self) {
+        let leaving = std::mem::take(&mut self.leaving);
+        // Each call has the store asked, even one about nothing.
+        if !leaving.is_empty() {
+            self.leaseholder.held().release(&leaving);
+        }
     }
 
     /// Waits until something changes, which [`update`](Self::update) takes in.
@@ -90,11 +114,13 @@ impl Lanes {
                     .extend(leases.into_iter().map(|lease| lease.place));
             }
             Ok(LeaseSignal::Revoking(places)) => {
-                // No batch is under way here, so nothing is to be finished.
                 self.forget(&places);
-                self.leaseholder.held().release(&places);
+                self.leaving.extend(places);
             }
-            Ok(LeaseSignal::Lost(places)) => self.forget(&places),
+            Ok(LeaseSignal::Lost(places)) => {
+                self.forget(&places);
+                self.leaving.retain(|leaving| !places.contains(leaving));
+            }
             Err(error) if error.is_retryable() => {
                 tracing::warn!(relay = %self.group, error = %error, "leases are asked for again");
             }

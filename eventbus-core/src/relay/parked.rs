@@ -1,27 +1,89 @@
 //! What was put aside: published when its time has come, or as operators decide.
 
+use tokio::time::Instant;
+
 use super::pass::is_of_the_message;
-use super::runner::Runner;
+use super::runner::{LOOK_INTERVAL, Runner};
 use crate::clock::Timestamp;
 use crate::error::{Error, ErrorKind, Result};
-use crate::key_state::{Claim, DueName, HeldMessage, HeldName, KeyAction};
+use crate::key_state::{Claim, Due, DueName, HeldMessage, HeldName, KeyAction};
 
 /// Names that are dealt with in one pass.
 const NAMES_MAX: usize = 64;
 /// Messages of them that are dealt with in one pass: what is next on the lanes waits meanwhile.
 const MESSAGES_MAX: usize = 100;
 
+/// What is known of when something that was put aside is to be dealt with, so that its store is not
+/// asked in each pass.
+#[derive(Debug)]
+pub(super) struct DueLook {
+    /// When it was asked last, and how often.
+    asked: Option<Instant>,
+    askings: u64,
+    /// Something has changed since, or names were dealt with.
+    is_stale: bool,
+    /// When the next name's time comes, as it said.
+    next: Option<Timestamp>,
+    /// Up to which decision of operators it was asked.
+    decisions: u64,
+}
+
+impl DueLook {
+    pub(super) fn new() -> Self {
+        Self {
+            asked: None,
+            askings: 0,
+            is_stale: true,
+            next: None,
+            decisions: 0,
+        }
+    }
+
+    /// Has the store asked in the next pass.
+    pub(super) fn changed(&mut self) {
+        self.is_stale = true;
+    }
+
+    /// How often the store was asked.
+    pub(super) fn askings(&self) -> u64 {
+        self.askings
+    }
+
+    /// Up to which decision it was asked.
+    pub(super) fn decisions(&self) -> u64 {
+        self.decisions
+    }
+
+    fn is_needed(&self, now: Timestamp) -> bool {
+        let is_old = |asked: Instant| asked.elapsed() >= LOOK_INTERVAL;
+        let is_time = self.next.is_some_and(|next| next <= now);
+        self.is_stale || is_time || self.asked.is_none_or(is_old)
+    }
+
+    fn answered(&mut self, due: &Due) {
+        self.asked = Some(Instant::now());
+        self.askings += 1;
+        // Names that are dealt with may have another time afterwards.
+        self.is_stale = !due.names.is_empty();
+        self.next = due.next;
+        self.decisions = due.version;
+    }
+}
+
 impl Runner {
     /// Deals with the names whose time has come; returns when the next one's does.
     pub(super) async fn publish_due(&mut self) -> Result<Option<Timestamp>> {
-        let claims = self.lanes.claims();
         let now = self.relay.bus.clock().now();
+        if !self.due.is_needed(now) {
+            return Ok(self.due.next);
+        }
+        let claims = self.lanes.claims();
         let due = self
             .relay
             .held
             .due(&self.relay.name, &claims, now, NAMES_MAX)
             .await?;
-        self.decisions = due.version;
+        self.due.answered(&due);
         let more = due.names.len() >= NAMES_MAX;
         let mut room = MESSAGES_MAX;
         for name in due.names {

@@ -13,7 +13,7 @@ use crate::clock::Timestamp;
 use crate::delivery::Position;
 use crate::error::{Error, ErrorKind, Result, error_chain};
 use crate::key_state::{HeldName, HoldEntry, Wait};
-use crate::outbox::OutboxMessage;
+use crate::outbox::{OUTBOX_BYTES_MIN, OutboxMessage};
 
 /// After so many passes that took others of its lanes, a message that fails waits elsewhere.
 const ATTEMPTS_MAX: u32 = 5;
@@ -23,7 +23,7 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 /// What a pass came to.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Pass {
-    /// There was nothing to do.
+    /// Nothing waits any more.
     Idle,
     /// There may be more.
     Progress,
@@ -39,11 +39,17 @@ impl Runner {
         if lanes.is_empty() {
             return Ok(Pass::Idle);
         }
-        let batch = self.relay.outbox.next(&lanes, self.relay.batch).await?;
+        let mut batch = self.relay.outbox.next(&lanes, self.relay.batch).await?;
         trace!(target: "eventbus::step", step = "relay.next.after");
+        let rest = match is_all(&batch, self.relay.batch / lanes.len()) {
+            true => Pass::Idle,
+            false => Pass::Progress,
+        };
+        batch.retain(|next| !self.taken.contains(next.position));
         if batch.is_empty() {
             self.attempts.clear();
-            return Ok(Pass::Idle);
+            self.remove_taken_unless(rest == Pass::Idle).await?;
+            return Ok(rest);
         }
         let (behind, mut ahead): (Vec<_>, Vec<_>) = batch
             .into_iter()
@@ -53,20 +59,24 @@ impl Runner {
         self.put_aside(behind, &Wait::nothing()).await?;
         // So did holding, which may have told that a lane is another relay's by now.
         ahead.retain(|next| self.lanes.is_ours(next.lane));
-        self.publish(ahead).await
-    }
-
-    async fn publish(&mut self, ahead: Vec<OutboxMessage>) -> Result<Pass> {
         if ahead.is_empty() {
             return Ok(Pass::Progress);
         }
+        self.publish(ahead, rest).await
+    }
+
+    /// Publishes messages of which `rest` says whether there are more.
+    async fn publish(&mut self, ahead: Vec<OutboxMessage>, rest: Pass) -> Result<Pass> {
         let messages = ahead.iter().map(|next| next.message.clone()).collect();
         let Err(error) = self.relay.bus.send_in_time(messages).await else {
-            self.took(&ahead).await?;
-            return Ok(Pass::Progress);
+            self.took(&ahead);
+            self.remove_taken_unless(rest == Pass::Idle && self.taken.is_few())
+                .await?;
+            return Ok(rest);
         };
         let failures = Failures::new(ahead, error);
-        self.took(&failures.taken).await?;
+        self.took(&failures.taken);
+        self.remove_taken().await?;
         let is_away = failures.taken.is_empty() && failures.refused.is_empty();
         if let Some(error) = &failures.first {
             tracing::warn!(relay = %self.relay.name, error = %error, "not everything was published");
@@ -91,15 +101,12 @@ impl Runner {
         Ok(Pass::Progress)
     }
 
-    /// Removes what the broker took.
-    async fn took(&mut self, taken: &[OutboxMessage]) -> Result<()> {
+    /// Takes note of what the broker took: it is to be removed.
+    fn took(&mut self, taken: &[OutboxMessage]) {
         if taken.is_empty() {
-            return Ok(());
+            return;
         }
-        trace!(target: "eventbus::step", step = "relay.remove.before");
-        let positions: Vec<_> = taken.iter().map(|next| next.position).collect();
-        self.relay.outbox.remove(&positions).await?;
-        trace!(target: "eventbus::step", step = "relay.remove.after");
+        self.taken.add(taken.iter().map(|next| next.position));
         if !self.attempts.is_empty() {
             for next in taken {
                 self.attempts.remove(&(next.lane, next.position));
@@ -107,7 +114,6 @@ impl Runner {
         }
         self.relay.shared.lock().published += taken.len() as u64;
         counter!(RELAYED).increment(taken.len() as u64);
-        Ok(())
     }
 
     /// Parks what the broker refuses for what it is.
@@ -148,6 +154,9 @@ impl Runner {
     /// Holds messages durably, each behind those of its name, and only then removes them.
     async fn put_aside(&mut self, messages: Vec<OutboxMessage>, wait: &Wait) -> Result<()> {
         let mut by_lane: HashMap<u32, Vec<OutboxMessage>> = HashMap::new();
+        if wait.until.is_some() {
+            self.due.changed();
+        }
         for message in messages {
             by_lane.entry(message.lane).or_default().push(message);
         }
@@ -186,6 +195,13 @@ impl Runner {
             _ => HeldName::Message(next.id.clone()),
         }
     }
+}
+
+/// Whether a batch is all that waited: it is nothing, or no lane has its share of it, and no store
+/// stops short of so few bytes.
+fn is_all(batch: &[OutboxMessage], share: usize) -> bool {
+    let bytes = || batch.iter().map(|next| next.message.size()).sum::<usize>();
+    batch.is_empty() || (batch.len() < share && bytes() < OUTBOX_BYTES_MIN)
 }
 
 /// Whether the error is about the message, so that sending it again is no help. A topic that is not

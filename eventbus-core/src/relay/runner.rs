@@ -11,12 +11,16 @@ use metrics::gauge;
 use tokio::time::{Instant, sleep_until};
 
 use super::lanes::Lanes;
+use super::parked::DueLook;
 use super::pass::Pass;
+use super::taken::Taken;
 use super::{OUTBOX_AGE, OUTBOX_HELD_BACK, OUTBOX_MESSAGES, Relay};
 use crate::activity::Part;
 use crate::clock::Timestamp;
 use crate::consumer::backoff::Backoff;
 use crate::error::{Error, Result, error_chain};
+use crate::key_state::KeyStateStore;
+use crate::message::Group;
 use crate::outbox::{OUTBOX_LANES, OutboxStore};
 
 /// How long the batch under way may take when the relay is to end.
@@ -24,7 +28,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How often it is counted what waits.
 const DEPTH_INTERVAL: Duration = Duration::from_secs(5);
 /// The longest time without a look, should no store or clock have told of something.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A relay that runs.
 pub(super) struct Runner {
@@ -32,8 +36,8 @@ pub(super) struct Runner {
     pub(super) lanes: Lanes,
     /// How often a message failed, by its lane and position, while others were taken.
     pub(super) attempts: HashMap<(u32, u64), u32>,
-    /// Up to which decision of operators the store was asked.
-    pub(super) decisions: u64,
+    pub(super) due: DueLook,
+    pub(super) taken: Taken,
     backoff: Backoff,
     counted: Option<Instant>,
     /// What was published elsewhere before is handled: this relay may publish.
@@ -46,7 +50,8 @@ impl Runner {
         Self {
             lanes: Lanes::new(&relay),
             attempts: HashMap::new(),
-            decisions: 0,
+            due: DueLook::new(),
+            taken: Taken::new(relay.batch),
             backoff: Backoff::new(),
             counted: None,
             is_free: false,
@@ -57,16 +62,22 @@ impl Runner {
 
     pub(super) async fn run_until(mut self, signal: impl Future<Output = ()>) -> Result<()> {
         let outbox = Arc::clone(&self.relay.outbox);
+        let (held, name) = (Arc::clone(&self.relay.held), self.relay.name.clone());
         let mut hint = Hint::new(outbox.as_ref());
+        let mut decided = Decided::new(held.as_ref(), &name);
         let mut stop = Stop {
             signal: pin!(signal),
             came: false,
         };
         let result = loop {
             self.part.raise();
+            if decided.take() {
+                self.due.changed();
+            }
             let looked = tokio::select! {
                 biased;
                 never = hint.listen() => match never {},
+                never = decided.listen() => match never {},
                 looked = self.pass() => looked,
                 () = stop.grace() => break Ok(()),
             };
@@ -78,6 +89,7 @@ impl Runner {
             if stop.came {
                 break Ok(());
             }
+            decided.listen_from(&self.due);
             let goes_on = next.is_some_and(|next| next <= Instant::now())
                 || (hint.take() && !self.backoff.is_running());
             if goes_on {
@@ -85,12 +97,15 @@ impl Runner {
             }
             self.part.set_due(next);
             self.part.lower();
-            match self.rest(next, &mut hint, &mut stop).await {
+            match self.rest(next, &mut hint, &mut decided, &mut stop).await {
                 Ok(()) if stop.came => break Ok(()),
                 Ok(()) => {}
                 Err(error) => break Err(error),
             }
         };
+        if let Err(error) = self.remove_taken().await {
+            tracing::warn!(relay = %self.relay.name, error = %error, "what was published last is published again");
+        }
         let left = self.lanes.leave().await;
         result.and(left)
     }
@@ -100,25 +115,32 @@ impl Runner {
         &mut self,
         next: Option<Instant>,
         hint: &mut Hint<'_>,
+        decided: &mut Decided<'_>,
         stop: &mut Stop<'_, impl Future<Output = ()>>,
     ) -> Result<()> {
         let look = Instant::now() + LOOK_INTERVAL;
         let look = next.map_or(look, |next| next.min(look));
         let is_away = self.backoff.is_running();
-        let decided = self.relay.held.decided(&self.relay.name, self.decisions);
         tokio::select! {
             biased;
             () = stop.signal() => Ok(()),
             changed = self.lanes.changed() => changed,
             () = hint.heard(), if !is_away => Ok(()),
-            () = decided, if !is_away => Ok(()),
+            () = decided.heard(), if !is_away => Ok(()),
             () = sleep_until(look) => Ok(()),
         }
     }
 
     /// Does what there is to do once; returns when to do more: at once, or when something is due.
     async fn pass(&mut self) -> Result<Option<Instant>> {
-        self.lanes.update().await?;
+        self.lanes.update()?;
+        if self.lanes.are_leaving() || self.taken.is_due() {
+            self.remove_taken().await?;
+        }
+        self.lanes.release();
+        if self.lanes.claim().await? {
+            self.due.changed();
+        }
         self.relay.shared.lock().lanes = self.lanes.numbers();
         self.count().await?;
         if let Some(reason) = self.look_at_others().await? {
@@ -134,7 +156,8 @@ impl Runner {
             }
             Pass::Idle => {
                 self.recover();
-                Ok(due.map(|due| self.instant_of(due)))
+                let due = due.map(|due| self.instant_of(due));
+                Ok(due.into_iter().chain(self.taken.due()).min())
             }
         }
     }
@@ -245,6 +268,64 @@ impl<'a> Hint<'a> {
     async fn heard(&mut self) {
         (&mut self.appended).await;
         self.appended = self.outbox.appended();
+    }
+}
+
+/// Hears of decisions of operators that came after the store of held keys was asked last.
+struct Decided<'a> {
+    held: &'a dyn KeyStateStore,
+    name: &'a Group,
+    /// None before the store was asked, and when one was heard of.
+    decided: Option<BoxFuture<'a, ()>>,
+    /// Which asking it counts from.
+    asking: u64,
+    came: bool,
+}
+
+impl<'a> Decided<'a> {
+    fn new(held: &'a dyn KeyStateStore, name: &'a Group) -> Self {
+        Self {
+            held,
+            name,
+            decided: None,
+            asking: 0,
+            came: false,
+        }
+    }
+
+    /// Counts from when the store was asked last.
+    fn listen_from(&mut self, due: &DueLook) {
+        if due.askings() != self.asking {
+            self.asking = due.askings();
+            self.decided = Some(self.held.decided(self.name, due.decisions()));
+        }
+    }
+
+    /// Notes that something was decided, for as long as it is polled.
+    async fn listen(&mut self) -> Infallible {
+        self.decision().await;
+        std::future::pending().await
+    }
+
+    /// Whether something was decided since this was asked last.
+    fn take(&mut self) -> bool {
+        std::mem::take(&mut self.came)
+    }
+
+    /// Waits until something is decided.
+    async fn heard(&mut self) {
+        if !self.came {
+            self.decision().await;
+        }
+    }
+
+    async fn decision(&mut self) {
+        match &mut self.decided {
+            Some(decided) => decided.await,
+            None => std::future::pending().await,
+        }
+        self.decided = None;
+        self.came = true;
     }
 }
 

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use async_trait::async_trait;
 use eventbus_core::{
-    Consumer, Context, Error, ErrorKind, Event, EventBus, HeldKeys, HeldPlace, KeyAction,
-    MemoryBroker, MemoryKeyState, MemoryLeases, MemoryOutbox, OnRefused, Origin, OutboxDepth,
-    OutboxMessage, OutboxStore, Outgoing, Relay, RelayHandle, Result, RetryPolicy, Start, Until,
+    Consumer, Context, Error, ErrorKind, Event, EventBus, Group, HeldKeys, HeldPlace, KeyAction,
+    LeaseReply, LeaseRequest, LeaseStore, MemberId, MemoryBroker, MemoryKeyState, MemoryLeases,
+    MemoryOutbox, OnRefused, Origin, OutboxDepth, OutboxMessage, OutboxStore, Outgoing, Relay,
+    RelayHandle, Result, RetryPolicy, Start, Until,
 };
 use eventbus_testkit::TestBus;
 use tokio::sync::oneshot;
@@ -361,7 +362,7 @@ impl OutboxStore for Forgetful {
 }
 
 #[tokio::test]
-async fn what_could_not_be_removed_is_published_again_with_the_same_ids_and_nothing_is_lost() {
+async fn what_could_not_be_removed_is_removed_later_and_published_once() {
     let stage = Stage::new();
     let forgetful = Forgetful {
         inner: stage.outbox.clone(),
@@ -370,14 +371,121 @@ async fn what_could_not_be_removed_is_published_again_with_the_same_ids_and_noth
     let relay = stage.start(stage.relay_of(Arc::new(forgetful)));
     stage.append([amount(1, 1), amount(1, 2)]);
     stage.drain().await;
+    assert_eq!(stage.published().await[&1], [1, 2]);
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_not_removed_when_a_relay_died_is_published_again_with_the_same_ids() {
+    let stage = Stage::new();
+    let forgetful = Forgetful {
+        inner: stage.outbox.clone(),
+        failures: AtomicU32::new(u32::MAX),
+    };
+    let dies = stage.start(stage.relay_of(Arc::new(forgetful)));
+    stage.append([amount(1, 1), amount(1, 2)]);
+    while dies.handle.status().published < 2 {
+        sleep(SECOND / 10).await;
+    }
+    dies.task.abort();
+    let relay = stage.start(stage.relay());
+    stage.drain().await;
     let published = stage.test.published_with_envelopes::<OrderCreated>().await;
     let amounts: Vec<_> = published
         .iter()
         .map(|(_, created)| created.amount)
         .collect();
-    assert_eq!(amounts, [1, 2, 1, 2, 1, 2]);
+    assert_eq!(amounts, [1, 2, 1, 2]);
     assert_eq!(published[0].0.id, published[2].0.id);
     relay.stop().await;
+}
+
+#[tokio::test]
+async fn a_few_that_come_one_by_one_are_removed_together_and_none_is_left() {
+    let stage = Stage::new();
+    let counting = Arc::new(Counting {
+        inner: stage.outbox.clone(),
+        removals: AtomicU32::new(0),
+        asked: AtomicU32::new(0),
+    });
+    let leases = Arc::new(CountedLeases {
+        inner: stage.leases.clone(),
+        exchanges: AtomicU32::new(0),
+    });
+    let relay = Relay::on(
+        stage.test.bus(),
+        Arc::clone(&counting) as _,
+        Arc::clone(&leases) as _,
+        Arc::new(stage.held.clone()),
+    );
+    let relay = stage.start(relay);
+    for number in 1..=100 {
+        stage.append([amount(1, number)]);
+        stage.test.settled().await;
+        assert_eq!(relay.handle.status().published, number);
+    }
+    assert!(counting.removals.load(Ordering::SeqCst) <= 10);
+    assert!(counting.asked.load(Ordering::SeqCst) <= 110);
+    assert!(leases.exchanges.load(Ordering::SeqCst) <= 10);
+    sleep(SECOND / 10).await;
+    assert_eq!(stage.outbox.depth().await.unwrap().messages(), 0);
+    assert_eq!(stage.published().await[&1], (1..=100).collect::<Vec<_>>());
+    stage.append([amount(1, 101)]);
+    stage.test.settled().await;
+    relay.stop().await;
+    assert_eq!(stage.outbox.depth().await.unwrap().messages(), 0);
+}
+
+/// Leases that count how often they are asked for.
+#[derive(Debug)]
+struct CountedLeases {
+    inner: MemoryLeases,
+    exchanges: AtomicU32,
+}
+
+#[async_trait]
+impl LeaseStore for CountedLeases {
+    async fn exchange(&self, request: &LeaseRequest) -> Result<LeaseReply> {
+        self.exchanges.fetch_add(1, Ordering::SeqCst);
+        self.inner.exchange(request).await
+    }
+
+    async fn leave(&self, group: &Group, member: MemberId) -> Result<()> {
+        self.inner.leave(group, member).await
+    }
+
+    async fn changed(&self, group: &Group) {
+        self.inner.changed(group).await;
+    }
+}
+
+/// An outbox that counts what it is asked.
+#[derive(Debug)]
+struct Counting {
+    inner: MemoryOutbox,
+    removals: AtomicU32,
+    asked: AtomicU32,
+}
+
+#[async_trait]
+impl OutboxStore for Counting {
+    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        self.inner.next(lanes, messages_max).await
+    }
+
+    async fn remove(&self, positions: &[u64]) -> Result<()> {
+        self.removals.fetch_add(1, Ordering::SeqCst);
+        self.inner.remove(positions).await
+    }
+
+    async fn appended(&self) {
+        self.inner.appended().await;
+    }
+
+    async fn depth(&self) -> Result<OutboxDepth> {
+        self.inner.depth().await
+    }
 }
 
 #[tokio::test]
