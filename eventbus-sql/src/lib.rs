@@ -9,7 +9,7 @@ mod log;
 mod postgres;
 #[cfg(feature = "sqlite")]
 mod sqlite;
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod unit;
 
 #[cfg(feature = "postgres")]

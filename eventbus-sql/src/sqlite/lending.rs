@@ -90,7 +90,7 @@ pub(super) async fn run(connection: &mut SqliteConnection, sql: &'static str) ->
 /// The writing connection, inside a transaction, until the piece of work is kept. Dropped, the work
 /// is undone.
 #[derive(Debug)]
-pub(super) struct Loan {
+pub(crate) struct Loan {
     /// None once it is given back.
     lent: Option<(WritingConnection, oneshot::Sender<Returned>)>,
     marks: Arc<Marks>,
