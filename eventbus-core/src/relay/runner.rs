@@ -25,8 +25,9 @@ use crate::outbox::{OUTBOX_LANES, OutboxStore};
 
 /// How long the batch under way may take when the relay is to end.
 const GRACE: Duration = Duration::from_secs(5);
-/// How often it is counted what waits.
+/// How often it is counted what waits, and, where much does, how much longer at least than counting took.
 const DEPTH_INTERVAL: Duration = Duration::from_secs(5);
+const DEPTH_SHARE: u32 = 100;
 /// The longest time without a look, should no store or clock have told of something.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -39,7 +40,7 @@ pub(super) struct Runner {
     pub(super) due: DueLook,
     pub(super) taken: Taken,
     backoff: Backoff,
-    counted: Option<Instant>,
+    next_count: Option<Instant>,
     /// What was published elsewhere before is handled: this relay may publish.
     is_free: bool,
     part: Arc<Part>,
@@ -53,7 +54,7 @@ impl Runner {
             due: DueLook::new(),
             taken: Taken::new(relay.batch),
             backoff: Backoff::new(),
-            counted: None,
+            next_count: None,
             is_free: false,
             part: relay.bus.shared_activity().part(),
             relay,
@@ -188,15 +189,14 @@ impl Runner {
 
     /// Counts what waits, from time to time.
     async fn count(&mut self) -> Result<()> {
-        let now = Instant::now();
-        if self
-            .counted
-            .is_some_and(|counted| now < counted + DEPTH_INTERVAL)
-        {
+        let begun = Instant::now();
+        if self.next_count.is_some_and(|next| begun < next) {
             return Ok(());
         }
-        self.counted = Some(now);
-        let depth = self.relay.outbox.depth().await?;
+        let counted = self.relay.outbox.depth().await;
+        let pause = DEPTH_INTERVAL.max(begun.elapsed() * DEPTH_SHARE);
+        self.next_count = Some(Instant::now() + pause);
+        let depth = counted?;
         let name = self.relay.name.to_string();
         for lane in 0..OUTBOX_LANES {
             let waiting = depth.lanes.iter().find(|(found, _)| *found == lane);
