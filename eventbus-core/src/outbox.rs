@@ -53,8 +53,8 @@ pub trait OutboxStore: fmt::Debug + Send + Sync + 'static {
     ///
     /// - Of each lane from its first message on and in order: of two transactions that wrote one
     ///   key one after the other, the messages of the first come first.
-    /// - Only what is committed, and nothing that a transaction that is still open could precede.
-    ///   None is left out for good, however late its transaction commits.
+    ///   So they are if the second wrote when the first had committed, or had waited for a lock of it.
+    /// - Only what is committed. None is left out for good, however late its transaction commits.
     /// - An answer with less than a share for one lane (`messages_max / lanes.len()`, rounded down)
     ///   and less than [`OUTBOX_BYTES_MIN`] is all there is: [`appended`](Self::appended) tells of
     ///   what may be published afterwards.
@@ -73,7 +73,7 @@ pub trait OutboxStore: fmt::Debug + Send + Sync + 'static {
     /// resolve for nothing.
     async fn appended(&self);
 
-    /// How much waits.
+    /// How much waits; of a lane with very much, maybe less than there is.
     async fn depth(&self) -> Result<OutboxDepth>;
 }
 

@@ -133,6 +133,9 @@ impl<S: UnitStore> Work for LateWork<S> {
         let opened = self.loan().await.map(|_| ());
         if self.duplicates == [true] {
             // Whoever handled it published the same events, and this wrote nothing.
+            if let Some(loan) = self.loan.take() {
+                self.store.undo(loan).await?;
+            }
             return Ok(Committed::SettleNext);
         }
         opened?;

@@ -196,7 +196,15 @@ impl Runner {
         let counted = self.relay.outbox.depth().await;
         let pause = DEPTH_INTERVAL.max(begun.elapsed() * DEPTH_SHARE);
         self.next_count = Some(Instant::now() + pause);
-        let depth = counted?;
+        let depth = match counted {
+            Ok(depth) => depth,
+            // Whoever cannot count may still be able to publish.
+            Err(error) if error.is_retryable() => {
+                tracing::warn!(relay = %self.relay.name, error = %error, "it is not known how much waits");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
         let name = self.relay.name.to_string();
         for lane in 0..OUTBOX_LANES {
             let waiting = depth.lanes.iter().find(|(found, _)| *found == lane);

@@ -143,10 +143,15 @@ fn meaning(code: &str) -> (ErrorKind, Retry, &'static str) {
             Retry::Later,
             "the server is stopping or starting, or the connection was ended: the next call opens another",
         ),
+        ("25P03" | "25P04", _) => (
+            Unavailable,
+            Retry::Later,
+            "the server ended a transaction in which nothing happened for too long: open it later, wait for nobody meanwhile, or raise `timeout`",
+        ),
         ("25P02", _) => (
             InvalidInput,
             Retry::Never,
-            "a statement of this transaction failed before, so all of it is undone: return the error of that statement, or put it under a savepoint (`connection.begin()`)",
+            "a statement of this transaction failed before, so all of it is undone: return the error of that statement, or have it run under a savepoint that was begun before it (`connection.begin()`)",
         ),
         ("22021", _) => (
             InvalidInput,
@@ -191,6 +196,7 @@ mod tests {
             ("42P01", NotFound, Retry::Never),
             ("25006", Unavailable, Retry::Later),
             ("25P02", InvalidInput, Retry::Never),
+            ("25P03", Unavailable, Retry::Later),
             ("22021", InvalidInput, Retry::Never),
             ("53300", Unavailable, Retry::Later),
             ("53100", Unavailable, Retry::Later),

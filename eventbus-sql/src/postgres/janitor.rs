@@ -124,7 +124,10 @@ impl Database {
     /// Lets groups expire and enforces the retention of every topic.
     async fn sweep(&self) -> Result<()> {
         self.expire_groups().await?;
-        self.sweep_inbox().await?;
+        if let Err(error) = self.sweep_inbox().await {
+            // It keeps no topic from being swept.
+            warn!(%error, "what was handled long ago is not forgotten this time");
+        }
         for kept in self.kept().await? {
             if let Some(retention) = kept.retention {
                 self.remove_older(&kept.topic, retention).await?;

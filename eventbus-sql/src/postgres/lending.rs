@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use eventbus_core::{Error, ErrorKind, EventId, Group, Message, Result, Retry};
-use sqlx::{PgConnection, SqlSafeStr};
+use sqlx::{Connection, PgConnection, SqlSafeStr};
 use tokio::time::Instant;
 use tracing::{error, trace};
 
@@ -28,6 +28,8 @@ const COMMIT: &str = "COMMIT";
 const CHECK_AND_COMMIT: &str = "
     SELECT 1 / (coalesce(current_setting('eventbus.is_open', true), '') = 'yes')::int; COMMIT";
 const DIVISION_BY_ZERO: &str = "22012";
+/// The server ended a transaction in which nothing happened for too long, or one that took too long.
+const IDLE_TOO_LONG: [&str; 2] = ["25P03", "25P04"];
 
 /// The connections that are lent.
 #[derive(Clone, Debug)]
@@ -90,11 +92,12 @@ impl Loan {
         ids: &[EventId],
     ) -> Result<Vec<bool>> {
         trace!(target: "eventbus::step", step = "unit.inbox.before");
+        let age = self.begun.elapsed();
         let recorded = self
             .session
             .limited(async |connection| inbox::record(tables, connection, group, ids).await)
             .await;
-        let (recorded, duplicates) = self.answered(operation, recorded)?;
+        let (recorded, duplicates) = self.answered(operation, age, recorded)?;
         trace!(target: "eventbus::step", step = "unit.inbox.after");
         self.recorded = recorded;
         Ok(duplicates)
@@ -108,6 +111,7 @@ impl Loan {
         tables: &Tables,
         messages: &[(EventId, Message)],
     ) -> Result<()> {
+        let age = self.begun.elapsed();
         let mut commit = CHECK_AND_COMMIT;
         if !messages.is_empty() {
             trace!(target: "eventbus::step", step = "unit.outbox.before");
@@ -117,7 +121,7 @@ impl Loan {
                     outbox::append(tables, connection, messages, Append::WhereOpen).await
                 })
                 .await;
-            let appended = self.answered(operation, appended)?;
+            let appended = self.answered(operation, age, appended)?;
             trace!(target: "eventbus::step", step = "unit.outbox.after");
             if appended < messages.len() as u64 {
                 return Err(self.ended(operation, tables).await);
@@ -131,28 +135,42 @@ impl Loan {
         {
             return Err(self.ended(operation, tables).await);
         }
-        self.answered(operation, committed)?;
+        let committed = self.answered(operation, age, committed);
+        committed.map_err(|error| at_commit(operation, error))?;
         trace!(target: "eventbus::step", step = "sql.commit.after");
-        self.session.end();
+        self.give_back();
         Ok(())
     }
 
     /// Undoes the work. An error says that the connection is lost, which is why it had to be; it is
     /// not where the work took too long.
     pub(super) async fn undo(mut self, operation: &'static str, tables: &Tables) -> Result<()> {
+        let age = self.begun.elapsed();
         match self.forget(tables).await {
-            Ok(()) => self.session.end(),
+            Ok(()) => self.give_back(),
             // Its connection is closed, and so it is undone.
-            Err(failure) if self.is_overdue(&failure) => {}
+            Err(failure) if self.is_overdue(age, &failure) => {}
             Err(failure) => return Err(failure.into_error(operation)),
         }
         Ok(())
     }
 
     /// Whether the connection was lost because nothing happened in the transaction for so long that the
-    /// server ended it, or may have been.
-    fn is_overdue(&self, failure: &Failure) -> bool {
-        failure.is_loss() && self.begun.elapsed() >= self.session.timeout()
+    /// server ended it. Where somebody else has heard why it was lost, its age when the statement was
+    /// sent has to tell.
+    fn is_overdue(&self, age: Duration, failure: &Failure) -> bool {
+        match failure.code() {
+            Some(code) => IDLE_TOO_LONG.contains(&code.as_str()),
+            None => failure.is_closed() && age >= self.session.timeout(),
+        }
+    }
+
+    /// Gives the connection back, unless the driver has lost count of its transactions: after a `begin`
+    /// that failed or was dropped it believes to be in none, and would commit where a savepoint ends.
+    fn give_back(self) {
+        if self.session.connection().is_in_transaction() {
+            self.session.end();
+        }
     }
 
     /// Ends whatever transaction is open, and takes back what the inbox holds of the one that was lent,
@@ -170,7 +188,7 @@ impl Loan {
     /// Somebody else has ended the transaction.
     async fn ended(mut self, operation: &'static str, tables: &Tables) -> Error {
         match self.forget(tables).await {
-            Ok(()) => self.session.end(),
+            Ok(()) => self.give_back(),
             Err(failure) => {
                 let error = failure.into_error(operation);
                 error!(%error, "a handler ended its transaction, and it is not known whether its event will be handled again");
@@ -183,13 +201,16 @@ impl Loan {
         )
     }
 
-    /// Why a statement was refused. What only a commit checks is broken by the work that is in it: the
-    /// client's own tables have nothing of the kind.
-    fn answered<T>(&self, operation: &'static str, answer: Result<T, Failure>) -> Result<T> {
-        answer.map_err(|failure| match failure.code().as_deref() {
-            Some(code) if code.starts_with("23") => broken(operation, failure),
-            _ if self.is_overdue(&failure) => overdue(operation, self.session.timeout(), failure),
-            _ => failure.into_error(operation),
+    /// Why a statement failed that was sent when the transaction had that age.
+    fn answered<T>(
+        &self,
+        operation: &'static str,
+        age: Duration,
+        answer: Result<T, Failure>,
+    ) -> Result<T> {
+        answer.map_err(|failure| match self.is_overdue(age, &failure) {
+            true => overdue(operation, self.session.timeout(), failure),
+            false => failure.into_error(operation),
         })
     }
 }
@@ -204,8 +225,13 @@ fn overdue(operation: &'static str, timeout: Duration, failure: Failure) -> Erro
         .with_source(failure.into_error(operation))
 }
 
-fn broken(operation: &'static str, failure: Failure) -> Error {
-    let message = "what was written breaks a constraint that is checked at the commit";
-    Error::new(ErrorKind::InvalidInput, operation, message)
-        .with_source(failure.into_error(operation))
+/// What only a commit finds is about the work that is in it: the client's own tables have nothing of
+/// the kind.
+fn at_commit(operation: &'static str, error: Error) -> Error {
+    if error.kind() != ErrorKind::Internal {
+        return error;
+    }
+    let message =
+        "what was written breaks a constraint, or fails a trigger, that is checked at the commit";
+    Error::new(ErrorKind::InvalidInput, operation, message).with_source(error)
 }

@@ -12,8 +12,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use eventbus_core::{
-    Error, EventId, Headers, Key, Message, OutboxDepth, OutboxMessage, OutboxStore, Result,
-    Timestamp, Topic, header, outbox_lane,
+    Error, EventId, Headers, Key, Message, OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore,
+    Result, Timestamp, Topic, header, outbox_lane,
 };
 use metrics::counter;
 use sqlx::postgres::PgRow;
@@ -50,12 +50,17 @@ const INSERT_ONE: &str = "
 
 /// Of each lane that has messages an even share, in messages and bytes, by the index; the oldest, where
 /// there are more lanes than messages to be had. What it looks at depends on how many are asked for, not
-/// on how many wait: were the lane named by `=`, the planner would know that the order is by position
-/// alone, and might go through all lanes by the index of positions.
+/// on how many wait. It has to be so whatever the planner believes of a table that is empty one moment and
+/// large the next: were the lane named by `=`, it would know that the order is by position alone, and
+/// might go through all lanes by the index of positions; without a limit for each lane, it might join.
 const SELECT_NEXT: &str = "
     WITH busy AS MATERIALIZED (
         SELECT wanted.lane FROM unnest($1::int[]) AS wanted(lane)
-        WHERE EXISTS (SELECT 1 FROM {s}.outbox AS message WHERE message.lane = wanted.lane)
+        CROSS JOIN LATERAL (
+            SELECT 1 FROM {s}.outbox AS message
+            WHERE message.lane BETWEEN wanted.lane AND wanted.lane
+            ORDER BY message.lane, message.position LIMIT 1
+        ) AS first
     ), share AS MATERIALIZED (
         SELECT greatest($2 / greatest(count(*), 1), 1) AS messages, $3 / greatest(count(*), 1) AS bytes
         FROM busy
@@ -63,14 +68,14 @@ const SELECT_NEXT: &str = "
     SELECT position, lane, id, aggregatetype, aggregateid, key, headers, payload
     FROM share CROSS JOIN busy CROSS JOIN LATERAL (
         SELECT position, id, aggregatetype, aggregateid, key, headers, payload,
-            sum(octet_length(payload)) OVER (
-                ORDER BY message.lane, position ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
-            ) - octet_length(payload) AS before
+            sum(octet_length(headers) + octet_length(payload)) OVER (
+                ORDER BY message.lane, position ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+            ) AS before
         FROM {s}.outbox AS message
         WHERE message.lane BETWEEN busy.lane AND busy.lane
         ORDER BY message.lane, position LIMIT share.messages
     ) AS message
-    WHERE before < share.bytes ORDER BY position LIMIT $2";
+    WHERE coalesce(before, 0) < share.bytes ORDER BY position LIMIT $2";
 
 const REMOVE: &str = "DELETE FROM {s}.outbox WHERE position = ANY($1)";
 
@@ -78,8 +83,16 @@ const REMOVE: &str = "DELETE FROM {s}.outbox WHERE position = ANY($1)";
 const QUARANTINE: &str = "
     UPDATE {s}.outbox SET lane = -1 - lane WHERE position = ANY($1) AND lane >= 0";
 
+/// Each lane up to a hundred thousand: who has more knows enough, and counting is not what a relay is for.
 const SELECT_DEPTH: &str = "
-    SELECT lane, count(*) FROM {s}.outbox WHERE lane >= 0 GROUP BY lane ORDER BY lane";
+    SELECT wanted.lane, count(*)
+    FROM unnest($1::int[]) AS wanted(lane)
+    CROSS JOIN LATERAL (
+        SELECT 1 FROM {s}.outbox AS message
+        WHERE message.lane BETWEEN wanted.lane AND wanted.lane
+        ORDER BY message.lane, message.position LIMIT 100000
+    ) AS waiting
+    GROUP BY wanted.lane ORDER BY wanted.lane";
 
 /// The oldest message, and since when the oldest transaction is open that has added some, as far as
 /// this role may see those of others.
@@ -303,7 +316,10 @@ impl OutboxStore for PostgresStore {
     async fn depth(&self) -> Result<OutboxDepth> {
         let tables = &self.database.tables;
         let (depth, oldest) = (tables.sql(SELECT_DEPTH), tables.sql(SELECT_OLDEST));
-        let lanes = self.database.query(READ, || sqlx::query(depth.clone()));
+        let all: Vec<i32> = (0..OUTBOX_LANES as i32).collect();
+        let lanes = self
+            .database
+            .query(READ, || sqlx::query(depth.clone()).bind(&all));
         let lanes = lanes.await?;
         let oldest = self.database.query(READ, || sqlx::query(oldest.clone()));
         let oldest = oldest.await?;

@@ -126,8 +126,8 @@ impl Purpose {
     fn setup(self, config: &PostgresConfig) -> String {
         let setup = setup(config.timeout);
         match self {
-            Self::Own => format!("{setup};{BY_INDEX};{ISOLATION}"),
-            Self::Lent => setup,
+            Self::Own => format!("{setup};{BY_INDEX};{ISOLATION};SET jit TO off"),
+            Self::Lent => format!("{setup};{CHECK_CLIENT}"),
         }
     }
 }
@@ -141,6 +141,13 @@ async fn begin_for_good(connection: &mut PgConnection) -> Result<(), sqlx::Error
 
 /// Tables here are small one moment and large the next, while plans are kept: an index is never bad.
 const BY_INDEX: &str = "SET enable_seqscan TO off";
+/// Has the server end a statement, and undo its transaction, soon after whoever asked for it is gone. Not
+/// every version and system can.
+const CHECK_CLIENT: &str = "
+    DO $$ BEGIN
+        PERFORM set_config('client_connection_check_interval', '500ms', false);
+    EXCEPTION WHEN OTHERS THEN NULL;
+    END $$";
 /// What the client's own statements are written for.
 const ISOLATION: &str = "SET default_transaction_isolation TO 'read committed'";
 
@@ -150,7 +157,6 @@ fn setup(limit: Duration) -> String {
     format!(
         "SET statement_timeout TO {millis};
          SET idle_in_transaction_session_timeout TO {millis};
-         SET jit TO off;
          SET client_min_messages TO warning;
          SELECT set_config('synchronous_commit', 'on', false)
          WHERE current_setting('synchronous_commit') = 'off'"
@@ -190,6 +196,11 @@ impl Failure {
             Self::Native(error) => super::error::code_of(error),
             Self::NoAnswer => None,
         }
+    }
+
+    /// Whether the connection is gone without a word of the server's.
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_loss() && matches!(self, Self::Native(error) if error.as_database_error().is_none())
     }
 
     /// Whether the connection is gone, and what became of the statement is not known.
@@ -232,7 +243,9 @@ impl Session {
             Ok(answer) => answer.map_err(Failure::Native),
             Err(_) => Err(Failure::NoAnswer),
         };
-        if answer.as_ref().is_err_and(Failure::is_loss) {
+        let lost = answer.as_ref().err().filter(|failure| failure.is_loss());
+        // One that idled in its transaction says nothing of the others.
+        if lost.is_some_and(|failure| failure.code().as_deref() != Some("25P03")) {
             self.sessions.note_loss();
         }
         answer

@@ -1,7 +1,7 @@
 //! The store of a service: its own database, in which its writes, its duplicate check and what it
 //! publishes commit together. What it does as a unit, an outbox and so on is in files of these names.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -40,7 +40,8 @@ use crate::log::Wakes;
 /// - **Transactions are PostgreSQL's**, of the isolation that `default_transaction_isolation` says, of
 ///   the server or of [`PostgresConfig::connect`]. Each has a connection for itself, at most [`PostgresConfig::connections`] at once; whoever comes
 ///   later waits for [`PostgresConfig::timeout`]. That is also the longest time of a statement and of
-///   a transaction in which nothing happens: the server ends it then. `SET LOCAL` changes both.
+///   a transaction in which nothing happens: the server ends it then. `SET LOCAL` changes both; what is
+///   set without `LOCAL` stays with the connection, for whoever has it next.
 /// - **Nobody else commits it.** Where a `COMMIT` or `ROLLBACK` of somebody else's ended it, nothing is
 ///   published and the work has failed: an event is handled again. Transactions begun inside it (`connection.begin()`) are
 ///   savepoints.
@@ -50,7 +51,9 @@ use crate::log::Wakes;
 /// - **Order.** Of two transactions of which the second wrote when the first had committed, or had
 ///   waited for a lock of it, the first is published first. So write before you
 ///   [`append`](Self::append) by hand; the SDK's own transactions append at the end.
-/// - **Nothing waits for a transaction that is open** but what it publishes itself.
+/// - **Nothing waits for a transaction that is open** but what it publishes itself. What was published
+///   and deleted meanwhile cannot be cleared away, though: after some hundred thousand events reading the
+///   outbox becomes slow until that transaction, of whatever session of the database, ends.
 ///
 /// # Examples
 ///
@@ -97,7 +100,7 @@ pub struct PostgresStore {
     pub(super) group_max: usize,
     leases: PostgresLeases,
     /// The service's own connections: those that are lent would not let it begin transactions.
-    pool: PgPool,
+    pool: Arc<OnceLock<PgPool>>,
 }
 
 impl PostgresStore {
@@ -122,7 +125,7 @@ impl PostgresStore {
     pub(super) fn on(database: Shared) -> Self {
         Self {
             leases: PostgresLeases::new(database.clone(), Arc::default()),
-            pool: database.config.pool(),
+            pool: Arc::default(),
             database,
             appending: Arc::default(),
             group_max: 1,
@@ -156,8 +159,12 @@ impl PostgresStore {
 
     /// Connections of the service's own, for whatever else it asks its database; at most
     /// [`PostgresConfig::connections`] of them, too.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
     pub fn pool(&self) -> &PgPool {
-        &self.pool
+        self.pool.get_or_init(|| self.database.config.pool())
     }
 
     /// Appends messages, in order, in a transaction of somebody else's on the same database: they are

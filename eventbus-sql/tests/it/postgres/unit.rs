@@ -268,6 +268,32 @@ async fn work_ends_with_its_handler_however_that_ends() {
 
 #[tokio::test]
 #[ignore = "needs brokers: ./dev/test"]
+async fn a_savepoint_that_could_not_begin_harms_nobody_else() {
+    let service = Service::with(|config| config.with_connections(4)).await;
+    for _ in 0..8 {
+        let mut tx = service.begin().await;
+        sqlx::raw_sql("SELECT 1 / 0")
+            .execute(&mut *tx)
+            .await
+            .expect_err("it is no number");
+        // The driver answers by ending the whole transaction.
+        tx.begin().await.expect_err("nothing more is done in it");
+        tx.commit().await.expect_err("so is the commit");
+    }
+    for number in 0..8 {
+        let mut tx = service.begin().await;
+        let mut savepoint = tx.begin().await.expect("a savepoint");
+        super::service::write(&mut savepoint, number)
+            .await
+            .expect("it is written");
+        savepoint.commit().await.expect("it is released");
+        tx.roll_back();
+    }
+    assert!(service.orders().await.is_empty(), "it commits nothing");
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
 async fn an_event_whose_handler_commits_by_itself_is_never_settled_in_silence() {
     let shop = Shop::open().await;
     let consumer = shop.spawn().await;
