@@ -1,6 +1,7 @@
 //! PostgreSQL as its users meet it, on a real server.
 
 mod conformance;
+mod debezium;
 mod faults;
 mod key_state;
 mod leases;
