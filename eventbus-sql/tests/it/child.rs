@@ -180,6 +180,11 @@ async fn plays_its_role() {
         }
         ("schedule-nothing", _) => schedule_nothing(file).await,
         ("store-only", millis) => store_only(&open(file).await, millis_of(millis)).await,
+        #[cfg(feature = "postgres")]
+        ("relay", _) if place.starts_with("postgres:") => {
+            crate::postgres::relays::relay(place).await;
+        }
+        ("relay", _) => crate::relays::relay_file(file).await,
         ("shop", _) => crate::crash::trade(open(file).await, file).await,
         _ => panic!("no such role: {role}"),
     }

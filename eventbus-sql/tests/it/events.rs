@@ -31,3 +31,4 @@ macro_rules! event {
 event!(OrderPlaced on "order-events" by |number| Some(Key::display(number)));
 event!(StockReserved on "stock-events" by |number| Some(Key::display(number)));
 event!(MailWanted on "mail" by |_| None);
+event!(Counted on "counted" by |number| Some(Key::display(number % 7)));

@@ -14,6 +14,7 @@ mod place;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod processes;
+mod relays;
 mod retention;
 mod schedule;
 mod scheduled;

@@ -10,6 +10,7 @@ mod order;
 mod outbox;
 mod processes;
 mod proxy;
+pub(crate) mod relays;
 mod retention;
 mod schedule;
 mod schema;
