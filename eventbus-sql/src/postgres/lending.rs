@@ -128,7 +128,7 @@ impl Loan {
             }
             commit = COMMIT;
         }
-        trace!(target: "eventbus::step", step = "sql.commit.before");
+        trace!(target: "eventbus::step", step = "unit.commit.before");
         let committed = self.session.execute(commit.into_sql_str()).await;
         if let Err(failure) = &committed
             && failure.code().as_deref() == Some(DIVISION_BY_ZERO)
@@ -137,7 +137,7 @@ impl Loan {
         }
         let committed = self.answered(operation, age, committed);
         committed.map_err(|error| at_commit(operation, error))?;
-        trace!(target: "eventbus::step", step = "sql.commit.after");
+        trace!(target: "eventbus::step", step = "unit.commit.after");
         self.give_back();
         Ok(())
     }

@@ -130,7 +130,10 @@ impl SqliteTransaction {
         let appended = outbox::append(tables, loan.connection_mut(), &messages, now).await;
         let appended = appended.map_err(|error| store.database.error(APPEND, error))?;
         trace!(target: "eventbus::step", step = "unit.outbox.after");
-        loan.keep("commit transaction", appended).await
+        trace!(target: "eventbus::step", step = "unit.commit.before");
+        loan.keep("commit transaction", appended).await?;
+        trace!(target: "eventbus::step", step = "unit.commit.after");
+        Ok(())
     }
 
     /// Rolls back; so does dropping it.

@@ -63,7 +63,10 @@ impl UnitStore for SqliteStore {
         let appended = outbox::append(tables, loan.connection_mut(), &messages, now).await;
         let appended = appended.map_err(|error| self.database.error(APPEND, error))?;
         trace!(target: "eventbus::step", step = "unit.outbox.after");
-        loan.keep("commit", appended).await
+        trace!(target: "eventbus::step", step = "unit.commit.before");
+        loan.keep("commit", appended).await?;
+        trace!(target: "eventbus::step", step = "unit.commit.after");
+        Ok(())
     }
 
     async fn undo(&self, loan: Loan) -> Result<()> {
