@@ -1,26 +1,51 @@
-//! The database of a service: one SQLite file, opened and brought up to date here, with a journal of
-//! what the service handled. What is written in it, besides, is the business of the services; that
-//! it happens once is the business of the SDK's store.
+//! The databases of the services, an SQLite file or a PostgreSQL schema each, and how a service writes
+//! to its own. What is written, is the business of the services; that it happens once, and is
+//! published when it is committed, is the business of the SDK's stores.
+//!
+//! A team whose service has one database needs none of this: it names the store, as in
+//! `Context<(), PostgresStore>`, and writes through the connection of sqlx that `cx.transaction()`
+//! lends. The shop runs on either, with the same services.
 
-use std::path::{Path, PathBuf};
+use eventbus::prelude::{BoxError, Context, Event, EventBus, Origin, Outgoing};
+use eventbus::store::OutboxStore as _;
+use eventbus::{
+    EventId, PostgresOutbox, PostgresStore, PostgresTransaction, Relay, SqliteOutbox, SqliteStore,
+    SqliteTransaction,
+};
 
-use anyhow::{Context as _, ensure};
-use eventbus::SqliteStore;
-use eventbus::prelude::{BoxError, Context, Event};
-use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{AssertSqlSafe, ConnectOptions as _, SqliteConnection};
+mod statement;
+mod tables;
+mod unit;
 
-/// What a service handled, in which order: for people who ask what happened, and for the crash
-/// campaign, to which a second entry for one event says that its effects happened twice.
-const JOURNAL: &str = "
-    CREATE TABLE IF NOT EXISTS handled (
-        sequence   INTEGER PRIMARY KEY,
-        at         REAL NOT NULL DEFAULT (unixepoch('subsec')),
-        key        TEXT NOT NULL,
-        event_type TEXT NOT NULL,
-        event_id   TEXT NOT NULL
-    ) STRICT;
-    DELETE FROM handled WHERE at < unixepoch() - 30 * 24 * 60 * 60";
+pub use statement::{Tx, sql};
+pub use tables::Tables;
+
+/// A service's own database.
+#[derive(Clone, Debug)]
+pub enum Database {
+    /// A file.
+    Sqlite(SqliteStore),
+    /// A schema.
+    Postgres(PostgresStore),
+}
+
+/// Begins transactions that are no handler's, such as those of a web request.
+#[derive(Clone, Debug)]
+pub enum Outbox {
+    /// In a file.
+    Sqlite(SqliteOutbox),
+    /// In a schema.
+    Postgres(PostgresOutbox),
+}
+
+/// Such a transaction. Dropped, it is rolled back.
+#[derive(Debug)]
+pub enum Transaction {
+    /// In a file.
+    Sqlite(SqliteTransaction),
+    /// In a schema.
+    Postgres(PostgresTransaction),
+}
 
 /// An event that a service handled.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,121 +58,124 @@ pub struct Handled {
     pub event_id: String,
 }
 
-/// Opens `<data>/<service>.db` and brings it up to date: each migration runs once.
-///
-/// # Errors
-///
-/// When the file is no database, of a later version, or not to be written.
-pub async fn open(
-    data: &Path,
-    service: &str,
-    migrations: &'static [&'static str],
-) -> anyhow::Result<SqliteStore> {
-    let file = file_of(data, service);
-    let opened = open_file(&file, migrations).await;
-    opened.with_context(|| format!("open {}, the data of the {service} service", file.display()))
-}
-
-/// What a service handled, in the order in which it was committed.
-///
-/// # Errors
-///
-/// When its database cannot be read.
-pub async fn journal(data: &Path, service: &str) -> anyhow::Result<Vec<Handled>> {
-    let file = file_of(data, service);
-    let opened = SqliteConnectOptions::new().filename(&file).connect().await;
-    let mut connection = opened.with_context(|| format!("open {}", file.display()))?;
-    let sql = "SELECT key, event_type, event_id FROM handled ORDER BY sequence";
-    let rows: Vec<(String, String, String)> =
-        sqlx::query_as(sql).fetch_all(&mut connection).await?;
-    let rows = rows.into_iter();
-    Ok(rows
-        .map(|(key, event_type, event_id)| Handled {
-            key,
-            event_type,
-            event_id,
-        })
-        .collect())
-}
-
 /// Opens the transaction in which an event is handled, and notes it in the journal.
 ///
 /// # Errors
 ///
-/// Those of [`Context::transaction`], and of the file.
+/// Those of [`Context::transaction`], and of the database.
 pub async fn handling<'c, E: Event + Sync, S: Send + Sync>(
     event: &E,
-    cx: &'c mut Context<S, SqliteStore>,
-) -> Result<&'c mut SqliteConnection, BoxError> {
+    cx: &'c mut Context<S, Database>,
+) -> Result<Tx<'c>, BoxError> {
     let (key, id) = (event.key(), cx.id().to_string());
-    let connection = cx.transaction().await?;
-    sqlx::query("INSERT INTO handled (key, event_type, event_id) VALUES (?, ?, ?)")
+    let mut tx = cx.transaction().await?.tx().await?;
+    sql("INSERT INTO handled (key, event_type, event_id) VALUES ($1, $2, $3)")
         .bind(key.map(|key| key.to_string()).unwrap_or_default())
         .bind(E::TYPE)
         .bind(id)
-        .execute(&mut *connection)
+        .execute(&mut tx)
         .await?;
-    Ok(connection)
+    Ok(tx)
 }
 
-/// Where a service has its database.
-pub fn file_of(data: &Path, service: &str) -> PathBuf {
-    data.join(format!("{service}.db"))
-}
-
-async fn open_file(
-    file: &Path,
-    migrations: &'static [&'static str],
-) -> anyhow::Result<SqliteStore> {
-    let store = SqliteStore::open(file).await?;
-    let mut connection = SqliteConnectOptions::new().filename(file).connect().await?;
-    migrate(&mut connection, migrations).await?;
-    Ok(store)
-}
-
-/// Runs the migrations that have not run yet; the file itself says how many have.
-async fn migrate(
-    connection: &mut SqliteConnection,
-    migrations: &'static [&'static str],
-) -> anyhow::Result<()> {
-    sqlx::raw_sql("BEGIN IMMEDIATE")
-        .execute(&mut *connection)
-        .await?;
-    let version: u32 = sqlx::query_scalar("PRAGMA user_version")
-        .fetch_one(&mut *connection)
-        .await?;
-    let version = version as usize;
-    ensure!(
-        version <= migrations.len(),
-        "it is of version {version}, which this program does not know: run the program that wrote it"
-    );
-    sqlx::raw_sql(JOURNAL).execute(&mut *connection).await?;
-    for migration in &migrations[version..] {
-        sqlx::raw_sql(*migration).execute(&mut *connection).await?;
+impl Database {
+    /// What requests write and publish through.
+    pub fn outbox(&self, bus: &EventBus) -> Outbox {
+        match self {
+            Self::Sqlite(store) => Outbox::Sqlite(store.outbox(bus)),
+            Self::Postgres(store) => Outbox::Postgres(store.outbox(bus)),
+        }
     }
-    // A pragma takes no parameters; a number is safe to write out.
-    let version = AssertSqlSafe(format!("PRAGMA user_version = {}", migrations.len()));
-    sqlx::raw_sql(version).execute(&mut *connection).await?;
-    sqlx::raw_sql("COMMIT").execute(connection).await?;
-    Ok(())
+
+    /// How many events are committed and not published.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be read.
+    pub async fn unpublished(&self) -> eventbus::Result<u64> {
+        let depth = match self {
+            Self::Sqlite(store) => store.depth().await?,
+            Self::Postgres(store) => store.depth().await?,
+        };
+        Ok(depth.lanes.iter().map(|(_, messages)| messages).sum())
+    }
+
+    /// What the service handled, in the order in which it was committed.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be read.
+    pub async fn journal(&self) -> sqlx::Result<Vec<Handled>> {
+        let rows: Vec<(String, String, String)> =
+            sql("SELECT key, event_type, event_id FROM handled ORDER BY sequence")
+                .fetch_all(self)
+                .await?;
+        let rows = rows.into_iter();
+        Ok(rows
+            .map(|(key, event_type, event_id)| Handled {
+                key,
+                event_type,
+                event_id,
+            })
+            .collect())
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::service::sample::TestData;
+impl Outbox {
+    /// Begins a transaction whose events are part of the flow that `origin` describes.
+    ///
+    /// # Errors
+    ///
+    /// When the database is away.
+    pub async fn begin(&self, origin: Origin) -> eventbus::Result<Transaction> {
+        Ok(match self {
+            Self::Sqlite(outbox) => Transaction::Sqlite(outbox.begin(origin).await?),
+            Self::Postgres(outbox) => Transaction::Postgres(outbox.begin(origin).await?),
+        })
+    }
 
-    #[tokio::test]
-    async fn a_file_of_a_later_program_is_refused() {
-        let data = TestData::new();
-        let migrations = &["CREATE TABLE notes (note TEXT) STRICT"];
-        drop(open(data.path(), "test", migrations).await.unwrap());
-        drop(open(data.path(), "test", migrations).await.unwrap());
-        let error = open(data.path(), "test", &[]).await.unwrap_err();
-        let text = format!("{error:#}");
-        assert!(
-            text.contains("test.db") && text.contains("version 1"),
-            "{text}"
-        );
+    /// What publishes the events that were committed.
+    pub fn relay(&self) -> Relay {
+        match self {
+            Self::Sqlite(outbox) => outbox.relay(),
+            Self::Postgres(outbox) => outbox.relay(),
+        }
+    }
+}
+
+impl Transaction {
+    /// What is written through.
+    pub fn tx(&mut self) -> Tx<'_> {
+        match self {
+            Self::Sqlite(transaction) => Tx::Sqlite(transaction),
+            Self::Postgres(transaction) => Tx::Postgres(transaction),
+        }
+    }
+
+    /// Adds an event to be published when the transaction has committed.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written down.
+    pub fn publish<E: Event>(
+        &mut self,
+        event: impl Into<Outgoing<E>>,
+    ) -> eventbus::Result<EventId> {
+        match self {
+            Self::Sqlite(transaction) => transaction.publish(event),
+            Self::Postgres(transaction) => transaction.publish(event),
+        }
+    }
+
+    /// Commits what was written together with the events.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was committed, or it is unknown whether it was.
+    pub async fn commit(self) -> eventbus::Result<()> {
+        match self {
+            Self::Sqlite(transaction) => transaction.commit().await,
+            Self::Postgres(transaction) => transaction.commit().await,
+        }
     }
 }

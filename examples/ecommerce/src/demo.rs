@@ -13,6 +13,7 @@ use eventbus::prelude::EventBus;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::data_dir::DataDir;
+use crate::databases::{Databases, StoreArgs};
 use crate::fake::{FakeProcess, ask, ledger_of};
 use crate::shop::{Service, Shop, Surroundings, broker_url, connect, lives_in_process};
 
@@ -50,6 +51,8 @@ pub struct DemoArgs {
     /// SQLite file among the others]
     #[arg(long, value_name = "URL")]
     broker: Option<String>,
+    #[command(flatten)]
+    store: StoreArgs,
     /// A new directory for the services' files, to look into afterwards [default: a temporary one]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
@@ -69,12 +72,27 @@ pub struct DemoArgs {
 /// When something cannot be started or asked.
 pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let data = data_dir(args.data.clone())?;
-    let bus = connect(&broker(&args, data.path())).await?;
+    // What a shop did before would not add up with this run.
+    let databases = args.store.fresh()?.databases(data.path())?;
+    let outcome = run_in(&args, data.path(), &databases).await;
+    match data {
+        DataDir::Kept(_) => eprintln!("the services' data are in {databases}"),
+        DataDir::Temporary(_) => {
+            let removed = databases.remove(Service::names()).await;
+            // What went wrong first says more.
+            return outcome.and_then(|code| removed.map(|()| code));
+        }
+    }
+    outcome
+}
+
+async fn run_in(args: &DemoArgs, data: &Path, databases: &Databases) -> anyhow::Result<ExitCode> {
+    let bus = connect(&broker(args, data)).await?;
     let book = OrderBook::write(args.orders, args.seed, &run_name(&bus, args.seed));
     let book = Arc::new(book);
-    let (psp, mailer) = start_fakes(&args, data.path()).await?;
+    let (psp, mailer) = start_fakes(args, data).await?;
     let surroundings = Surroundings {
-        data: data.path().to_owned(),
+        databases: databases.clone(),
         port: 0,
         psp_url: Some(psp.url.clone()),
         mailer_url: Some(mailer.url.clone()),
@@ -82,7 +100,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     };
     let (shop, service) = Shop::open(&bus, Service::value_variants(), surroundings).await?;
     let mut shown = None;
-    let show = async { shown = Some(show(&args, &bus, &shop, &book, [&psp, &mailer]).await) };
+    let show = async { shown = Some(show(args, &bus, &shop, &book, [&psp, &mailer]).await) };
     service.run_until(show).await.context("run the shop")?;
     let (drawings, summary) = shown.context("the shop ended before the demo did")??;
 

@@ -23,6 +23,7 @@ mod client;
 mod crash_point;
 mod data_dir;
 mod database;
+mod databases;
 mod demo;
 mod events;
 mod fake;
@@ -32,6 +33,7 @@ mod shop;
 use campaign::CampaignArgs;
 use crash_point::CrashPoint;
 use data_dir::DataDir;
+use databases::StoreArgs;
 use demo::DemoArgs;
 use fake::FakeProcess;
 use fake::mailer::MailerArgs;
@@ -99,6 +101,8 @@ struct RunArgs {
     /// process [default: the embedded one, an SQLite file in the data directory]
     #[arg(long, value_name = "URL")]
     broker: Option<String>,
+    #[command(flatten)]
+    store: StoreArgs,
     /// The gateway's port on loopback; 0 takes a free one
     #[arg(long, default_value_t = 8080)]
     port: u16,
@@ -167,6 +171,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         None if is_memory(args.broker.as_deref()) => DataDir::temporary()?,
         None => DataDir::open("ecommerce-data".into())?,
     };
+    let databases = args.store.databases(data.path())?;
     let bus = connect(&broker_url(args.broker.as_deref(), data.path())).await?;
     anyhow::ensure!(
         args.only.is_empty() || !lives_in_process(&bus),
@@ -188,7 +193,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let psp = fake(Service::Payment, args.psp, "fake-psp").await?;
     let mailer = fake(Service::Notification, args.mailer, "fake-mailer").await?;
     let surroundings = Surroundings {
-        data: data.path().to_owned(),
+        databases,
         port: args.port,
         psp_url: psp.as_ref().map(|psp| psp.url.clone()),
         mailer_url: mailer.as_ref().map(|mailer| mailer.url.clone()),

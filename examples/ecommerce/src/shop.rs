@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,13 +11,15 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use eventbus::desk::HeldReport;
 use eventbus::prelude::{Connect as _, ConsumerBuilder, EventBus};
-use eventbus::{DeadLetters, Durability, SqliteOutbox, SqliteStore, Stopping, health};
+use eventbus::{DeadLetters, Durability, Stopping, health};
 use tokio::net::TcpListener;
 use tracing::{debug, info, warn};
 
 use crate::catalogue;
 use crate::client::mailer::HttpMailer;
 use crate::client::psp::HttpPsp;
+use crate::database::{Database, Outbox};
+use crate::databases::Databases;
 use crate::events::topics;
 use crate::service::gateway::{self, Board};
 use crate::service::inventory::{self, Warehouse};
@@ -51,6 +53,12 @@ pub enum Service {
 }
 
 impl Service {
+    /// The names of all.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        let services = Self::value_variants().iter();
+        services.map(|service| service.name())
+    }
+
     /// Its name: the consumer group, and the source of its events.
     fn name(self) -> &'static str {
         match self {
@@ -67,8 +75,8 @@ impl Service {
 /// What the services need from outside.
 #[derive(Clone, Debug)]
 pub struct Surroundings {
-    /// The directory in which each service has its database.
-    pub data: PathBuf,
+    /// Where each service has its database.
+    pub databases: Databases,
     /// The gateway's port.
     pub port: u16,
     /// The payment provider, for the payment service.
@@ -129,46 +137,47 @@ impl Shop {
         bus: &EventBus,
         surroundings: &Surroundings,
     ) -> anyhow::Result<eventbus::Service> {
-        let data = &surroundings.data;
+        let databases = &surroundings.databases;
         match service {
             Service::Gateway => {
-                let board = self.board.insert(Board::open(data).await?).clone();
+                let board = self.board.insert(Board::open(databases).await?).clone();
                 let parts = self.serve(parts, bus, &board, surroundings.port).await?;
                 let consumer = gateway::consumer(bus, &board);
-                self.spawn(parts, service, board.store().outbox(bus), consumer)
+                self.spawn(parts, service, board.database().outbox(bus), consumer)
                     .await
             }
             Service::Order => {
-                let store = order::open(data).await?;
-                let (outbox, consumer) = (store.outbox(bus), order::consumer(bus, store));
+                let database = order::open(databases).await?;
+                let (outbox, consumer) = (database.outbox(bus), order::consumer(bus, database));
                 self.spawn(parts, service, outbox, consumer).await
             }
             Service::Inventory => {
-                let warehouse = Warehouse::open(data).await?;
+                let warehouse = Warehouse::open(databases).await?;
                 warehouse.deliver(bus, &surroundings.stock).await?;
                 let warehouse = self.warehouse.insert(warehouse).clone();
                 let consumer = inventory::consumer(bus, &warehouse);
-                self.spawn(parts, service, warehouse.store().outbox(bus), consumer)
+                self.spawn(parts, service, warehouse.database().outbox(bus), consumer)
                     .await
             }
             Service::Payment => {
                 let url = surroundings.psp_url.as_deref();
                 let psp = Arc::new(HttpPsp::new(url.context("payment needs a provider")?)?);
-                let store = payment::open(data).await?;
-                let (outbox, consumer) = (store.outbox(bus), payment::consumer(bus, store, psp));
+                let database = payment::open(databases).await?;
+                let (outbox, consumer) =
+                    (database.outbox(bus), payment::consumer(bus, database, psp));
                 self.spawn(parts, service, outbox, consumer).await
             }
             Service::Shipping => {
-                let store = shipping::open(data).await?;
-                let (outbox, consumer) = (store.outbox(bus), shipping::consumer(bus, store));
+                let database = shipping::open(databases).await?;
+                let (outbox, consumer) = (database.outbox(bus), shipping::consumer(bus, database));
                 self.spawn(parts, service, outbox, consumer).await
             }
             Service::Notification => {
                 let url = surroundings.mailer_url.as_deref();
                 let mailer = HttpMailer::new(url.context("notification needs a provider")?)?;
-                let store = notification::open(data).await?;
-                let outbox = store.outbox(bus);
-                let consumer = notification::consumer(bus, store, Arc::new(mailer));
+                let database = notification::open(databases).await?;
+                let outbox = database.outbox(bus);
+                let consumer = notification::consumer(bus, database, Arc::new(mailer));
                 self.spawn(parts, service, outbox, consumer).await
             }
         }
@@ -178,8 +187,8 @@ impl Shop {
         &mut self,
         parts: eventbus::Service,
         service: Service,
-        outbox: SqliteOutbox,
-        consumer: ConsumerBuilder<S, SqliteStore>,
+        outbox: Outbox,
+        consumer: ConsumerBuilder<S, Database>,
     ) -> anyhow::Result<eventbus::Service>
     where
         S: Send + Sync + 'static,

@@ -34,6 +34,8 @@ pub struct Verdict {
     mailer_repeats: u64,
     /// Dead letters that were given to their service again.
     pub redriven: usize,
+    /// How often the shop was crashed at each named step.
+    pub crashes: BTreeMap<String, u32>,
     /// When processes were started again.
     pub restarts: Vec<Instant>,
     /// What does not add up.
@@ -69,6 +71,7 @@ impl Verdict {
             psp_repeats: witnesses.psp.repeats,
             mailer_repeats: witnesses.mailer.repeats,
             redriven: 0,
+            crashes: BTreeMap::new(),
             restarts: Vec::new(),
             complaints,
         }
@@ -319,8 +322,14 @@ impl fmt::Display for Verdict {
             let rank = (recoveries.len() * percent).div_ceil(100).max(1);
             recoveries.get(rank - 1).map_or(0, Duration::as_millis)
         };
+        let steps = self.crashes.values().filter(|times| **times > 0).count();
         let rows = [
             ("processes started again", self.restarts.len().to_string()),
+            (
+                "crashes at named steps",
+                self.crashes.values().sum::<u32>().to_string(),
+            ),
+            ("  different steps", steps.to_string()),
             ("orders taken", self.taken.len().to_string()),
             ("  and unknown to their client", self.unknown.to_string()),
             ("orders there", self.orders.to_string()),

@@ -31,6 +31,7 @@ pub struct Yard {
     data: PathBuf,
     /// The broker.
     pub broker: String,
+    store: String,
     port: u16,
     url: String,
     seed: u64,
@@ -84,6 +85,7 @@ impl Yard {
         let mut yard = Self {
             data: data.to_owned(),
             broker: broker_url(args.broker.as_deref(), data),
+            store: args.store.store.clone(),
             port,
             url: format!("http://127.0.0.1:{port}"),
             seed: args.seed,
@@ -272,6 +274,8 @@ impl Yard {
             .arg(&self.data)
             .arg("--broker")
             .arg(&self.broker)
+            .arg("--store")
+            .arg(&self.store)
             .arg("--port")
             .arg(self.port.to_string())
             .arg("--psp")

@@ -1,16 +1,14 @@
 //! What is left when the shop has stopped: topics, journals, stock, ledgers and dead letters.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 
 use anyhow::Context as _;
-use eventbus::SqliteStore;
 use eventbus::desk::HeldReport;
 use eventbus::prelude::{Event as _, EventBus, Start, Topic, Until};
-use eventbus::store::OutboxStore as _;
 
 use super::victim::Yard;
-use crate::database::{self, Handled};
+use crate::database::{Database, Handled};
+use crate::databases::Databases;
 use crate::events::{
     InventoryReserved, NotificationSent, OrderCreated, OrderId, PaymentProcessed, ShippingCreated,
     topics,
@@ -99,20 +97,22 @@ impl Witnesses {
     /// # Errors
     ///
     /// When somebody cannot be asked.
-    pub async fn hear(bus: &EventBus, yard: &Yard, data: &Path) -> anyhow::Result<Self> {
+    pub async fn hear(bus: &EventBus, yard: &Yard, databases: &Databases) -> anyhow::Result<Self> {
         let (wire, orders) = read_topics(bus).await?;
         let mut journals = BTreeMap::new();
         for (service, _) in SERVICES {
-            journals.insert(service, database::journal(data, service).await?);
+            let journal = databases.connect(service).await?.journal().await;
+            let journal = journal.with_context(|| format!("read the journal of {service}"))?;
+            journals.insert(service, journal);
         }
-        let board = Board::open(data).await?;
+        let board = Board::open(databases).await?;
         let mut views = HashMap::new();
         for order_id in orders.keys() {
             if let Some(view) = board.find(*order_id).await? {
                 views.insert(*order_id, view);
             }
         }
-        let warehouse = Warehouse::open(data).await?;
+        let warehouse = Warehouse::open(databases).await?;
         Ok(Self {
             wire,
             orders,
@@ -133,12 +133,12 @@ impl Witnesses {
 /// # Errors
 ///
 /// When one cannot be opened.
-pub async fn stores(data: &Path) -> anyhow::Result<Vec<SqliteStore>> {
-    let mut stores = Vec::new();
+pub async fn connect(databases: &Databases) -> anyhow::Result<Vec<Database>> {
+    let mut connected = Vec::new();
     for (service, _) in SERVICES {
-        stores.push(SqliteStore::open(database::file_of(data, service)).await?);
+        connected.push(databases.connect(service).await?);
     }
-    Ok(stores)
+    Ok(connected)
 }
 
 /// How many events are committed and not published, or published and not settled, over all services.
@@ -146,15 +146,11 @@ pub async fn stores(data: &Path) -> anyhow::Result<Vec<SqliteStore>> {
 /// # Errors
 ///
 /// When a database or the broker does not say.
-pub async fn lag(bus: &EventBus, stores: &[SqliteStore]) -> anyhow::Result<u64> {
+pub async fn lag(bus: &EventBus, databases: &[Database]) -> anyhow::Result<u64> {
     let mut messages = 0;
-    for store in stores {
-        let outbox = store.depth().await.context("look into an outbox")?;
-        messages += outbox
-            .lanes
-            .iter()
-            .map(|(_, messages)| messages)
-            .sum::<u64>();
+    for database in databases {
+        let unpublished = database.unpublished().await;
+        messages += unpublished.context("look into an outbox")?;
     }
     for (service, topics) in SERVICES {
         let lanes = bus.lag(service, topics).await.context("ask for the lag")?;

@@ -15,11 +15,12 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use eventbus::prelude::{ConsumerBuilder, Context, EventBus, Origin};
-use eventbus::{BadOrigin, RequestOrigin, SqliteOutbox, SqliteStore};
+use eventbus::{BadOrigin, RequestOrigin};
 use serde_json::json;
 use tokio::time::timeout;
 use uuid::Uuid;
 
+use crate::database::{Database, Outbox};
 use crate::events::{
     CancelReason, InventoryReleased, InventoryReserved, InventoryShort, NotificationSent,
     OrderCancelled, OrderCreated, OrderId, OrderShipped, PaymentFailed, PaymentProcessed,
@@ -31,8 +32,8 @@ mod keys;
 mod order_form;
 mod problem;
 
-use board::hear;
 pub use board::{Board, OrderView, Status};
+use board::{Placed, hear};
 use order_form::OrderForm;
 use problem::Problem;
 
@@ -42,13 +43,13 @@ const PLACE_WITHIN: Duration = Duration::from_secs(5);
 /// What the HTTP handlers share.
 #[derive(Debug)]
 struct Desk {
-    outbox: SqliteOutbox,
+    outbox: Outbox,
     board: Board,
 }
 
 /// What clients may ask of the gateway.
 pub fn routes(bus: &EventBus, board: Board) -> Router {
-    let outbox = board.store().outbox(bus);
+    let outbox = board.database().outbox(bus);
     Router::new()
         .route("/orders", post(take_order))
         .route("/orders/{id}", get(show_order))
@@ -107,10 +108,11 @@ impl Desk {
     ) -> anyhow::Result<bool> {
         let fingerprint = form.fingerprint();
         let mut tx = self.outbox.begin(origin).await?;
-        if let Some(before) = board::find_form(&mut tx, order_id).await? {
-            return Ok(before == fingerprint);
+        match board::place(&mut tx.tx(), order_id, fingerprint).await? {
+            Placed::Before => return Ok(true),
+            Placed::Otherwise => return Ok(false),
+            Placed::Now => {}
         }
-        board::place(&mut tx, order_id, fingerprint).await?;
         tx.publish(form.into_order(order_id))?;
         tx.commit().await?;
         Ok(true)
@@ -152,63 +154,59 @@ async fn wrong_method(method: Method, uri: Uri) -> Problem {
 }
 
 /// Wires what keeps the board up to date.
-pub fn consumer(bus: &EventBus, board: &Board) -> ConsumerBuilder<(), SqliteStore> {
+pub fn consumer(bus: &EventBus, board: &Board) -> ConsumerBuilder<(), Database> {
     bus.consumer("gateway")
-        .unit(board.store().clone())
+        .unit(board.database().clone())
+        .on(async |order: OrderCreated, mut cx: Context<(), Database>| {
+            let change = |order: &mut OrderView| order.reach(Status::Placed);
+            hear(&order, &mut cx, order.order_id, change).await
+        })
         .on(
-            async |order: OrderCreated, mut cx: Context<(), SqliteStore>| {
-                let change = |order: &mut OrderView| order.reach(Status::Placed);
-                hear(&order, &mut cx, order.order_id, change).await
-            },
-        )
-        .on(
-            async |reserved: InventoryReserved, mut cx: Context<(), SqliteStore>| {
+            async |reserved: InventoryReserved, mut cx: Context<(), Database>| {
                 let change = |order: &mut OrderView| order.reach(Status::Reserved);
                 hear(&reserved, &mut cx, reserved.order_id, change).await
             },
         )
         .on(
-            async |short: InventoryShort, mut cx: Context<(), SqliteStore>| {
+            async |short: InventoryShort, mut cx: Context<(), Database>| {
                 let change = |order: &mut OrderView| order.fail(CancelReason::OutOfStock);
                 hear(&short, &mut cx, short.order_id, change).await
             },
         )
         .on(
-            async |released: InventoryReleased, mut cx: Context<(), SqliteStore>| {
+            async |released: InventoryReleased, mut cx: Context<(), Database>| {
                 hear(&released, &mut cx, released.order_id, OrderView::release).await
             },
         )
         .on(
-            async |paid: PaymentProcessed, mut cx: Context<(), SqliteStore>| {
+            async |paid: PaymentProcessed, mut cx: Context<(), Database>| {
                 let change = |order: &mut OrderView| order.reach(Status::Paid);
                 hear(&paid, &mut cx, paid.order_id, change).await
             },
         )
         .on(
-            async |failed: PaymentFailed, mut cx: Context<(), SqliteStore>| {
+            async |failed: PaymentFailed, mut cx: Context<(), Database>| {
                 let change = |order: &mut OrderView| order.fail(CancelReason::PaymentDeclined);
                 hear(&failed, &mut cx, failed.order_id, change).await
             },
         )
         .on(
-            async |parcel: ShippingCreated, mut cx: Context<(), SqliteStore>| {
+            async |parcel: ShippingCreated, mut cx: Context<(), Database>| {
                 let change = |order: &mut OrderView| order.pack(&parcel.tracking);
                 hear(&parcel, &mut cx, parcel.order_id, change).await
             },
         )
         .on(
-            async |sent: NotificationSent, mut cx: Context<(), SqliteStore>| {
+            async |sent: NotificationSent, mut cx: Context<(), Database>| {
                 hear(&sent, &mut cx, sent.order_id, OrderView::tell).await
             },
         )
+        .on(async |order: OrderShipped, mut cx: Context<(), Database>| {
+            let change = |order: &mut OrderView| order.reach(Status::Shipped);
+            hear(&order, &mut cx, order.order_id, change).await
+        })
         .on(
-            async |order: OrderShipped, mut cx: Context<(), SqliteStore>| {
-                let change = |order: &mut OrderView| order.reach(Status::Shipped);
-                hear(&order, &mut cx, order.order_id, change).await
-            },
-        )
-        .on(
-            async |cancelled: OrderCancelled, mut cx: Context<(), SqliteStore>| {
+            async |cancelled: OrderCancelled, mut cx: Context<(), Database>| {
                 let change = |order: &mut OrderView| {
                     order.fail(cancelled.reason);
                     order.reach(Status::Cancelled);

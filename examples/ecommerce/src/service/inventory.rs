@@ -4,33 +4,42 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
 
-use eventbus::SqliteStore;
 use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus, Origin};
 use serde::{Deserialize, Serialize};
-use sqlx::SqliteConnection;
 use sqlx::types::Json;
 
-use crate::database::{self, handling};
+use crate::database::{Database, Tables, Tx, handling, sql};
+use crate::databases::Databases;
 use crate::events::{
     InventoryReleased, InventoryReserved, InventoryShort, Line, OrderCreated, OrderId,
     PaymentFailed,
 };
 
-const MIGRATIONS: &[&str] = &["
-    CREATE TABLE shelf (
-        product TEXT PRIMARY KEY,
-        pieces  INTEGER NOT NULL CHECK (pieces >= 0)
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE reservations (
-        order_id    TEXT PRIMARY KEY,
-        reservation TEXT NOT NULL
-    ) STRICT, WITHOUT ROWID"];
+const TABLES: Tables = Tables {
+    sqlite: &["
+        CREATE TABLE shelf (
+            product TEXT PRIMARY KEY,
+            pieces  INTEGER NOT NULL CHECK (pieces >= 0)
+        ) STRICT, WITHOUT ROWID;
+        CREATE TABLE reservations (
+            order_id    TEXT PRIMARY KEY,
+            reservation TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID"],
+    postgres: &["
+        CREATE TABLE shelf (
+            product text PRIMARY KEY,
+            pieces  bigint NOT NULL CHECK (pieces >= 0)
+        );
+        CREATE TABLE reservations (
+            order_id    text PRIMARY KEY,
+            reservation jsonb NOT NULL
+        )"],
+};
 
 /// The shelves, and what is set aside for each order.
 #[derive(Clone, Debug)]
-pub struct Warehouse(SqliteStore);
+pub struct Warehouse(Database);
 
 /// What the warehouse did for an order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,17 +58,17 @@ enum Reservation {
 pub struct NothingHeld(OrderId);
 
 impl Warehouse {
-    /// The warehouse in the data directory.
+    /// Opens the warehouse.
     ///
     /// # Errors
     ///
     /// When the service's database cannot be opened.
-    pub async fn open(data: &Path) -> anyhow::Result<Self> {
-        Ok(Self(database::open(data, "inventory", MIGRATIONS).await?))
+    pub async fn open(databases: &Databases) -> anyhow::Result<Self> {
+        Ok(Self(databases.open("inventory", &TABLES).await?))
     }
 
     /// What it keeps its data in.
-    pub fn store(&self) -> &SqliteStore {
+    pub fn database(&self) -> &Database {
         &self.0
     }
 
@@ -75,10 +84,10 @@ impl Warehouse {
     ) -> anyhow::Result<()> {
         let mut tx = self.0.outbox(bus).begin(Origin::new()).await?;
         for (product, pieces) in delivered {
-            sqlx::query("INSERT INTO shelf (product, pieces) VALUES (?, ?) ON CONFLICT DO NOTHING")
-                .bind(product)
-                .bind(pieces)
-                .execute(&mut *tx)
+            sql("INSERT INTO shelf (product, pieces) VALUES ($1, $2) ON CONFLICT DO NOTHING")
+                .bind(&**product)
+                .bind(*pieces)
+                .execute(&mut tx.tx())
                 .await?;
         }
         tx.commit().await?;
@@ -87,20 +96,19 @@ impl Warehouse {
 
     /// What is on the shelves.
     pub async fn on_shelf(&self) -> anyhow::Result<BTreeMap<String, u32>> {
-        let shelf: Vec<(String, u32)> = sqlx::query_as("SELECT product, pieces FROM shelf")
-            .fetch_all(self.0.readers())
-            .await?;
-        Ok(shelf.into_iter().collect())
+        let mut shelf = BTreeMap::new();
+        let rows = sql("SELECT product, pieces FROM shelf");
+        for (product, pieces) in rows.fetch_all::<(String, i64)>(&self.0).await? {
+            shelf.insert(product, u32::try_from(pieces)?);
+        }
+        Ok(shelf)
     }
 
     /// What is set aside, over all orders.
     pub async fn set_aside(&self) -> anyhow::Result<BTreeMap<String, u32>> {
-        let reservations: Vec<Json<Reservation>> =
-            sqlx::query_scalar("SELECT reservation FROM reservations")
-                .fetch_all(self.0.readers())
-                .await?;
+        let reservations = sql("SELECT reservation FROM reservations");
         let mut pieces = BTreeMap::new();
-        for Json(reservation) in reservations {
+        for (Json(reservation),) in reservations.fetch_all(&self.0).await? {
             if let Reservation::Held(lines) = reservation {
                 add(&mut pieces, &lines);
             }
@@ -110,59 +118,62 @@ impl Warehouse {
 }
 
 /// What was done for an order.
-async fn find(tx: &mut SqliteConnection, order_id: OrderId) -> sqlx::Result<Option<Reservation>> {
-    let found = sqlx::query_scalar("SELECT reservation FROM reservations WHERE order_id = ?")
+async fn find(tx: &mut Tx<'_>, order_id: OrderId) -> sqlx::Result<Option<Reservation>> {
+    let found = sql("SELECT reservation FROM reservations WHERE order_id = $1")
         .bind(order_id.to_string())
-        .fetch_optional(&mut *tx);
-    Ok(found.await?.map(|Json(reservation)| reservation))
+        .fetch_optional(tx);
+    Ok(found.await?.map(|(Json(reservation),)| reservation))
 }
 
-async fn keep(
-    tx: &mut SqliteConnection,
-    order_id: OrderId,
-    reservation: &Reservation,
-) -> sqlx::Result<()> {
-    sqlx::query("INSERT OR REPLACE INTO reservations (order_id, reservation) VALUES (?, ?)")
-        .bind(order_id.to_string())
-        .bind(Json(reservation))
-        .execute(&mut *tx)
-        .await?;
+async fn keep(tx: &mut Tx<'_>, order_id: OrderId, reservation: &Reservation) -> sqlx::Result<()> {
+    sql(
+        "INSERT INTO reservations (order_id, reservation) VALUES ($1, $2)
+         ON CONFLICT (order_id) DO UPDATE SET reservation = $2",
+    )
+    .bind(order_id.to_string())
+    .bind_json(reservation)
+    .execute(tx)
+    .await?;
     Ok(())
 }
 
-/// Takes everything from the shelves, or nothing when a product is short: which one.
-async fn take(tx: &mut SqliteConnection, lines: &[Line]) -> sqlx::Result<Option<String>> {
-    let mut wanted = BTreeMap::new();
-    add(&mut wanted, lines);
-    for (product, quantity) in &wanted {
-        let there: Option<u32> = sqlx::query_scalar("SELECT pieces FROM shelf WHERE product = ?")
-            .bind(product)
-            .fetch_optional(&mut *tx)
-            .await?;
-        if there.unwrap_or(0) < *quantity {
-            return Ok(Some(product.clone()));
+/// Takes everything from the shelves, or nothing when a product is short: which one. Products are
+/// taken in the same order by everybody, so that no two orders wait for each other.
+async fn take(tx: &mut Tx<'_>, lines: &[Line]) -> sqlx::Result<Option<String>> {
+    let mut taken = BTreeMap::new();
+    for (product, quantity) in pieces(lines) {
+        let was_there =
+            sql("UPDATE shelf SET pieces = pieces - $1 WHERE product = $2 AND pieces >= $1")
+                .bind(quantity)
+                .bind(&*product)
+                .execute(tx)
+                .await?;
+        if was_there == 0 {
+            put(tx, &taken).await?;
+            return Ok(Some(product));
         }
-    }
-    for (product, quantity) in &wanted {
-        sqlx::query("UPDATE shelf SET pieces = pieces - ? WHERE product = ?")
-            .bind(quantity)
-            .bind(product)
-            .execute(&mut *tx)
-            .await?;
+        taken.insert(product, quantity);
     }
     Ok(None)
 }
 
 /// Puts everything on the shelves.
-async fn put(tx: &mut SqliteConnection, lines: &[Line]) -> sqlx::Result<()> {
-    for line in lines {
-        sqlx::query("UPDATE shelf SET pieces = pieces + ? WHERE product = ?")
-            .bind(line.quantity)
-            .bind(&line.product)
-            .execute(&mut *tx)
+async fn put(tx: &mut Tx<'_>, pieces: &BTreeMap<String, u32>) -> sqlx::Result<()> {
+    for (product, quantity) in pieces {
+        sql("UPDATE shelf SET pieces = pieces + $1 WHERE product = $2")
+            .bind(*quantity)
+            .bind(&**product)
+            .execute(tx)
             .await?;
     }
     Ok(())
+}
+
+/// How many of each product these are.
+fn pieces(lines: &[Line]) -> BTreeMap<String, u32> {
+    let mut pieces = BTreeMap::new();
+    add(&mut pieces, lines);
+    pieces
 }
 
 fn add(pieces: &mut BTreeMap<String, u32>, lines: &[Line]) {
@@ -172,18 +183,18 @@ fn add(pieces: &mut BTreeMap<String, u32>, lines: &[Line]) {
 }
 
 /// Sets everything aside or nothing.
-async fn reserve(order: OrderCreated, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
+async fn reserve(order: OrderCreated, mut cx: Context<(), Database>) -> Result<(), BoxError> {
     let order_id = order.order_id;
-    let tx = handling(&order, &mut cx).await?;
-    if let Some(product) = take(tx, &order.lines).await? {
-        keep(tx, order_id, &Reservation::Short(product.clone())).await?;
+    let mut tx = handling(&order, &mut cx).await?;
+    if let Some(product) = take(&mut tx, &order.lines).await? {
+        keep(&mut tx, order_id, &Reservation::Short(product.clone())).await?;
         cx.publish(InventoryShort {
             order_id,
             customer: order.customer,
             product,
         })?;
     } else {
-        keep(tx, order_id, &Reservation::Held(order.lines.clone())).await?;
+        keep(&mut tx, order_id, &Reservation::Held(order.lines.clone())).await?;
         cx.publish(InventoryReserved {
             order_id,
             customer: order.customer,
@@ -195,22 +206,22 @@ async fn reserve(order: OrderCreated, mut cx: Context<(), SqliteStore>) -> Resul
     Ok(())
 }
 
-async fn put_back(failed: PaymentFailed, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
+async fn put_back(failed: PaymentFailed, mut cx: Context<(), Database>) -> Result<(), BoxError> {
     let order_id = failed.order_id;
-    let tx = handling(&failed, &mut cx).await?;
-    let Some(Reservation::Held(lines)) = find(tx, order_id).await? else {
+    let mut tx = handling(&failed, &mut cx).await?;
+    let Some(Reservation::Held(lines)) = find(&mut tx, order_id).await? else {
         return Err(NothingHeld(order_id).into());
     };
-    put(tx, &lines).await?;
-    keep(tx, order_id, &Reservation::Released(lines.clone())).await?;
+    put(&mut tx, &pieces(&lines)).await?;
+    keep(&mut tx, order_id, &Reservation::Released(lines.clone())).await?;
     cx.publish(InventoryReleased { order_id, lines })?;
     Ok(())
 }
 
 /// Wires the inventory service.
-pub fn consumer(bus: &EventBus, warehouse: &Warehouse) -> ConsumerBuilder<(), SqliteStore> {
+pub fn consumer(bus: &EventBus, warehouse: &Warehouse) -> ConsumerBuilder<(), Database> {
     bus.consumer("inventory")
-        .unit(warehouse.store().clone())
+        .unit(warehouse.database().clone())
         .on(reserve)
         .on(put_back)
         .skip_others()

@@ -1,37 +1,44 @@
 //! The notification service: tells the customer the one outcome of each order, by mail.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use eventbus::SqliteStore;
 use eventbus::prelude::{BoxError, ConsumerBuilder, Context, Event, EventBus};
-use sqlx::types::Json;
 
 use crate::client::mailer::{Mail, Mailer};
 use crate::client::provider_retries;
-use crate::database::{self, handling};
+use crate::database::{Database, Tables, handling, sql};
+use crate::databases::Databases;
 use crate::events::{Notice, NotificationSent, OrderCancelled, ShippingCreated};
 
-const MIGRATIONS: &[&str] = &["
-    CREATE TABLE mails (
-        order_id TEXT NOT NULL,
-        notice   TEXT NOT NULL,
-        email    TEXT NOT NULL,
-        PRIMARY KEY (order_id, notice)
-    ) STRICT, WITHOUT ROWID"];
+const TABLES: Tables = Tables {
+    sqlite: &["
+        CREATE TABLE mails (
+            order_id TEXT NOT NULL,
+            notice   TEXT NOT NULL,
+            email    TEXT NOT NULL,
+            PRIMARY KEY (order_id, notice)
+        ) STRICT, WITHOUT ROWID"],
+    postgres: &["
+        CREATE TABLE mails (
+            order_id text NOT NULL,
+            notice   jsonb NOT NULL,
+            email    text NOT NULL,
+            PRIMARY KEY (order_id, notice)
+        )"],
+};
 
 /// Opens the list of what was sent.
 ///
 /// # Errors
 ///
 /// When the service's database cannot be opened.
-pub async fn open(data: &Path) -> anyhow::Result<SqliteStore> {
-    database::open(data, "notification", MIGRATIONS).await
+pub async fn open(databases: &Databases) -> anyhow::Result<Database> {
+    databases.open("notification", &TABLES).await
 }
 
 async fn shipped(
     parcel: ShippingCreated,
-    cx: Context<Arc<dyn Mailer>, SqliteStore>,
+    cx: Context<Arc<dyn Mailer>, Database>,
 ) -> Result<(), BoxError> {
     let mail = Mail {
         order_id: parcel.order_id,
@@ -47,7 +54,7 @@ async fn shipped(
 
 async fn cancelled(
     order: OrderCancelled,
-    cx: Context<Arc<dyn Mailer>, SqliteStore>,
+    cx: Context<Arc<dyn Mailer>, Database>,
 ) -> Result<(), BoxError> {
     let mail = Mail {
         order_id: order.order_id,
@@ -67,15 +74,16 @@ async fn tell<E: Event + Sync>(
     event: &E,
     mail: Mail,
     notice: Notice,
-    mut cx: Context<Arc<dyn Mailer>, SqliteStore>,
+    mut cx: Context<Arc<dyn Mailer>, Database>,
 ) -> Result<(), BoxError> {
     let key = cx.idempotency_key();
     cx.state().send(&mail, &key).await?;
-    sqlx::query("INSERT INTO mails (order_id, notice, email) VALUES (?, ?, ?)")
+    let mut tx = handling(event, &mut cx).await?;
+    sql("INSERT INTO mails (order_id, notice, email) VALUES ($1, $2, $3)")
         .bind(mail.order_id.to_string())
-        .bind(Json(notice))
-        .bind(&mail.to)
-        .execute(handling(event, &mut cx).await?)
+        .bind_json(&notice)
+        .bind(&*mail.to)
+        .execute(&mut tx)
         .await?;
     cx.publish(NotificationSent {
         order_id: mail.order_id,
@@ -88,12 +96,12 @@ async fn tell<E: Event + Sync>(
 /// Wires the notification service, which sends through `mailer`.
 pub fn consumer(
     bus: &EventBus,
-    store: SqliteStore,
+    database: Database,
     mailer: Arc<dyn Mailer>,
-) -> ConsumerBuilder<Arc<dyn Mailer>, SqliteStore> {
+) -> ConsumerBuilder<Arc<dyn Mailer>, Database> {
     bus.consumer("notification")
         .state(mailer)
-        .unit(store)
+        .unit(database)
         .on(shipped)
         .on(cancelled)
         .retry(provider_retries())

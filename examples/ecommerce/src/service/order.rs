@@ -7,25 +7,30 @@
 //! ```
 
 use std::fmt;
-use std::path::Path;
 
-use eventbus::SqliteStore;
 use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus, OnError, RetryPolicy};
 use serde::{Deserialize, Serialize};
-use sqlx::SqliteConnection;
 use sqlx::types::Json;
 
-use crate::database::{self, handling};
+use crate::database::{Database, Tables, Tx, handling, sql};
+use crate::databases::Databases;
 use crate::events::{
     CancelReason, InventoryShort, Notice, NotificationSent, OrderCancelled, OrderCreated, OrderId,
     OrderShipped, PaymentFailed,
 };
 
-const MIGRATIONS: &[&str] = &["
-    CREATE TABLE orders (
-        order_id TEXT PRIMARY KEY,
-        standing TEXT NOT NULL
-    ) STRICT, WITHOUT ROWID"];
+const TABLES: Tables = Tables {
+    sqlite: &["
+        CREATE TABLE orders (
+            order_id TEXT PRIMARY KEY,
+            standing TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID"],
+    postgres: &["
+        CREATE TABLE orders (
+            order_id text PRIMARY KEY,
+            standing jsonb NOT NULL
+        )"],
+};
 
 /// Where an order stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,23 +57,25 @@ pub struct Contradiction {
 /// # Errors
 ///
 /// When the service's database cannot be opened.
-pub async fn open(data: &Path) -> anyhow::Result<SqliteStore> {
-    database::open(data, "order", MIGRATIONS).await
+pub async fn open(databases: &Databases) -> anyhow::Result<Database> {
+    databases.open("order", &TABLES).await
 }
 
 /// Takes an order up, unless news of its end came first.
-async fn created(order: OrderCreated, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
-    let tx = handling(&order, &mut cx).await?;
-    if standing(tx, order.order_id).await?.is_none() {
-        set_standing(tx, order.order_id, Standing::Open).await?;
-    }
+async fn created(order: OrderCreated, mut cx: Context<(), Database>) -> Result<(), BoxError> {
+    let mut tx = handling(&order, &mut cx).await?;
+    sql("INSERT INTO orders (order_id, standing) VALUES ($1, $2) ON CONFLICT DO NOTHING")
+        .bind(order.order_id.to_string())
+        .bind_json(&Standing::Open)
+        .execute(&mut tx)
+        .await?;
     Ok(())
 }
 
-async fn short(short: InventoryShort, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
-    let tx = handling(&short, &mut cx).await?;
+async fn short(short: InventoryShort, mut cx: Context<(), Database>) -> Result<(), BoxError> {
+    let mut tx = handling(&short, &mut cx).await?;
     let (order_id, reason) = (short.order_id, CancelReason::OutOfStock);
-    end(tx, order_id, Standing::Cancelled(reason)).await?;
+    end(&mut tx, order_id, Standing::Cancelled(reason)).await?;
     cx.publish(OrderCancelled {
         order_id,
         customer: short.customer,
@@ -77,10 +84,10 @@ async fn short(short: InventoryShort, mut cx: Context<(), SqliteStore>) -> Resul
     Ok(())
 }
 
-async fn unpaid(failed: PaymentFailed, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
-    let tx = handling(&failed, &mut cx).await?;
+async fn unpaid(failed: PaymentFailed, mut cx: Context<(), Database>) -> Result<(), BoxError> {
+    let mut tx = handling(&failed, &mut cx).await?;
     let (order_id, reason) = (failed.order_id, CancelReason::PaymentDeclined);
-    end(tx, order_id, Standing::Cancelled(reason)).await?;
+    end(&mut tx, order_id, Standing::Cancelled(reason)).await?;
     cx.publish(OrderCancelled {
         order_id,
         customer: failed.customer,
@@ -90,56 +97,45 @@ async fn unpaid(failed: PaymentFailed, mut cx: Context<(), SqliteStore>) -> Resu
 }
 
 /// That a customer knows of a cancellation changes nothing.
-async fn told(sent: NotificationSent, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
-    let tx = handling(&sent, &mut cx).await?;
+async fn told(sent: NotificationSent, mut cx: Context<(), Database>) -> Result<(), BoxError> {
+    let mut tx = handling(&sent, &mut cx).await?;
     let order_id = sent.order_id;
     if sent.notice == Notice::Shipped {
-        end(tx, order_id, Standing::Shipped).await?;
+        end(&mut tx, order_id, Standing::Shipped).await?;
         cx.publish(OrderShipped { order_id })?;
     }
     Ok(())
 }
 
-/// Ends an order, which ends once.
-async fn end(tx: &mut SqliteConnection, order_id: OrderId, told: Standing) -> Result<(), BoxError> {
-    let stands = standing(tx, order_id).await?;
-    let stands = stands.unwrap_or(Standing::Open);
-    if stands != Standing::Open {
-        let contradiction = Contradiction {
-            order_id,
-            stands,
-            told,
-        };
-        return Err(contradiction.into());
+/// Ends an order, which ends once. Another event of the order may come at the same moment, on another
+/// topic: the second finds what the first has written.
+async fn end(tx: &mut Tx<'_>, order_id: OrderId, told: Standing) -> Result<(), BoxError> {
+    let ended = sql("INSERT INTO orders (order_id, standing) VALUES ($1, $2)
+         ON CONFLICT (order_id) DO UPDATE SET standing = $2 WHERE orders.standing = $3")
+    .bind(order_id.to_string())
+    .bind_json(&told)
+    .bind_json(&Standing::Open)
+    .execute(tx)
+    .await?;
+    if ended > 0 {
+        return Ok(());
     }
-    set_standing(tx, order_id, told).await?;
-    Ok(())
-}
-
-async fn standing(tx: &mut SqliteConnection, order_id: OrderId) -> sqlx::Result<Option<Standing>> {
-    let found = sqlx::query_scalar("SELECT standing FROM orders WHERE order_id = ?")
+    let (Json(stands),) = sql("SELECT standing FROM orders WHERE order_id = $1")
         .bind(order_id.to_string())
-        .fetch_optional(tx);
-    Ok(found.await?.map(|Json(standing)| standing))
-}
-
-async fn set_standing(
-    tx: &mut SqliteConnection,
-    order_id: OrderId,
-    standing: Standing,
-) -> sqlx::Result<()> {
-    sqlx::query("INSERT OR REPLACE INTO orders (order_id, standing) VALUES (?, ?)")
-        .bind(order_id.to_string())
-        .bind(Json(standing))
-        .execute(tx)
+        .fetch_one(tx)
         .await?;
-    Ok(())
+    Err(Contradiction {
+        order_id,
+        stands,
+        told,
+    }
+    .into())
 }
 
 /// Wires the order service.
-pub fn consumer(bus: &EventBus, store: SqliteStore) -> ConsumerBuilder<(), SqliteStore> {
+pub fn consumer(bus: &EventBus, database: Database) -> ConsumerBuilder<(), Database> {
     bus.consumer("order")
-        .unit(store)
+        .unit(database)
         .on(created)
         .on(short)
         .on(unpaid)

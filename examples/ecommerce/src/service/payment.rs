@@ -1,38 +1,44 @@
 //! The payment service: charges what is set aside; a declined card is news, not an error.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use eventbus::SqliteStore;
 use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus};
-use sqlx::types::Json;
 
 use crate::client::provider_retries;
 use crate::client::psp::{Charge, ChargeOutcome, PaymentProvider};
-use crate::database::{self, handling};
+use crate::database::{Database, Tables, handling, sql};
+use crate::databases::Databases;
 use crate::events::{InventoryReserved, PaymentFailed, PaymentProcessed};
 
-const MIGRATIONS: &[&str] = &["
-    CREATE TABLE payments (
-        order_id TEXT PRIMARY KEY,
-        cents    INTEGER NOT NULL,
-        outcome  TEXT NOT NULL
-    ) STRICT, WITHOUT ROWID"];
+const TABLES: Tables = Tables {
+    sqlite: &["
+        CREATE TABLE payments (
+            order_id TEXT PRIMARY KEY,
+            cents    INTEGER NOT NULL,
+            outcome  TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID"],
+    postgres: &["
+        CREATE TABLE payments (
+            order_id text PRIMARY KEY,
+            cents    bigint NOT NULL,
+            outcome  jsonb NOT NULL
+        )"],
+};
 
 /// Opens the books: what came of each charge.
 ///
 /// # Errors
 ///
 /// When the service's database cannot be opened.
-pub async fn open(data: &Path) -> anyhow::Result<SqliteStore> {
-    database::open(data, "payment", MIGRATIONS).await
+pub async fn open(databases: &Databases) -> anyhow::Result<Database> {
+    databases.open("payment", &TABLES).await
 }
 
 /// No transaction is open while the provider is asked. Asked again under the same key, after a
 /// crash, it gives the same answer.
 async fn charge(
     reserved: InventoryReserved,
-    mut cx: Context<Arc<dyn PaymentProvider>, SqliteStore>,
+    mut cx: Context<Arc<dyn PaymentProvider>, Database>,
 ) -> Result<(), BoxError> {
     let charge = Charge {
         order_id: reserved.order_id,
@@ -41,11 +47,12 @@ async fn charge(
     };
     let key = cx.idempotency_key();
     let outcome = cx.state().charge(&charge, &key).await?;
-    sqlx::query("INSERT INTO payments (order_id, cents, outcome) VALUES (?, ?, ?)")
+    let mut tx = handling(&reserved, &mut cx).await?;
+    sql("INSERT INTO payments (order_id, cents, outcome) VALUES ($1, $2, $3)")
         .bind(reserved.order_id.to_string())
         .bind(i64::try_from(reserved.total.0)?)
-        .bind(Json(&outcome))
-        .execute(handling(&reserved, &mut cx).await?)
+        .bind_json(&outcome)
+        .execute(&mut tx)
         .await?;
     match outcome {
         ChargeOutcome::Charged { charge_id } => {
@@ -71,12 +78,12 @@ async fn charge(
 /// Wires the payment service, which charges through `provider`.
 pub fn consumer(
     bus: &EventBus,
-    store: SqliteStore,
+    database: Database,
     provider: Arc<dyn PaymentProvider>,
-) -> ConsumerBuilder<Arc<dyn PaymentProvider>, SqliteStore> {
+) -> ConsumerBuilder<Arc<dyn PaymentProvider>, Database> {
     bus.consumer("payment")
         .state(provider)
-        .unit(store)
+        .unit(database)
         .on(charge)
         .retry(provider_retries())
         .skip_others()

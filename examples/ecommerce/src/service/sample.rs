@@ -1,29 +1,84 @@
 //! Sample events for the tests of the services, and their delivery as it may happen.
 
-use std::path::Path;
-
-use eventbus::SqliteStore;
 use eventbus::prelude::{Consumer, ConsumerBuilder, Event, EventId, Outgoing};
 use eventbus_testkit::TestBus;
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use crate::database::Database;
+use crate::databases::{Databases, StoreArgs};
 use crate::events::{
     CancelReason, Cents, Customer, InventoryReserved, InventoryShort, Line, Notice,
     NotificationSent, OrderCancelled, OrderCreated, OrderId, PaymentFailed, PaymentProcessed,
     ShippingCreated,
 };
+use crate::shop::Service;
 
-/// A data directory that goes with its test.
-pub struct TestData(TempDir);
+/// Names the tests that are run on each store: on files, and on a PostgreSQL server where there is one.
+macro_rules! on_each_store {
+    ($($name:ident,)+) => {
+        mod sqlite {
+            $(#[tokio::test]
+            async fn $name() {
+                super::$name(crate::service::sample::TestData::in_files()).await;
+            })+
+        }
+
+        mod postgres {
+            $(#[tokio::test]
+            #[ignore = "needs brokers: ./dev/test"]
+            async fn $name() {
+                super::$name(crate::service::sample::TestData::in_schemas()).await;
+            })+
+        }
+    };
+}
+pub(crate) use on_each_store;
+
+/// Databases that go with their test.
+pub struct TestData {
+    databases: Databases,
+    _directory: TempDir,
+}
 
 impl TestData {
-    pub fn new() -> Self {
-        Self(TempDir::new().expect("a temporary directory is to be had"))
+    pub fn in_files() -> Self {
+        Self::of("sqlite".to_owned())
     }
 
-    pub fn path(&self) -> &Path {
-        self.0.path()
+    pub fn in_schemas() -> Self {
+        const URL: &str = "EVENTBUS_TEST_POSTGRES";
+        Self::of(std::env::var(URL).unwrap_or_else(|_| {
+            panic!("{URL} is not set: run ./dev/test only brokers, or export $(dev/brokers up postgres)")
+        }))
+    }
+
+    fn of(store: String) -> Self {
+        let directory = TempDir::new().expect("a temporary directory is to be had");
+        let store = StoreArgs { store }.fresh().expect("a store");
+        let databases = store.databases(directory.path()).expect("a store");
+        Self {
+            databases,
+            _directory: directory,
+        }
+    }
+
+    pub fn databases(&self) -> &Databases {
+        &self.databases
+    }
+}
+
+impl Drop for TestData {
+    fn drop(&mut self) {
+        let databases = self.databases.clone();
+        let removed = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            runtime.block_on(databases.remove(Service::names()))
+        });
+        // What a test leaves goes with the server's data; a failure to remove it earlier is none.
+        let _ = removed.join();
     }
 }
 
@@ -123,10 +178,10 @@ pub fn test_bus() -> TestBus {
 /// Runs a service: its consumer, and the relay of its database.
 pub async fn serve<S: Send + Sync + 'static>(
     bus: &TestBus,
-    store: &SqliteStore,
-    consumer: ConsumerBuilder<S, SqliteStore>,
+    database: &Database,
+    consumer: ConsumerBuilder<S, Database>,
 ) -> Consumer {
-    bus.relay(store.outbox(bus).relay()).await;
+    bus.relay(database.outbox(bus).relay()).await;
     bus.spawn(consumer).await
 }
 

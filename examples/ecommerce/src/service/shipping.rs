@@ -1,33 +1,38 @@
 //! The shipping service: one parcel, one label per paid order.
 
-use std::path::Path;
-
-use eventbus::SqliteStore;
 use eventbus::prelude::{BoxError, ConsumerBuilder, Context, EventBus};
 
-use crate::database::{self, handling};
+use crate::database::{Database, Tables, handling, sql};
+use crate::databases::Databases;
 use crate::events::{PaymentProcessed, ShippingCreated};
 
-const MIGRATIONS: &[&str] = &["
-    CREATE TABLE labels (
-        number   INTEGER PRIMARY KEY,
-        order_id TEXT NOT NULL UNIQUE
-    ) STRICT"];
+const TABLES: Tables = Tables {
+    sqlite: &["
+        CREATE TABLE labels (
+            number   INTEGER PRIMARY KEY,
+            order_id TEXT NOT NULL UNIQUE
+        ) STRICT"],
+    postgres: &["
+        CREATE TABLE labels (
+            number   bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            order_id text NOT NULL UNIQUE
+        )"],
+};
 
 /// Opens the labels printed so far.
 ///
 /// # Errors
 ///
 /// When the service's database cannot be opened.
-pub async fn open(data: &Path) -> anyhow::Result<SqliteStore> {
-    database::open(data, "shipping", MIGRATIONS).await
+pub async fn open(databases: &Databases) -> anyhow::Result<Database> {
+    databases.open("shipping", &TABLES).await
 }
 
-async fn pack(paid: PaymentProcessed, mut cx: Context<(), SqliteStore>) -> Result<(), BoxError> {
-    let label = "INSERT INTO labels (order_id) VALUES (?) RETURNING number";
-    let number: i64 = sqlx::query_scalar(label)
+async fn pack(paid: PaymentProcessed, mut cx: Context<(), Database>) -> Result<(), BoxError> {
+    let mut tx = handling(&paid, &mut cx).await?;
+    let (number,): (i64,) = sql("INSERT INTO labels (order_id) VALUES ($1) RETURNING number")
         .bind(paid.order_id.to_string())
-        .fetch_one(handling(&paid, &mut cx).await?)
+        .returning(&mut tx)
         .await?;
     cx.publish(ShippingCreated {
         order_id: paid.order_id,
@@ -38,8 +43,11 @@ async fn pack(paid: PaymentProcessed, mut cx: Context<(), SqliteStore>) -> Resul
 }
 
 /// Wires the shipping service.
-pub fn consumer(bus: &EventBus, store: SqliteStore) -> ConsumerBuilder<(), SqliteStore> {
-    bus.consumer("shipping").unit(store).on(pack).skip_others()
+pub fn consumer(bus: &EventBus, database: Database) -> ConsumerBuilder<(), Database> {
+    bus.consumer("shipping")
+        .unit(database)
+        .on(pack)
+        .skip_others()
 }
 
 #[cfg(test)]

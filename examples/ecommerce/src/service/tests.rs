@@ -9,7 +9,7 @@ use eventbus::prelude::{Origin, Outgoing, Start, Topic, Until};
 use eventbus_testkit::TestBus;
 
 use super::inventory::{self, Warehouse};
-use super::sample::{TestData, created, line, serve, test_bus};
+use super::sample::{TestData, created, line, on_each_store, serve, test_bus};
 use super::{notification, order, payment, shipping};
 use crate::client::ProviderError;
 use crate::client::mailer::{Mail, Mailer};
@@ -44,23 +44,28 @@ impl Mailer for Providers {
 /// Sends `order` through all services, and gives every event there was.
 async fn run_through(
     bus: &TestBus,
+    data: &TestData,
     order: Outgoing<OrderCreated>,
     declines: bool,
 ) -> Vec<Envelope> {
-    let data = TestData::new();
-    let data = data.path();
-    let orders = order::open(data).await.unwrap();
-    let warehouse = Warehouse::open(data).await.unwrap();
+    let databases = data.databases();
+    let orders = order::open(databases).await.unwrap();
+    let warehouse = Warehouse::open(databases).await.unwrap();
     let stock = BTreeMap::from([("teapot".to_owned(), 3)]);
     warehouse.deliver(bus, &stock).await.unwrap();
-    let payments = payment::open(data).await.unwrap();
-    let labels = shipping::open(data).await.unwrap();
-    let mails = notification::open(data).await.unwrap();
+    let payments = payment::open(databases).await.unwrap();
+    let labels = shipping::open(databases).await.unwrap();
+    let mails = notification::open(databases).await.unwrap();
     let providers = Arc::new(Providers { declines });
     let (psp, mailer) = (Arc::clone(&providers), providers);
     let _consumers = (
         serve(bus, &orders, order::consumer(bus, orders.clone())).await,
-        serve(bus, warehouse.store(), inventory::consumer(bus, &warehouse)).await,
+        serve(
+            bus,
+            warehouse.database(),
+            inventory::consumer(bus, &warehouse),
+        )
+        .await,
         serve(
             bus,
             &payments,
@@ -87,13 +92,18 @@ async fn run_through(
     envelopes
 }
 
-#[tokio::test]
-async fn every_event_of_a_flow_knows_its_cause_its_flow_and_its_user() {
+on_each_store!(
+    every_event_of_a_flow_knows_its_cause_its_flow_and_its_user,
+    a_declined_card_cancels_the_order_and_gives_the_stock_back,
+    an_order_that_falls_short_is_cancelled_before_anybody_pays,
+);
+
+async fn every_event_of_a_flow_knows_its_cause_its_flow_and_its_user(data: TestData) {
     let bus = test_bus();
     let origin = Origin::new().with_correlation_id("req-9");
     let origin = origin.with_metadata("userId", "u-17");
     let order = Outgoing::new(created(1, vec![line("teapot", 1)])).with_origin(origin);
-    let events = run_through(&bus, order, false).await;
+    let events = run_through(&bus, &data, order, false).await;
     let by_id: HashMap<String, &Envelope> = events
         .iter()
         .map(|envelope| (envelope.id.to_string(), envelope))
@@ -123,11 +133,10 @@ async fn every_event_of_a_flow_knows_its_cause_its_flow_and_its_user() {
     assert!(bus.dead_letters().await.is_empty());
 }
 
-#[tokio::test]
-async fn a_declined_card_cancels_the_order_and_gives_the_stock_back() {
+async fn a_declined_card_cancels_the_order_and_gives_the_stock_back(data: TestData) {
     let bus = test_bus();
     let order = Outgoing::new(created(1, vec![line("teapot", 3)]));
-    let events = run_through(&bus, order, true).await;
+    let events = run_through(&bus, &data, order, true).await;
     let mut types: Vec<&str> = events
         .iter()
         .map(|envelope| envelope.event_type.as_str())
@@ -146,11 +155,10 @@ async fn a_declined_card_cancels_the_order_and_gives_the_stock_back() {
     assert!(bus.dead_letters().await.is_empty());
 }
 
-#[tokio::test]
-async fn an_order_that_falls_short_is_cancelled_before_anybody_pays() {
+async fn an_order_that_falls_short_is_cancelled_before_anybody_pays(data: TestData) {
     let bus = test_bus();
     let order = Outgoing::new(created(1, vec![line("teapot", 4)]));
-    let events = run_through(&bus, order, false).await;
+    let events = run_through(&bus, &data, order, false).await;
     assert_eq!(events.len(), 4);
     assert_eq!(bus.published::<OrderCancelled>().await.len(), 1);
 }

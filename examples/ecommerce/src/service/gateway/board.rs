@@ -2,31 +2,39 @@
 //!
 //! Events of different topics come in any order, so nothing on the board ever goes back.
 
-use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use eventbus::SqliteStore;
 use eventbus::prelude::{BoxError, Context, Event};
 use serde::{Deserialize, Serialize};
 use sqlx::types::Json;
-use sqlx::{SqliteConnection, SqliteExecutor};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use crate::database::{self, handling};
+use crate::database::{Database, Tables, Tx, handling, sql};
+use crate::databases::Databases;
 use crate::events::{CancelReason, OrderId};
 
 /// How often the board is looked at while somebody waits for it to change.
 const GLANCE: Duration = Duration::from_millis(10);
 
-const MIGRATIONS: &[&str] = &["
-    CREATE TABLE orders (
-        order_id TEXT PRIMARY KEY,
-        form     TEXT, -- none if the order was not placed here
-        view     TEXT NOT NULL,
-        is_over  INTEGER NOT NULL
-    ) STRICT, WITHOUT ROWID;
-    CREATE INDEX orders_open ON orders (order_id) WHERE NOT is_over"];
+const TABLES: Tables = Tables {
+    sqlite: &["
+        CREATE TABLE orders (
+            order_id TEXT PRIMARY KEY,
+            form     TEXT, -- none if the order was not placed here
+            view     TEXT NOT NULL,
+            is_over  INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID;
+        CREATE INDEX orders_open ON orders (order_id) WHERE NOT is_over"],
+    postgres: &["
+        CREATE TABLE orders (
+            order_id text PRIMARY KEY,
+            form     text, -- none if the order was not placed here
+            view     jsonb NOT NULL,
+            is_over  boolean NOT NULL
+        );
+        CREATE INDEX orders_open ON orders (order_id) WHERE NOT is_over"],
+};
 
 /// How far an order is; later is greater.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -105,22 +113,33 @@ impl OrderView {
     }
 }
 
+/// What came of placing an order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placed {
+    /// It is on the board.
+    Now,
+    /// It was there, from the same form.
+    Before,
+    /// An order from another form is there.
+    Otherwise,
+}
+
 /// Where all orders stand, for those who ask.
 #[derive(Clone, Debug)]
-pub struct Board(SqliteStore);
+pub struct Board(Database);
 
 impl Board {
-    /// The board in the data directory.
+    /// Opens the board.
     ///
     /// # Errors
     ///
     /// When the gateway's database cannot be opened.
-    pub async fn open(data: &Path) -> anyhow::Result<Self> {
-        Ok(Self(database::open(data, "gateway", MIGRATIONS).await?))
+    pub async fn open(databases: &Databases) -> anyhow::Result<Self> {
+        Ok(Self(databases.open("gateway", &TABLES).await?))
     }
 
     /// What it is kept in.
-    pub fn store(&self) -> &SqliteStore {
+    pub fn database(&self) -> &Database {
         &self.0
     }
 
@@ -130,7 +149,10 @@ impl Board {
     ///
     /// When the database cannot be read.
     pub async fn find(&self, order_id: OrderId) -> anyhow::Result<Option<OrderView>> {
-        Ok(find(self.0.readers(), order_id).await?)
+        let found = sql("SELECT view FROM orders WHERE order_id = $1")
+            .bind(order_id.to_string())
+            .fetch_optional(&self.0);
+        Ok(found.await?.map(|(Json(order),)| order))
     }
 
     /// How many orders are not over.
@@ -139,10 +161,10 @@ impl Board {
     ///
     /// When the database cannot be read.
     pub async fn count_open(&self) -> anyhow::Result<usize> {
-        let open: u32 = sqlx::query_scalar("SELECT count(*) FROM orders WHERE NOT is_over")
-            .fetch_one(self.0.readers())
+        let (open,): (i64,) = sql("SELECT count(*) FROM orders WHERE NOT is_over")
+            .fetch_one(&self.0)
             .await?;
-        Ok(open as usize)
+        Ok(usize::try_from(open)?)
     }
 
     /// Waits until at most so many orders are not over, or none ended for so long; returns how
@@ -166,61 +188,59 @@ impl Board {
     }
 }
 
-/// What was ordered under this number, if it was.
-pub async fn find_form(
-    tx: &mut SqliteConnection,
-    order_id: OrderId,
-) -> anyhow::Result<Option<Uuid>> {
-    let form: Option<Option<String>> =
-        sqlx::query_scalar("SELECT form FROM orders WHERE order_id = ?")
-            .bind(order_id.to_string())
-            .fetch_optional(tx)
-            .await?;
-    let form = form.flatten().map(|form| Uuid::parse_str(&form));
-    Ok(form.transpose()?)
-}
-
-/// Puts an order on the board.
-pub async fn place(tx: &mut SqliteConnection, order_id: OrderId, form: Uuid) -> sqlx::Result<()> {
-    sqlx::query("INSERT INTO orders (order_id, form, view, is_over) VALUES (?, ?, ?, false)")
+/// Puts an order on the board, unless there is one of its number.
+pub async fn place(tx: &mut Tx<'_>, order_id: OrderId, form: Uuid) -> sqlx::Result<Placed> {
+    let placed = sql(
+        "INSERT INTO orders (order_id, form, view, is_over) VALUES ($1, $2, $3, $4)
+         ON CONFLICT DO NOTHING",
+    )
+    .bind(order_id.to_string())
+    .bind(form.to_string())
+    .bind_json(&OrderView::default())
+    .bind(false)
+    .execute(tx)
+    .await?;
+    if placed > 0 {
+        return Ok(Placed::Now);
+    }
+    let before: Option<(Option<String>,)> = sql("SELECT form FROM orders WHERE order_id = $1")
         .bind(order_id.to_string())
-        .bind(form.to_string())
-        .bind(Json(OrderView::default()))
-        .execute(tx)
+        .fetch_optional(tx)
         .await?;
-    Ok(())
+    let is_same = before.is_some_and(|(before,)| before == Some(form.to_string()));
+    Ok(if is_same {
+        Placed::Before
+    } else {
+        Placed::Otherwise
+    })
 }
 
-/// Changes an order as news of it demand.
+/// Changes an order as news of it demand. Other news of the order may come at the same moment, on
+/// another topic: the first statement holds the order for this transaction.
 pub async fn hear<E: Event + Sync>(
     news: &E,
-    cx: &mut Context<(), SqliteStore>,
+    cx: &mut Context<(), Database>,
     order_id: OrderId,
     change: impl FnOnce(&mut OrderView) + Send,
 ) -> Result<(), BoxError> {
-    let tx = handling(news, cx).await?;
-    let mut order = find(&mut *tx, order_id).await?.unwrap_or_default();
-    change(&mut order);
-    sqlx::query(
-        "INSERT INTO orders (order_id, view, is_over) VALUES (?1, ?2, ?3) \
-         ON CONFLICT DO UPDATE SET view = ?2, is_over = ?3",
+    let mut tx = handling(news, cx).await?;
+    let (Json(mut order),): (Json<OrderView>,) = sql(
+        "INSERT INTO orders (order_id, view, is_over) VALUES ($1, $2, $3)
+             ON CONFLICT (order_id) DO UPDATE SET view = orders.view RETURNING view",
     )
     .bind(order_id.to_string())
-    .bind(Json(&order))
-    .bind(order.is_over())
-    .execute(tx)
+    .bind_json(&OrderView::default())
+    .bind(false)
+    .returning(&mut tx)
     .await?;
-    Ok(())
-}
-
-async fn find(
-    executor: impl SqliteExecutor<'_>,
-    order_id: OrderId,
-) -> sqlx::Result<Option<OrderView>> {
-    let found = sqlx::query_scalar("SELECT view FROM orders WHERE order_id = ?")
+    change(&mut order);
+    sql("UPDATE orders SET view = $2, is_over = $3 WHERE order_id = $1")
         .bind(order_id.to_string())
-        .fetch_optional(executor);
-    Ok(found.await?.map(|Json(order)| order))
+        .bind_json(&order)
+        .bind(order.is_over())
+        .execute(&mut tx)
+        .await?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -5,15 +5,17 @@ use std::time::Duration;
 
 use eventbus::MemoryBroker;
 use eventbus::prelude::{BoxError, Context, EventBus, Origin, Replay, Start, Until};
-use eventbus::store::OutboxStore as _;
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
 
 use super::{Board, consumer, routes};
-use crate::events::{Cents, OrderCreated};
-use crate::service::sample::{TestData, order_id, reserved};
+use crate::database::sql;
+use crate::events::{CancelReason, Cents, InventoryReleased, Notice, OrderCreated};
+use crate::service::sample::{
+    TestData, cancelled, on_each_store, order_id, reserved, told, unpaid,
+};
 
 const WITHIN: Duration = Duration::from_secs(10);
 
@@ -26,18 +28,17 @@ struct Counter {
 }
 
 impl Counter {
-    async fn open() -> Self {
+    async fn open(data: TestData) -> Self {
         let bus = EventBus::builder(MemoryBroker::new())
             .source("gateway")
             .build();
-        let data = TestData::new();
-        let board = Board::open(data.path()).await.unwrap();
+        let board = Board::open(data.databases()).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let server = axum::serve(listener, routes(&bus, board.clone()));
         // Both end with the test's runtime.
         tokio::spawn(server.into_future());
-        tokio::spawn(board.store().outbox(&bus).relay().run_until(pending()));
+        tokio::spawn(board.database().outbox(&bus).relay().run_until(pending()));
         let client = Client::builder().no_proxy().build().unwrap();
         Self {
             url,
@@ -68,7 +69,7 @@ impl Counter {
             Ok(())
         }
         let published = async {
-            while !self.board.store().depth().await.unwrap().lanes.is_empty() {
+            while self.board.database().unpublished().await.unwrap() > 0 {
                 sleep(Duration::from_millis(5)).await;
             }
         };
@@ -103,9 +104,22 @@ async fn problem(response: Response) -> (StatusCode, Value) {
     (status, problem)
 }
 
-#[tokio::test]
-async fn an_order_is_accepted_and_published_with_its_origin() {
-    let shop = Counter::open().await;
+on_each_store!(
+    an_order_is_accepted_and_published_with_its_origin,
+    the_board_follows_the_events,
+    news_that_come_at_the_same_moment_are_all_on_the_board,
+    the_same_key_is_the_same_order,
+    bad_values_are_pointed_at_and_leave_no_event,
+    bodies_that_are_no_order_are_refused_and_leave_no_event,
+    a_body_of_ten_megabytes_is_answered,
+    bad_headers_are_refused,
+    what_is_not_there_is_a_problem,
+    an_order_is_taken_while_the_broker_is_away,
+    an_order_that_cannot_be_written_may_come_again,
+);
+
+async fn an_order_is_accepted_and_published_with_its_origin(data: TestData) {
+    let shop = Counter::open(data).await;
     let request = shop
         .post(order().to_string())
         .header("x-user-id", "u-17")
@@ -135,9 +149,8 @@ async fn an_order_is_accepted_and_published_with_its_origin() {
     assert_eq!(shown["status"], "placed", "known at once");
 }
 
-#[tokio::test]
-async fn the_board_follows_the_events() {
-    let shop = Counter::open().await;
+async fn the_board_follows_the_events(data: TestData) {
+    let shop = Counter::open(data).await;
     let following = consumer(&shop.bus, &shop.board).spawn().await;
     let following = following.unwrap();
     shop.bus.publish(reserved(1)).await.unwrap();
@@ -153,9 +166,41 @@ async fn the_board_follows_the_events() {
     following.shutdown().await.unwrap();
 }
 
-#[tokio::test]
-async fn the_same_key_is_the_same_order() {
-    let shop = Counter::open().await;
+async fn news_that_come_at_the_same_moment_are_all_on_the_board(data: TestData) {
+    let shop = Counter::open(data).await;
+    let following = consumer(&shop.bus, &shop.board).spawn().await;
+    let following = following.unwrap();
+    for number in 0..30 {
+        let released = InventoryReleased {
+            order_id: order_id(number),
+            lines: Vec::new(),
+        };
+        let published = tokio::try_join!(
+            shop.bus.publish(unpaid(number)),
+            shop.bus.publish(released),
+            shop.bus
+                .publish(cancelled(number, CancelReason::PaymentDeclined)),
+            shop.bus.publish(told(number, Notice::Cancelled)),
+        );
+        published.unwrap();
+    }
+    let over = async {
+        for number in 0..30 {
+            let is_over = async || {
+                let order = shop.board.find(order_id(number)).await.unwrap();
+                order.is_some_and(|order| order.is_over())
+            };
+            while !is_over().await {
+                sleep(Duration::from_millis(5)).await;
+            }
+        }
+    };
+    timeout(WITHIN, over).await.expect("none is overwritten");
+    following.shutdown().await.unwrap();
+}
+
+async fn the_same_key_is_the_same_order(data: TestData) {
+    let shop = Counter::open(data).await;
     let post = |key: &'static str, user: &'static str, body: Value| {
         let request = shop.post(body.to_string()).header("idempotency-key", key);
         let request = request.header("x-user-id", user);
@@ -179,9 +224,8 @@ async fn the_same_key_is_the_same_order() {
     );
 }
 
-#[tokio::test]
-async fn bad_values_are_pointed_at_and_leave_no_event() {
-    let shop = Counter::open().await;
+async fn bad_values_are_pointed_at_and_leave_no_event(data: TestData) {
+    let shop = Counter::open(data).await;
     let cases = [
         ("/items/0/product", json!("unicorn")),
         ("/items/0/quantity", json!(0)),
@@ -224,9 +268,8 @@ async fn bad_values_are_pointed_at_and_leave_no_event() {
     assert!(shop.created().await.is_empty());
 }
 
-#[tokio::test]
-async fn bodies_that_are_no_order_are_refused_and_leave_no_event() {
-    let shop = Counter::open().await;
+async fn bodies_that_are_no_order_are_refused_and_leave_no_event(data: TestData) {
+    let shop = Counter::open(data).await;
     let cases: [(&str, StatusCode); 6] = [
         ("", StatusCode::BAD_REQUEST),
         ("{", StatusCode::BAD_REQUEST),
@@ -252,17 +295,15 @@ async fn bodies_that_are_no_order_are_refused_and_leave_no_event() {
     assert!(shop.created().await.is_empty());
 }
 
-#[tokio::test]
-async fn a_body_of_ten_megabytes_is_answered() {
-    let shop = Counter::open().await;
+async fn a_body_of_ten_megabytes_is_answered(data: TestData) {
+    let shop = Counter::open(data).await;
     let response = shop.post(vec![b' '; 10 << 20]).send().await.unwrap();
     assert_eq!(problem(response).await.0, StatusCode::PAYLOAD_TOO_LARGE);
     assert!(shop.created().await.is_empty());
 }
 
-#[tokio::test]
-async fn bad_headers_are_refused() {
-    let shop = Counter::open().await;
+async fn bad_headers_are_refused(data: TestData) {
+    let shop = Counter::open(data).await;
     let long = "x".repeat(201);
     for (name, value) in [("idempotency-key", ""), ("x-user-id", long.as_str())] {
         let request = shop.post(order().to_string()).header(name, value);
@@ -276,9 +317,8 @@ async fn bad_headers_are_refused() {
     assert!(shop.created().await.is_empty());
 }
 
-#[tokio::test]
-async fn what_is_not_there_is_a_problem() {
-    let shop = Counter::open().await;
+async fn what_is_not_there_is_a_problem(data: TestData) {
+    let shop = Counter::open(data).await;
     let unknown = format!("/orders/{}", order_id(7));
     for path in [unknown.as_str(), "/orders/seven", "/nothing"] {
         let (status, problem) = problem(shop.get(path).await).await;
@@ -290,23 +330,21 @@ async fn what_is_not_there_is_a_problem() {
     assert_eq!(problem(response).await.0, StatusCode::METHOD_NOT_ALLOWED);
 }
 
-#[tokio::test]
-async fn an_order_is_taken_while_the_broker_is_away() {
-    let shop = Counter::open().await;
+async fn an_order_is_taken_while_the_broker_is_away(data: TestData) {
+    let shop = Counter::open(data).await;
     shop.bus.close().await.unwrap();
     let response = shop.post(order().to_string()).send().await.unwrap();
     assert_eq!(response.status(), StatusCode::ACCEPTED);
-    let waiting = shop.board.store().depth().await.unwrap();
-    assert_eq!(waiting.lanes.len(), 1, "its event is published later");
+    let waiting = shop.board.database().unpublished().await.unwrap();
+    assert_eq!(waiting, 1, "its event is published later");
 }
 
-#[tokio::test]
-async fn an_order_that_cannot_be_written_may_come_again() {
-    let shop = Counter::open().await;
-    let outbox = shop.board.store().outbox(&shop.bus);
+async fn an_order_that_cannot_be_written_may_come_again(data: TestData) {
+    let shop = Counter::open(data).await;
+    let outbox = shop.board.database().outbox(&shop.bus);
     let mut tx = outbox.begin(Origin::new()).await.unwrap();
-    let broken = sqlx::raw_sql("DROP TABLE orders");
-    broken.execute(&mut *tx).await.unwrap();
+    let broken = sql("DROP TABLE orders").execute(&mut tx.tx()).await;
+    broken.unwrap();
     tx.commit().await.unwrap();
     let response = shop.post(order().to_string()).send().await.unwrap();
     assert_eq!(response.headers()["retry-after"], "1");

@@ -8,14 +8,14 @@ use eventbus_testkit::TestBus;
 use super::{Warehouse, consumer};
 use crate::events::{InventoryReleased, InventoryReserved, InventoryShort};
 use crate::service::sample::{
-    TestData, created, line, order_id, publish_twice, serve, test_bus, unpaid,
+    TestData, created, line, on_each_store, order_id, publish_twice, serve, test_bus, unpaid,
 };
 
 async fn open(bus: &TestBus, data: &TestData, teapots: u32, mugs: u32) -> (Warehouse, Consumer) {
     let shelf = pieces(&[("teapot", teapots), ("mug-blue", mugs)]);
-    let warehouse = Warehouse::open(data.path()).await.unwrap();
+    let warehouse = Warehouse::open(data.databases()).await.unwrap();
     warehouse.deliver(bus, &shelf).await.unwrap();
-    let consumer = serve(bus, warehouse.store(), consumer(bus, &warehouse)).await;
+    let consumer = serve(bus, warehouse.database(), consumer(bus, &warehouse)).await;
     (warehouse, consumer)
 }
 
@@ -26,9 +26,17 @@ fn pieces(of: &[(&str, u32)]) -> BTreeMap<String, u32> {
     pieces.collect()
 }
 
-#[tokio::test]
-async fn what_is_there_is_set_aside() {
-    let (bus, data) = (test_bus(), TestData::new());
+on_each_store!(
+    what_is_there_is_set_aside,
+    all_or_nothing_is_set_aside,
+    one_product_on_two_lines_counts_together,
+    an_order_delivered_twice_reserves_once_and_says_so_once,
+    an_unpaid_order_goes_back_on_the_shelf_once,
+    nothing_held_means_nothing_to_put_back,
+);
+
+async fn what_is_there_is_set_aside(data: TestData) {
+    let bus = test_bus();
     let (stock, _inventory) = open(&bus, &data, 5, 5).await;
     let order = created(1, vec![line("teapot", 2), line("mug-blue", 5)]);
     bus.publish(order.clone()).await.unwrap();
@@ -49,9 +57,8 @@ async fn what_is_there_is_set_aside() {
     );
 }
 
-#[tokio::test]
-async fn all_or_nothing_is_set_aside() {
-    let (bus, data) = (test_bus(), TestData::new());
+async fn all_or_nothing_is_set_aside(data: TestData) {
+    let bus = test_bus();
     let (stock, _inventory) = open(&bus, &data, 5, 1).await;
     let order = created(1, vec![line("teapot", 2), line("mug-blue", 2)]);
     bus.publish(order).await.unwrap();
@@ -65,9 +72,8 @@ async fn all_or_nothing_is_set_aside() {
     );
 }
 
-#[tokio::test]
-async fn one_product_on_two_lines_counts_together() {
-    let (bus, data) = (test_bus(), TestData::new());
+async fn one_product_on_two_lines_counts_together(data: TestData) {
+    let bus = test_bus();
     let (stock, _inventory) = open(&bus, &data, 3, 0).await;
     let order = created(1, vec![line("teapot", 2), line("teapot", 2)]);
     bus.publish(order).await.unwrap();
@@ -79,9 +85,8 @@ async fn one_product_on_two_lines_counts_together() {
     );
 }
 
-#[tokio::test]
-async fn an_order_delivered_twice_reserves_once_and_says_so_once() {
-    let (bus, data) = (test_bus(), TestData::new());
+async fn an_order_delivered_twice_reserves_once_and_says_so_once(data: TestData) {
+    let bus = test_bus();
     let (stock, _inventory) = open(&bus, &data, 5, 0).await;
     publish_twice(&bus, created(1, vec![line("teapot", 2)])).await;
     assert_eq!(bus.published::<InventoryReserved>().await.len(), 1);
@@ -90,9 +95,8 @@ async fn an_order_delivered_twice_reserves_once_and_says_so_once() {
     assert_eq!(bus.published::<InventoryShort>().await.len(), 1);
 }
 
-#[tokio::test]
-async fn an_unpaid_order_goes_back_on_the_shelf_once() {
-    let (bus, data) = (test_bus(), TestData::new());
+async fn an_unpaid_order_goes_back_on_the_shelf_once(data: TestData) {
+    let bus = test_bus();
     let (stock, _inventory) = open(&bus, &data, 5, 0).await;
     bus.publish(created(1, vec![line("teapot", 2)]))
         .await
@@ -106,9 +110,8 @@ async fn an_unpaid_order_goes_back_on_the_shelf_once() {
     assert!(stock.set_aside().await.unwrap().is_empty());
 }
 
-#[tokio::test]
-async fn nothing_held_means_nothing_to_put_back() {
-    let (bus, data) = (test_bus(), TestData::new());
+async fn nothing_held_means_nothing_to_put_back(data: TestData) {
+    let bus = test_bus();
     let (stock, _inventory) = open(&bus, &data, 5, 0).await;
     bus.publish(unpaid(1)).await.unwrap();
     bus.run_out().await;

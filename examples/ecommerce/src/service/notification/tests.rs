@@ -11,7 +11,7 @@ use crate::client::ProviderError;
 use crate::client::mailer::{Mail, Mailer};
 use crate::events::{CancelReason, Notice, NotificationSent};
 use crate::service::sample::{
-    TestData, cancelled, customer, packed, publish_twice, serve, test_bus,
+    TestData, cancelled, customer, on_each_store, packed, publish_twice, serve, test_bus,
 };
 
 /// Keeps what it is given, and is away for the first calls.
@@ -40,15 +40,19 @@ impl Mailer for Outbox {
 }
 
 async fn run(bus: &TestBus, data: &TestData, outbox: &Outbox) -> Consumer {
-    let store = open(data.path()).await.unwrap();
+    let database = open(data.databases()).await.unwrap();
     let mailer = Arc::new(outbox.clone());
-    serve(bus, &store, consumer(bus, store.clone(), mailer)).await
+    serve(bus, &database, consumer(bus, database.clone(), mailer)).await
 }
 
-#[tokio::test]
-async fn each_outcome_is_one_mail() {
+on_each_store!(
+    each_outcome_is_one_mail,
+    an_event_delivered_twice_is_mailed_once,
+    a_mailer_that_is_away_is_asked_again_with_the_same_key,
+);
+
+async fn each_outcome_is_one_mail(data: TestData) {
     let (bus, outbox) = (test_bus(), Outbox::default());
-    let data = TestData::new();
     let _notification = run(&bus, &data, &outbox).await;
     bus.publish(packed(1)).await.unwrap();
     bus.publish(cancelled(2, CancelReason::OutOfStock))
@@ -76,24 +80,20 @@ async fn each_outcome_is_one_mail() {
     );
 }
 
-#[tokio::test]
-async fn an_event_delivered_twice_is_mailed_once() {
+async fn an_event_delivered_twice_is_mailed_once(data: TestData) {
     let (bus, outbox) = (test_bus(), Outbox::default());
-    let data = TestData::new();
     let _notification = run(&bus, &data, &outbox).await;
     publish_twice(&bus, packed(1)).await;
     assert_eq!(outbox.calls().len(), 1);
     assert_eq!(bus.published::<NotificationSent>().await.len(), 1);
 }
 
-#[tokio::test]
-async fn a_mailer_that_is_away_is_asked_again_with_the_same_key() {
+async fn a_mailer_that_is_away_is_asked_again_with_the_same_key(data: TestData) {
     let outbox = Outbox {
         away: 2,
         ..Outbox::default()
     };
     let bus = test_bus();
-    let data = TestData::new();
     let _notification = run(&bus, &data, &outbox).await;
     bus.publish(packed(1)).await.unwrap();
     bus.run_out().await;

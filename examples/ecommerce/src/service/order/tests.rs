@@ -3,14 +3,22 @@
 use super::{consumer, open};
 use crate::events::{CancelReason, Notice, OrderCancelled, OrderShipped};
 use crate::service::sample::{
-    TestData, created, line, order_id, publish_twice, serve, short, test_bus, told, unpaid,
+    TestData, created, line, on_each_store, order_id, publish_twice, serve, short, test_bus, told,
+    unpaid,
 };
 
-#[tokio::test]
-async fn a_told_customer_means_a_shipped_order() {
-    let (bus, data) = (test_bus(), TestData::new());
-    let store = open(data.path()).await.unwrap();
-    let _order = serve(&bus, &store, consumer(&bus, store.clone())).await;
+on_each_store!(
+    a_told_customer_means_a_shipped_order,
+    short_stock_and_declined_cards_cancel,
+    the_mail_about_a_cancellation_ships_nothing,
+    the_end_of_an_order_delivered_twice_is_said_once,
+    a_second_end_is_left_to_a_person,
+);
+
+async fn a_told_customer_means_a_shipped_order(data: TestData) {
+    let bus = test_bus();
+    let database = open(data.databases()).await.unwrap();
+    let _order = serve(&bus, &database, consumer(&bus, database.clone())).await;
     bus.publish(created(1, vec![line("teapot", 1)]))
         .await
         .unwrap();
@@ -21,11 +29,10 @@ async fn a_told_customer_means_a_shipped_order() {
     assert_eq!(shipped[0].order_id, order_id(1));
 }
 
-#[tokio::test]
-async fn short_stock_and_declined_cards_cancel() {
-    let (bus, data) = (test_bus(), TestData::new());
-    let store = open(data.path()).await.unwrap();
-    let _order = serve(&bus, &store, consumer(&bus, store.clone())).await;
+async fn short_stock_and_declined_cards_cancel(data: TestData) {
+    let bus = test_bus();
+    let database = open(data.databases()).await.unwrap();
+    let _order = serve(&bus, &database, consumer(&bus, database.clone())).await;
     bus.publish(short(1)).await.unwrap();
     bus.publish(unpaid(2)).await.unwrap();
     bus.settled().await;
@@ -38,11 +45,10 @@ async fn short_stock_and_declined_cards_cancel() {
     );
 }
 
-#[tokio::test]
-async fn the_mail_about_a_cancellation_ships_nothing() {
-    let (bus, data) = (test_bus(), TestData::new());
-    let store = open(data.path()).await.unwrap();
-    let _order = serve(&bus, &store, consumer(&bus, store.clone())).await;
+async fn the_mail_about_a_cancellation_ships_nothing(data: TestData) {
+    let bus = test_bus();
+    let database = open(data.databases()).await.unwrap();
+    let _order = serve(&bus, &database, consumer(&bus, database.clone())).await;
     bus.publish(short(1)).await.unwrap();
     bus.publish(told(1, Notice::Cancelled)).await.unwrap();
     bus.settled().await;
@@ -50,11 +56,10 @@ async fn the_mail_about_a_cancellation_ships_nothing() {
     assert!(bus.dead_letters().await.is_empty());
 }
 
-#[tokio::test]
-async fn the_end_of_an_order_delivered_twice_is_said_once() {
-    let (bus, data) = (test_bus(), TestData::new());
-    let store = open(data.path()).await.unwrap();
-    let _order = serve(&bus, &store, consumer(&bus, store.clone())).await;
+async fn the_end_of_an_order_delivered_twice_is_said_once(data: TestData) {
+    let bus = test_bus();
+    let database = open(data.databases()).await.unwrap();
+    let _order = serve(&bus, &database, consumer(&bus, database.clone())).await;
     publish_twice(&bus, short(1)).await;
     publish_twice(&bus, unpaid(2)).await;
     publish_twice(&bus, told(3, Notice::Shipped)).await;
@@ -63,11 +68,10 @@ async fn the_end_of_an_order_delivered_twice_is_said_once() {
     assert!(bus.dead_letters().await.is_empty());
 }
 
-#[tokio::test]
-async fn a_second_end_is_left_to_a_person() {
-    let (bus, data) = (test_bus(), TestData::new());
-    let store = open(data.path()).await.unwrap();
-    let _order = serve(&bus, &store, consumer(&bus, store.clone())).await;
+async fn a_second_end_is_left_to_a_person(data: TestData) {
+    let bus = test_bus();
+    let database = open(data.databases()).await.unwrap();
+    let _order = serve(&bus, &database, consumer(&bus, database.clone())).await;
     bus.publish(short(1)).await.unwrap();
     bus.settled().await;
     bus.publish(told(1, Notice::Shipped)).await.unwrap();

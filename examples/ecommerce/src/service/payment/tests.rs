@@ -10,7 +10,7 @@ use super::{consumer, open};
 use crate::client::ProviderError;
 use crate::client::psp::{Charge, ChargeOutcome, PaymentProvider};
 use crate::events::{Cents, PaymentFailed, PaymentProcessed};
-use crate::service::sample::{TestData, publish_twice, reserved, serve, test_bus};
+use crate::service::sample::{TestData, on_each_store, publish_twice, reserved, serve, test_bus};
 
 /// A provider that is away for the first calls, or refuses, and declines `tok_0002`.
 #[derive(Clone, Debug, Default)]
@@ -50,15 +50,21 @@ impl PaymentProvider for Psp {
 }
 
 async fn run(bus: &TestBus, data: &TestData, psp: &Psp) -> Consumer {
-    let store = open(data.path()).await.unwrap();
+    let database = open(data.databases()).await.unwrap();
     let psp = Arc::new(psp.clone());
-    serve(bus, &store, consumer(bus, store.clone(), psp)).await
+    serve(bus, &database, consumer(bus, database.clone(), psp)).await
 }
 
-#[tokio::test]
-async fn what_is_set_aside_is_charged() {
+on_each_store!(
+    what_is_set_aside_is_charged,
+    a_declined_card_is_news_and_not_an_error,
+    a_provider_that_is_away_is_asked_again_with_the_same_key,
+    an_event_delivered_twice_is_charged_once,
+    a_refused_call_needs_a_person,
+);
+
+async fn what_is_set_aside_is_charged(data: TestData) {
     let (bus, psp) = (test_bus(), Psp::default());
-    let data = TestData::new();
     let _payment = run(&bus, &data, &psp).await;
     bus.publish(reserved(1)).await.unwrap();
     bus.settled().await;
@@ -70,10 +76,8 @@ async fn what_is_set_aside_is_charged() {
     );
 }
 
-#[tokio::test]
-async fn a_declined_card_is_news_and_not_an_error() {
+async fn a_declined_card_is_news_and_not_an_error(data: TestData) {
     let (bus, psp) = (test_bus(), Psp::default());
-    let data = TestData::new();
     let _payment = run(&bus, &data, &psp).await;
     let mut order = reserved(1);
     order.card = "tok_0002".to_owned();
@@ -87,14 +91,12 @@ async fn a_declined_card_is_news_and_not_an_error() {
     assert_eq!(psp.keys().len(), 1);
 }
 
-#[tokio::test]
-async fn a_provider_that_is_away_is_asked_again_with_the_same_key() {
+async fn a_provider_that_is_away_is_asked_again_with_the_same_key(data: TestData) {
     let psp = Psp {
         away: 3,
         ..Psp::default()
     };
     let bus = test_bus();
-    let data = TestData::new();
     let _payment = run(&bus, &data, &psp).await;
     bus.publish(reserved(1)).await.unwrap();
     bus.run_out().await;
@@ -104,24 +106,20 @@ async fn a_provider_that_is_away_is_asked_again_with_the_same_key() {
     assert!(keys.iter().all(|key| *key == keys[0]), "{keys:?}");
 }
 
-#[tokio::test]
-async fn an_event_delivered_twice_is_charged_once() {
+async fn an_event_delivered_twice_is_charged_once(data: TestData) {
     let (bus, psp) = (test_bus(), Psp::default());
-    let data = TestData::new();
     let _payment = run(&bus, &data, &psp).await;
     publish_twice(&bus, reserved(1)).await;
     assert_eq!(psp.keys().len(), 1);
     assert_eq!(bus.published::<PaymentProcessed>().await.len(), 1);
 }
 
-#[tokio::test]
-async fn a_refused_call_needs_a_person() {
+async fn a_refused_call_needs_a_person(data: TestData) {
     let psp = Psp {
         refuses: true,
         ..Psp::default()
     };
     let bus = test_bus();
-    let data = TestData::new();
     let _payment = run(&bus, &data, &psp).await;
     bus.publish(reserved(1)).await.unwrap();
     bus.settled().await;

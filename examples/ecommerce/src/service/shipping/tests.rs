@@ -4,13 +4,17 @@ use std::collections::HashSet;
 
 use super::{consumer, open};
 use crate::events::ShippingCreated;
-use crate::service::sample::{TestData, paid, publish_twice, serve, test_bus};
+use crate::service::sample::{TestData, on_each_store, paid, publish_twice, serve, test_bus};
 
-#[tokio::test]
-async fn every_paid_order_gets_a_label_of_its_own() {
-    let (bus, data) = (test_bus(), TestData::new());
-    let store = open(data.path()).await.unwrap();
-    let _shipping = serve(&bus, &store, consumer(&bus, store.clone())).await;
+on_each_store!(
+    every_paid_order_gets_a_label_of_its_own,
+    a_payment_delivered_twice_gets_one_label,
+);
+
+async fn every_paid_order_gets_a_label_of_its_own(data: TestData) {
+    let bus = test_bus();
+    let database = open(data.databases()).await.unwrap();
+    let _shipping = serve(&bus, &database, consumer(&bus, database.clone())).await;
     for number in 0..20 {
         bus.publish(paid(number)).await.unwrap();
     }
@@ -20,11 +24,10 @@ async fn every_paid_order_gets_a_label_of_its_own() {
     assert_eq!(labels.len(), 20);
 }
 
-#[tokio::test]
-async fn a_payment_delivered_twice_gets_one_label() {
-    let (bus, data) = (test_bus(), TestData::new());
-    let store = open(data.path()).await.unwrap();
-    let _shipping = serve(&bus, &store, consumer(&bus, store.clone())).await;
+async fn a_payment_delivered_twice_gets_one_label(data: TestData) {
+    let bus = test_bus();
+    let database = open(data.databases()).await.unwrap();
+    let _shipping = serve(&bus, &database, consumer(&bus, database.clone())).await;
     publish_twice(&bus, paid(1)).await;
     assert_eq!(bus.published::<ShippingCreated>().await.len(), 1);
 }
