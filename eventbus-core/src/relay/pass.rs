@@ -154,13 +154,11 @@ impl Runner {
     /// Holds messages durably, each behind those of its name, and only then removes them.
     async fn put_aside(&mut self, messages: Vec<OutboxMessage>, wait: &Wait) -> Result<()> {
         let mut by_lane: HashMap<u32, Vec<OutboxMessage>> = HashMap::new();
-        if wait.until.is_some() {
-            self.due.changed();
-        }
         for message in messages {
             by_lane.entry(message.lane).or_default().push(message);
         }
         for (number, messages) in by_lane {
+            self.due.changed();
             let names: Vec<_> = messages.iter().map(|next| self.name_of(next)).collect();
             let entries: Vec<_> = messages
                 .iter()
