@@ -13,7 +13,7 @@ use crate::database::{Database, Tables};
 
 /// What a URL leaves out: what the schemas' names begin with, and few enough connections for six
 /// services on a server that allows a hundred.
-const POSTGRES_DEFAULTS: &str = "schema=shop&connections=4";
+const POSTGRES_DEFAULTS: &str = "schema=shop&connections=5";
 /// A schema's name is `<prefix>_<service>`, of at most 40 characters.
 const PREFIX_MAX: usize = 40 - "_notification".len();
 
@@ -128,6 +128,15 @@ impl Databases {
         opened.with_context(|| self.opening(service))
     }
 
+    /// How many events a service handles at a time, if that is for the database to say: more handlers
+    /// than connections would only wait for one, and requests behind them.
+    pub fn handlers_max(&self) -> Option<usize> {
+        match self {
+            Self::Files(_) => None,
+            Self::Schemas(config) => Some(config.connections.saturating_sub(1).max(1) as usize),
+        }
+    }
+
     /// Removes the schemas of these services; files go with their directory.
     ///
     /// # Errors
@@ -197,7 +206,7 @@ mod tests {
         let named = |store: &str| StoreArgs::of(store).databases(data);
         assert!(matches!(named("sqlite"), Ok(Databases::Files(at)) if at == data));
         for (store, prefix, connections) in [
-            ("postgres://me:secret@db/shop", "shop", 4),
+            ("postgres://me:secret@db/shop", "shop", 5),
             ("postgresql://db/shop?schema=blue&connections=9", "blue", 9),
         ] {
             let Ok(Databases::Schemas(config)) = named(store) else {

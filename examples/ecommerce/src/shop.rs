@@ -96,6 +96,7 @@ pub struct Shop {
     pub warehouse: Option<Warehouse>,
     /// Where the gateway listens, if it is among the services.
     pub gateway_url: Option<String>,
+    handlers_max: Option<usize>,
     buses: Vec<(Service, EventBus)>,
     dead_letters: Vec<DeadLetters>,
 }
@@ -117,6 +118,7 @@ impl Shop {
             board: None,
             warehouse: None,
             gateway_url: None,
+            handlers_max: surroundings.databases.handlers_max(),
             buses: Vec::new(),
             dead_letters: Vec::new(),
         };
@@ -193,6 +195,10 @@ impl Shop {
     where
         S: Send + Sync + 'static,
     {
+        let consumer = match self.handlers_max {
+            Some(handlers) => consumer.concurrency(handlers),
+            None => consumer,
+        };
         let consumer = consumer.spawn().await;
         let consumer = consumer.with_context(|| format!("start the {} service", service.name()))?;
         self.dead_letters.push(consumer.dead_letters());
