@@ -346,13 +346,13 @@ pub async fn late_taker_is_replaced_and_its_report_refused(harness: &dyn Schedul
     stage.add(&[stage.at(1, "a"), stage.at(1, "b")]).await;
     let mut request = stage.request(1);
     request.ttl = Duration::from_millis(100);
-    let late = take(&*stage.store, &request).await;
     let other = Stage {
         store: open(harness).await,
         taker: MemberId::random(),
         topic: stage.topic.clone(),
     };
     let begun = Instant::now();
+    let late = take(&*stage.store, &request).await;
     let taken = loop {
         let taken = other.take(1).await;
         match taken.busy {
