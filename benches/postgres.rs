@@ -3,7 +3,7 @@
 //! rates, and the median of the ratios of pairs.
 //!
 //! `export $(dev/brokers up postgres); cargo bench -p eventbus --features postgres --bench postgres`
-//! (PAIRS=15 for more pairs)
+//! (PAIRS=15 for more pairs, ONLY=relay for what has that in its name)
 //!
 //! With `-- latency`: how long after an idle service's commit its event is on the broker. With
 //! `-- backlog`: what relaying an event costs at a backlog of a million; that takes minutes.
@@ -31,6 +31,7 @@ mod backlog;
 mod latency;
 
 const TRANSACTIONS: usize = 1_000;
+const TURN: usize = 50;
 const TEN: usize = 10;
 const WAITING: usize = 50_000;
 const RELAYED: i64 = 1_000;
@@ -92,22 +93,21 @@ async fn compare(pairs: usize) {
         raw: Vec::new(),
         store: Vec::new(),
     };
-    let mut comparisons = [
+    let comparisons = [
         comparison("append an event in a transaction", Task::Append(1), 0.95),
         comparison("append 10 events in a transaction", Task::Append(TEN), 0.95),
         comparison("relay what waits to memory", Task::Relay, 0.9),
         comparison("handle with an inbox, 100 a commit", Task::Inbox, 0.9),
     ];
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let mut comparisons = Vec::from(comparisons);
+    comparisons.retain(|comparison| comparison.name.contains(&only));
     for pair in 0..pairs {
         for comparison in &mut comparisons {
             // The other one first every second time.
-            for raw in [pair % 2 == 0, pair % 2 == 1] {
-                let rate = run(raw, comparison.task).await;
-                match raw {
-                    true => comparison.raw.push(rate),
-                    false => comparison.store.push(rate),
-                }
-            }
+            let (raw, store) = measure(comparison.task, pair % 2 == 0).await;
+            comparison.raw.push(raw);
+            comparison.store.push(store);
         }
     }
     for Comparison {
@@ -128,18 +128,47 @@ async fn compare(pairs: usize) {
     }
 }
 
-async fn run(raw: bool, task: Task) -> f64 {
-    let place = Place::new().await;
-    let rate = match (raw, task) {
-        (true, Task::Append(events)) => raw_append(&place, events).await,
-        (false, Task::Append(events)) => append(&place, events).await,
-        (true, Task::Relay) => raw_relay(&place).await,
-        (false, Task::Relay) => relay(&place).await,
-        (true, Task::Inbox) => raw_handle(&place).await,
-        (false, Task::Inbox) => handle(&place).await,
+/// The rates by hand and of the store. What one commits and the next waits for differs most from
+/// second to second, so that appends take turns every few transactions.
+async fn measure(task: Task, raw_first: bool) -> (f64, f64) {
+    let turns = match task {
+        Task::Append(_) => TRANSACTIONS / TURN,
+        Task::Relay | Task::Inbox => 1,
     };
-    place.remove().await;
-    rate
+    let places = [Place::new().await, Place::new().await];
+    let (mut raw, mut store) = (Duration::ZERO, Duration::ZERO);
+    for turn in 0..turns {
+        let raw_first = raw_first == (turn % 2 == 0);
+        for is_raw in [raw_first, !raw_first] {
+            match is_raw {
+                true => raw += run(true, task, &places[0]).await,
+                false => store += run(false, task, &places[1]).await,
+            }
+        }
+    }
+    for place in places {
+        place.remove().await;
+    }
+    let events = match task {
+        Task::Append(events) => TRANSACTIONS * events,
+        Task::Relay => WAITING,
+        Task::Inbox => EVENTS,
+    };
+    (
+        events as f64 / raw.as_secs_f64(),
+        events as f64 / store.as_secs_f64(),
+    )
+}
+
+async fn run(raw: bool, task: Task, place: &Place) -> Duration {
+    match (raw, task) {
+        (true, Task::Append(events)) => raw_append(place, events).await,
+        (false, Task::Append(events)) => append(place, events).await,
+        (true, Task::Relay) => raw_relay(place).await,
+        (false, Task::Relay) => relay(place).await,
+        (true, Task::Inbox) => raw_handle(place).await,
+        (false, Task::Inbox) => handle(place).await,
+    }
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -228,29 +257,37 @@ fn message(order_id: u64) -> (EventId, Message) {
     batch.into_messages().remove(0)
 }
 
-async fn append(place: &Place, events: usize) -> f64 {
+async fn append(place: &Place, events: usize) -> Duration {
     let mut connection = place.connection().await;
     let messages: Vec<_> = (0..events as u64).map(message).collect();
-    let start = Instant::now();
-    for _ in 0..TRANSACTIONS {
+    let mut start = Instant::now();
+    for turn in 0..=TURN {
+        // The first has prepared the statements.
+        if turn == 1 {
+            start = Instant::now();
+        }
         let mut tx = connection.begin().await.expect("a transaction");
         let appended = place.store.append(&mut tx, &messages).await;
         appended.expect("it is appended");
         tx.commit().await.expect("it commits");
     }
-    (TRANSACTIONS * events) as f64 / start.elapsed().as_secs_f64()
+    start.elapsed()
 }
 
-async fn raw_append(place: &Place, events: usize) -> f64 {
+async fn raw_append(place: &Place, events: usize) -> Duration {
     let mut connection = place.connection().await;
     let messages: Vec<_> = (0..events as u64).map(message).collect();
-    let start = Instant::now();
-    for _ in 0..TRANSACTIONS {
+    let mut start = Instant::now();
+    for turn in 0..=TURN {
+        // The first has prepared the statements.
+        if turn == 1 {
+            start = Instant::now();
+        }
         let mut tx = connection.begin().await.expect("a transaction");
         raw_insert(&mut tx, &messages).await;
         tx.commit().await.expect("it commits");
     }
-    (TRANSACTIONS * events) as f64 / start.elapsed().as_secs_f64()
+    start.elapsed()
 }
 
 /// One statement for all, as somebody writes it who knows PostgreSQL.
@@ -295,7 +332,7 @@ async fn raw_insert(connection: &mut PgConnection, messages: &[(EventId, Message
     inserted.expect("it is inserted");
 }
 
-async fn relay(place: &Place) -> f64 {
+async fn relay(place: &Place) -> Duration {
     place.fill(WAITING).await;
     let broker = MemoryBroker::new();
     let relay = place.store.outbox(&EventBus::new(broker)).relay();
@@ -309,11 +346,11 @@ async fn relay(place: &Place) -> f64 {
         })
         .await
         .expect("it ends well");
-    WAITING as f64 / start.elapsed().as_secs_f64()
+    start.elapsed()
 }
 
 /// What a team writes that wants order: what comes first, published, deleted.
-async fn raw_relay(place: &Place) -> f64 {
+async fn raw_relay(place: &Place) -> Duration {
     const NEXT: &str = "SELECT position, aggregatetype, aggregateid, headers, payload FROM outbox
         ORDER BY position LIMIT $1";
     place.fill(WAITING).await;
@@ -346,7 +383,7 @@ async fn raw_relay(place: &Place) -> f64 {
             .expect("it is deleted");
         relayed += positions.len();
     }
-    WAITING as f64 / start.elapsed().as_secs_f64()
+    start.elapsed()
 }
 
 const HANDLE: &str = "INSERT INTO handled (order_id, cents) VALUES ($1, $2)";
@@ -354,7 +391,7 @@ const HANDLE: &str = "INSERT INTO handled (order_id, cents) VALUES ($1, $2)";
 /// How many are handled, and whom to tell.
 type Handled = (AtomicUsize, Notify);
 
-async fn handle(place: &Place) -> f64 {
+async fn handle(place: &Place) -> Duration {
     let bus = EventBus::builder(MemoryBroker::new())
         .format(FlatFormat)
         .build();
@@ -379,7 +416,7 @@ async fn handle(place: &Place) -> f64 {
     }
     // The last ones are settled, and so committed.
     consumer.shutdown().await.expect("it ends");
-    EVENTS as f64 / start.elapsed().as_secs_f64()
+    start.elapsed()
 }
 
 async fn handle_one(
@@ -399,7 +436,7 @@ async fn handle_one(
 }
 
 /// The batched statement by hand: ids first, then the writes of those that are new, in one commit.
-async fn raw_handle(place: &Place) -> f64 {
+async fn raw_handle(place: &Place) -> Duration {
     const RECORD: &str = "INSERT INTO inbox (consumer_group, event_id, handled_at)
         SELECT 'bench', id, 0 FROM unnest($1::text[]) AS id ON CONFLICT DO NOTHING RETURNING event_id";
     let messages: Vec<_> = (0..EVENTS as u64).map(message).collect();
@@ -430,5 +467,5 @@ async fn raw_handle(place: &Place) -> f64 {
         }
         tx.commit().await.expect("it commits");
     }
-    EVENTS as f64 / start.elapsed().as_secs_f64()
+    start.elapsed()
 }

@@ -46,11 +46,12 @@ pub fn outbox_lane(key: Option<&Key>, id: &EventId) -> u32 {
 /// How messages get in, in a transaction of the business, is the store's own.
 #[async_trait]
 pub trait OutboxStore: fmt::Debug + Send + Sync + 'static {
-    /// The messages that are next on these lanes, at most `messages_max` over all of them; lanes
-    /// with messages get even shares.
+    /// The messages that are next on these lanes but those at the positions `except`, at most
+    /// `messages_max` over all lanes; lanes with messages get even shares.
     ///
     /// # Contract
     ///
+    /// - `except` may name what is removed at the same time.
     /// - Of each lane from its first message on and in order: of two transactions that wrote one
     ///   key one after the other, the messages of the first come first.
     ///   So they are if the second wrote when the first had committed, or had waited for a lock of it.
@@ -62,7 +63,12 @@ pub trait OutboxStore: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// A retryable error says that the store is away.
-    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>>;
+    async fn next(
+        &self,
+        lanes: &[u32],
+        messages_max: usize,
+        except: &[u64],
+    ) -> Result<Vec<OutboxMessage>>;
 
     /// Removes messages, by their positions, that are on the broker or held elsewhere. Those that
     /// are gone are passed over. All or nothing, durable when it resolves.

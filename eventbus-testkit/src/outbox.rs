@@ -74,6 +74,7 @@ macro_rules! outbox_conformance {
             removed_positions_are_not_given_again
             lanes_are_read_apart
             lanes_get_even_shares
+            what_is_left_out_is_passed_over
             a_short_answer_is_all_there_is
             a_transaction_that_is_late_is_not_skipped
             transactions_one_after_the_other_keep_their_order
@@ -125,7 +126,7 @@ async fn append(harness: &dyn OutboxHarness, messages: Vec<(EventId, Message)>) 
 }
 
 async fn next(store: &Arc<dyn OutboxStore>, messages_max: usize) -> Vec<OutboxMessage> {
-    let next = store.next(&all_lanes(), messages_max).await;
+    let next = store.next(&all_lanes(), messages_max, &[]).await;
     next.expect("the store is there")
 }
 
@@ -241,12 +242,12 @@ pub async fn lanes_are_read_apart(harness: &dyn OutboxHarness) {
     let store = open(harness).await;
     let mut found = 0;
     for lane in all_lanes() {
-        let of_lane = store.next(&[lane], 100).await.expect("it is there");
+        let of_lane = store.next(&[lane], 100, &[]).await.expect("it is there");
         assert!(of_lane.iter().all(|next| next.lane == lane));
         found += of_lane.len();
     }
     assert_eq!(found, 50);
-    let none = store.next(&[], 100).await.expect("it is there");
+    let none = store.next(&[], 100, &[]).await.expect("it is there");
     assert!(none.is_empty());
 }
 
@@ -270,6 +271,38 @@ pub async fn lanes_get_even_shares(harness: &dyn OutboxHarness) {
     assert!(many.len() >= 10, "{many:?}");
 }
 
+/// What is left out is passed over, wherever it stands, and what comes behind it is found: a relay reads
+/// on while what it published is removed.
+pub async fn what_is_left_out_is_passed_over(harness: &dyn OutboxHarness) {
+    let keys = ["a", "b", "c"];
+    let messages = (1..=20).flat_map(|number| keys.map(|key| message(key, number)));
+    append(harness, messages.collect()).await;
+    let store = open(harness).await;
+    let found = next(&store, 40).await;
+    let except: Vec<_> = found.iter().map(|next| next.position).collect();
+    let mut seen = found;
+    for _ in 0..60 {
+        let except: Vec<_> = seen.iter().map(|next| next.position).collect();
+        let more = store.next(&all_lanes(), 7, &except).await;
+        seen.extend(more.expect("the store is there"));
+    }
+    for key in keys {
+        assert_eq!(numbers(&seen, key), (1..=20).collect::<Vec<_>>());
+    }
+    // In the middle, with what is gone meanwhile.
+    store
+        .remove(&except[..5])
+        .await
+        .expect("the store is there");
+    let rest = store.next(&all_lanes(), 100, &except[3..9]).await;
+    let rest = rest.expect("the store is there");
+    assert_eq!(rest.len(), 60 - 9);
+    assert!(
+        rest.iter()
+            .all(|next| !except[..9].contains(&next.position))
+    );
+}
+
 /// Less than one lane's share, and few bytes, say that nothing else waits: a relay does not look
 /// again.
 pub async fn a_short_answer_is_all_there_is(harness: &dyn OutboxHarness) {
@@ -288,7 +321,7 @@ pub async fn a_short_answer_is_all_there_is(harness: &dyn OutboxHarness) {
     assert_eq!(found.len(), 8);
     let first = found[0].lane;
     let of_lane = found.iter().filter(|next| next.lane == first).count();
-    let alone = store.next(&[first], share).await.expect("it is there");
+    let alone = store.next(&[first], share, &[]).await.expect("it is there");
     assert_eq!(alone.len(), of_lane);
 }
 

@@ -1,6 +1,6 @@
 //! An outbox in memory: for tests of whoever publishes through one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -105,7 +105,13 @@ impl MemoryOutbox {
 
 #[async_trait]
 impl OutboxStore for MemoryOutbox {
-    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
+    async fn next(
+        &self,
+        lanes: &[u32],
+        messages_max: usize,
+        except: &[u64],
+    ) -> Result<Vec<OutboxMessage>> {
+        let except: HashSet<u64> = except.iter().copied().collect();
         let state = self.lock();
         let waiting = lanes.iter().filter_map(|lane| {
             let lane = state.lanes.get(usize::try_from(*lane).ok()?)?;
@@ -115,8 +121,13 @@ impl OutboxStore for MemoryOutbox {
         let share = messages_max.div_ceil(waiting.len().max(1));
         let next = waiting
             .iter()
-            .flat_map(|lane| lane.values().take(share))
-            .map(|(_, message)| message.clone());
+            .flat_map(|lane| {
+                let others = lane.values().map(|(_, message)| message);
+                others
+                    .filter(|message| !except.contains(&message.position))
+                    .take(share)
+            })
+            .cloned();
         Ok(next.take(messages_max).collect())
     }
 

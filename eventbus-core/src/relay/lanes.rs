@@ -5,17 +5,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::{OUTBOX, Relay};
 use crate::error::Result;
 use crate::key_state::{Claim, HeldName, KeyStateStore};
 use crate::lease::{LeaseConfig, LeaseSignal, LeaseTopic, Leaseholder};
 use crate::message::Group;
-use crate::outbox::OUTBOX_LANES;
+use crate::outbox::{OUTBOX_LANES, OutboxMessage};
 use crate::topic::TopicPartition;
 
 /// How long a lane may be kept after it is to be given away: a batch ends in that time.
 const REVOKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How many lanes are claimed at the same time.
+const CLAIMS_MAX: usize = 4;
 
 /// The lanes of one relay.
 #[derive(Debug)]
@@ -76,12 +80,14 @@ impl Lanes {
 
     /// Claims what is new; whether there was any.
     pub(super) async fn claim(&mut self) -> Result<bool> {
-        let is_new = !self.granted.is_empty();
-        while let Some(place) = self.granted.last() {
-            let (claim, names) = self.held.claim(&self.group, place).await?;
+        let claim = |place| self.held.claim(&self.group, place);
+        let claims: Vec<_> = self.granted.iter().map(claim).collect();
+        let claims = stream::iter(claims).buffered(CLAIMS_MAX);
+        let claimed: Vec<_> = claims.try_collect().await?;
+        let is_new = !claimed.is_empty();
+        for (place, (claim, names)) in self.granted.drain(..).zip(claimed) {
             let names = names.into_iter().collect();
             self.lanes.insert(place.partition, Lane { claim, names });
-            self.granted.pop();
         }
         Ok(is_new)
     }
@@ -163,6 +169,15 @@ impl Lanes {
     pub(super) fn is_ours(&self, lane: u32) -> bool {
         let found = self.lanes.get(&lane);
         found.is_some_and(|found| self.leaseholder.held().epoch(&found.claim.place).is_some())
+    }
+
+    /// Tells of messages whether their lane is ours now.
+    pub(super) fn are_ours(&self) -> impl Fn(&OutboxMessage) -> bool + use<> {
+        let mut ours = [false; OUTBOX_LANES as usize];
+        for lane in self.numbers() {
+            ours[lane as usize] = true;
+        }
+        move |message| ours.get(message.lane as usize) == Some(&true)
     }
 
     pub(super) fn claims(&self) -> Vec<Claim> {

@@ -39,26 +39,26 @@ impl Runner {
         if lanes.is_empty() {
             return Ok(Pass::Idle);
         }
-        let mut batch = self.relay.outbox.next(&lanes, self.relay.batch).await?;
+        // What stays in the outbox meanwhile is part of what may be published twice.
+        let messages_max = self.relay.batch - self.taken.kept();
+        let batch = self.next(&lanes, messages_max).await?;
         trace!(target: "eventbus::step", step = "relay.next.after");
-        let rest = match is_all(&batch, self.relay.batch / lanes.len()) {
+        let rest = match is_all(&batch, messages_max / lanes.len()) {
             true => Pass::Idle,
             false => Pass::Progress,
         };
-        batch.retain(|next| !self.taken.contains(next.position));
         if batch.is_empty() {
             self.attempts.clear();
-            self.remove_taken_unless(rest == Pass::Idle).await?;
             return Ok(rest);
         }
         let (behind, mut ahead): (Vec<_>, Vec<_>) = batch
             .into_iter()
             // Reading took time: of a lane that is lost by now nothing more is published.
-            .filter(|next| self.lanes.is_ours(next.lane))
+            .filter(self.lanes.are_ours())
             .partition(|next| self.lanes.holds(next.lane, &self.name_of(next)));
         self.put_aside(behind, &Wait::nothing()).await?;
         // So did holding, which may have told that a lane is another relay's by now.
-        ahead.retain(|next| self.lanes.is_ours(next.lane));
+        ahead.retain(self.lanes.are_ours());
         if ahead.is_empty() {
             return Ok(Pass::Progress);
         }
@@ -70,8 +70,10 @@ impl Runner {
         let messages = ahead.iter().map(|next| next.message.clone()).collect();
         let Err(error) = self.relay.bus.send_in_time(messages).await else {
             self.took(&ahead);
-            self.remove_taken_unless(rest == Pass::Idle && self.taken.is_few())
-                .await?;
+            // Where there is more it is read at the same time.
+            if rest == Pass::Idle && self.taken.kept() == 0 {
+                self.remove_taken().await?;
+            }
             return Ok(rest);
         };
         let failures = Failures::new(ahead, error);

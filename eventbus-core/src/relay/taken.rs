@@ -1,4 +1,5 @@
-//! What the broker has taken and the outbox still holds: a few messages are removed together.
+//! What the broker has taken and the outbox still holds: it is removed while the next is read, and a few
+//! messages together.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -8,15 +9,15 @@ use tracing::trace;
 
 use super::runner::Runner;
 use crate::error::Result;
-use crate::outbox::OUTBOX_LANES;
+use crate::outbox::{OUTBOX_LANES, OutboxMessage};
 
-/// How many messages may wait for others to be removed with: they are read again meanwhile.
+/// How many messages may wait for others to be removed with.
 const FEW: usize = 16;
 /// How long they wait at most.
 const WAIT_MAX: Duration = Duration::from_millis(50);
 
 /// Positions of messages that are published and not removed yet. Together with the batch under way
-/// they are no more than one batch, because they are part of what is read next.
+/// they are no more than one batch: a few count as part of it, and more are removed before it is published.
 #[derive(Debug)]
 pub(super) struct Taken {
     positions: BTreeSet<u64>,
@@ -26,8 +27,7 @@ pub(super) struct Taken {
 }
 
 impl Taken {
-    /// For batches of so many messages: what waits is less than the share of a lane, so that it is
-    /// always read as part of the next batch.
+    /// For batches of so many messages.
     pub(super) fn new(batch: usize) -> Self {
         Self {
             positions: BTreeSet::new(),
@@ -41,13 +41,18 @@ impl Taken {
         self.since.get_or_insert_with(Instant::now);
     }
 
-    pub(super) fn contains(&self, position: u64) -> bool {
-        self.positions.contains(&position)
+    fn removed(&mut self) {
+        trace!(target: "eventbus::step", step = "relay.remove.after");
+        self.positions.clear();
+        self.since = None;
     }
 
-    /// Whether they may wait for others.
-    pub(super) fn is_few(&self) -> bool {
-        self.positions.len() <= self.few
+    /// How many may wait for others to be removed with; none where they are too many.
+    pub(super) fn kept(&self) -> usize {
+        match self.positions.len() {
+            few if few <= self.few => few,
+            _ => 0,
+        }
     }
 
     /// When they are to be removed at the latest.
@@ -58,28 +63,40 @@ impl Taken {
     pub(super) fn is_due(&self) -> bool {
         self.due().is_some_and(|due| due <= Instant::now())
     }
+
+    fn positions(&self) -> Vec<u64> {
+        self.positions.iter().copied().collect()
+    }
 }
 
 impl Runner {
-    /// Removes what the broker took, unless it may wait.
-    pub(super) async fn remove_taken_unless(&mut self, may_wait: bool) -> Result<()> {
-        match may_wait {
-            true => Ok(()),
-            false => self.remove_taken().await,
-        }
-    }
-
     /// Removes what the broker took. What cannot be removed is not published again meanwhile.
     pub(super) async fn remove_taken(&mut self) -> Result<()> {
-        if self.taken.positions.is_empty() {
-            return Ok(());
+        let positions = self.taken.positions();
+        if !positions.is_empty() {
+            trace!(target: "eventbus::step", step = "relay.remove.before");
+            self.relay.outbox.remove(&positions).await?;
+            self.taken.removed();
+        }
+        Ok(())
+    }
+
+    /// What is next on the lanes. What the broker took before is removed at the same time, unless it
+    /// may wait: to remove and to read take as long as each other.
+    pub(super) async fn next(
+        &mut self,
+        lanes: &[u32],
+        messages_max: usize,
+    ) -> Result<Vec<OutboxMessage>> {
+        let taken = self.taken.positions();
+        let next = self.relay.outbox.next(lanes, messages_max, &taken);
+        if taken.len() == self.taken.kept() {
+            return next.await;
         }
         trace!(target: "eventbus::step", step = "relay.remove.before");
-        let positions: Vec<_> = self.taken.positions.iter().copied().collect();
-        self.relay.outbox.remove(&positions).await?;
-        trace!(target: "eventbus::step", step = "relay.remove.after");
-        self.taken.positions.clear();
-        self.taken.since = None;
-        Ok(())
+        let (removed, next) = tokio::join!(self.relay.outbox.remove(&taken), next);
+        removed?;
+        self.taken.removed();
+        next
     }
 }

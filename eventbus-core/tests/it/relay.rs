@@ -336,8 +336,13 @@ struct Forgetful {
 
 #[async_trait]
 impl OutboxStore for Forgetful {
-    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
-        self.inner.next(lanes, messages_max).await
+    async fn next(
+        &self,
+        lanes: &[u32],
+        messages_max: usize,
+        except: &[u64],
+    ) -> Result<Vec<OutboxMessage>> {
+        self.inner.next(lanes, messages_max, except).await
     }
 
     async fn remove(&self, positions: &[u64]) -> Result<()> {
@@ -469,9 +474,14 @@ struct Counting {
 
 #[async_trait]
 impl OutboxStore for Counting {
-    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
+    async fn next(
+        &self,
+        lanes: &[u32],
+        messages_max: usize,
+        except: &[u64],
+    ) -> Result<Vec<OutboxMessage>> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        self.inner.next(lanes, messages_max).await
+        self.inner.next(lanes, messages_max, except).await
     }
 
     async fn remove(&self, positions: &[u64]) -> Result<()> {

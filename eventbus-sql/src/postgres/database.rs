@@ -8,7 +8,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tracing::warn;
 
 use super::config::PostgresConfig;
@@ -203,6 +203,11 @@ impl Database {
     /// Takes a connection.
     pub(super) async fn session(&self, operation: &'static str) -> Result<Session> {
         self.sessions.get(operation).await
+    }
+
+    /// When a connection was last lost.
+    pub(super) fn lost(&self) -> Option<Instant> {
+        self.sessions.lost()
     }
 
     /// Takes a connection and begins a transaction on it.

@@ -17,12 +17,16 @@ use eventbus_core::{
 };
 use metrics::counter;
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
+use sqlx::{PgConnection, Row, ValueRef};
 use tracing::error;
 
 use super::error::into_error;
 use super::store::PostgresStore;
 use super::tables::Tables;
+
+mod floor;
+
+pub(super) use floor::Floor;
 
 /// Most bytes that one read takes, beyond its first message.
 const READ_BYTES_MAX: i64 = 16 * 1024 * 1024;
@@ -48,17 +52,27 @@ const INSERT_ONE: &str = "
     SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9
     WHERE $10 OR current_setting('eventbus.is_open', true) = 'yes'";
 
-/// Of each lane that has messages an even share, in messages and bytes, by the index; the oldest, where
-/// there are more lanes than messages to be had. What it looks at depends on how many are asked for, not
-/// on how many wait. It has to be so whatever the planner believes of a table that is empty one moment and
-/// large the next: were the lane named by `=`, it would know that the order is by position alone, and
-/// might go through all lanes by the index of positions; without a limit for each lane, it might join.
-const SELECT_NEXT: &str = "
+/// The oldest of all lanes: rows that were written together are read together. No index of lanes is to
+/// be thought of.
+const SELECT_ALL: &str = "
+    SELECT position, lane, id, aggregatetype, aggregateid, key, headers,
+        CASE WHEN octet_length(headers) + octet_length(payload) <= $3 / $2 THEN payload END
+    FROM {s}.outbox
+    WHERE position >= $4 AND lane + 0 = ANY($1)
+        AND (position > $6 OR position NOT IN (SELECT unnest($5::bigint[])))
+    ORDER BY position LIMIT $2";
+
+/// Of each lane that has messages an even share, by the index. What it looks at depends on how many are
+/// asked for, not on how many wait. It has to be so whatever the planner believes of a table that is
+/// empty one moment and large the next: were the lane named by `=`, it would know that the order is by
+/// position alone, and might go through all lanes by the index of positions; without a limit for each
+/// lane, it might join.
+const SELECT_SHARES: &str = "
     WITH busy AS MATERIALIZED (
         SELECT wanted.lane FROM unnest($1::int[]) AS wanted(lane)
         CROSS JOIN LATERAL (
             SELECT 1 FROM {s}.outbox AS message
-            WHERE message.lane BETWEEN wanted.lane AND wanted.lane
+            WHERE (message.lane, message.position) >= (wanted.lane, $4) AND message.lane <= wanted.lane
             ORDER BY message.lane, message.position LIMIT 1
         ) AS first
     ), share AS MATERIALIZED (
@@ -66,16 +80,33 @@ const SELECT_NEXT: &str = "
         FROM busy
     )
     SELECT position, lane, id, aggregatetype, aggregateid, key, headers, payload
-    FROM share CROSS JOIN busy CROSS JOIN LATERAL (
+    FROM share CROSS JOIN busy CROSS JOIN LATERAL (";
+
+/// Messages without those that are too large to be had so many at a time.
+const SMALL: &str = "
+        SELECT position, id, aggregatetype, aggregateid, key, headers,
+            CASE WHEN octet_length(headers) + octet_length(payload) <= $3 / $2 THEN payload END AS payload
+        FROM {s}.outbox AS message
+        WHERE (message.lane, message.position) >= (busy.lane, $4) AND message.lane <= busy.lane
+            AND (message.position > $6 OR message.position NOT IN (SELECT unnest($5::bigint[])))
+        ORDER BY message.lane, position LIMIT share.messages
+    ) AS message";
+
+/// Messages up to an even share of the bytes: to add them up costs as much again as to read them.
+const MEASURED: &str = "
         SELECT position, id, aggregatetype, aggregateid, key, headers, payload,
             sum(octet_length(headers) + octet_length(payload)) OVER (
                 ORDER BY message.lane, position ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
             ) AS before
         FROM {s}.outbox AS message
-        WHERE message.lane BETWEEN busy.lane AND busy.lane
+        WHERE (message.lane, message.position) >= (busy.lane, $4) AND message.lane <= busy.lane
+            AND (message.position > $6 OR message.position NOT IN (SELECT unnest($5::bigint[])))
         ORDER BY message.lane, position LIMIT share.messages
     ) AS message
-    WHERE coalesce(before, 0) < share.bytes ORDER BY position LIMIT $2";
+    WHERE coalesce(before, 0) < share.bytes";
+
+/// The oldest, where there are more lanes than messages to be had.
+const OLDEST: &str = " ORDER BY position LIMIT $2";
 
 const REMOVE: &str = "DELETE FROM {s}.outbox WHERE position = ANY($1)";
 
@@ -98,14 +129,16 @@ const SELECT_DEPTH: &str = "
 /// this role may see those of others.
 const SELECT_OLDEST: &str = "
     SELECT
-        (SELECT (extract(epoch FROM created_at) * 1000000)::bigint FROM {s}.outbox
-            WHERE lane >= 0 ORDER BY position LIMIT 1),
+        oldest.position, (extract(epoch FROM oldest.created_at) * 1000000)::bigint,
         (SELECT (extract(epoch FROM max(clock_timestamp() - activity.xact_start)) * 1000000)::bigint
             FROM pg_locks JOIN pg_stat_activity AS activity USING (pid)
             WHERE locktype = 'relation' AND mode = 'RowExclusiveLock'
                 AND relation = '{s}.outbox'::regclass AND pg_locks.pid <> pg_backend_pid()
                 AND pg_locks.database = (
-                    SELECT oid FROM pg_database WHERE datname = current_database()))";
+                    SELECT oid FROM pg_database WHERE datname = current_database()))
+    FROM (SELECT) AS one LEFT JOIN LATERAL (
+        SELECT position, created_at FROM {s}.outbox WHERE lane >= 0 ORDER BY position LIMIT 1
+    ) AS oldest ON true";
 
 /// Counts messages that were put aside because they are not what was written.
 const DAMAGED: &str = "eventbus.postgres.outbox.damaged";
@@ -250,7 +283,50 @@ impl<'m> Rows<'m> {
     }
 }
 
+/// What is to be read next.
+struct Next {
+    lanes: Vec<i32>,
+    messages_max: i64,
+    from: i64,
+    except: Vec<i64>,
+}
+
 impl PostgresStore {
+    async fn select_next(&self, next: &Next, sql: &str) -> Result<Vec<PgRow>> {
+        let sql = self.database.tables.sql(sql);
+        let rows = self.database.query(READ, || {
+            sqlx::query(sql.clone())
+                .bind(&next.lanes)
+                .bind(next.messages_max)
+                .bind(READ_BYTES_MAX)
+                .bind(next.from)
+                .bind(&next.except)
+                .bind(next.except.iter().max().copied().unwrap_or(0))
+        });
+        rows.await
+    }
+
+    /// Rows of messages, or where some are large, of fewer of them.
+    async fn rows_of_next(&self, next: &Next) -> Result<Vec<PgRow>> {
+        let few = next.messages_max < next.lanes.len() as i64;
+        let shares = |messages| {
+            let oldest = if few { OLDEST } else { "" };
+            format!("{SELECT_SHARES}{messages}{oldest}")
+        };
+        let all = next.lanes.len() == OUTBOX_LANES as usize;
+        let mut rows = match all {
+            true => self.select_next(next, SELECT_ALL).await?,
+            false => self.select_next(next, &shares(SMALL)).await?,
+        };
+        if all && is_lopsided(&rows)? {
+            rows = self.select_next(next, &shares(SMALL)).await?;
+        }
+        if rows.iter().any(is_large) {
+            rows = self.select_next(next, &shares(MEASURED)).await?;
+        }
+        Ok(rows)
+    }
+
     /// Puts damaged messages where they hold up no other.
     async fn quarantine(&self, damaged: &[(i64, Error)]) -> Result<()> {
         if damaged.is_empty() {
@@ -272,18 +348,21 @@ impl PostgresStore {
 
 #[async_trait]
 impl OutboxStore for PostgresStore {
-    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
-        let sql = self.database.tables.sql(SELECT_NEXT);
-        let lanes: Vec<i32> = lanes.iter().map(|lane| *lane as i32).collect();
-        let messages_max = i64::try_from(messages_max).unwrap_or(i64::MAX);
+    async fn next(
+        &self,
+        lanes: &[u32],
+        messages_max: usize,
+        except: &[u64],
+    ) -> Result<Vec<OutboxMessage>> {
+        let floor = self.floor.position(&self.database).await?;
+        let next = Next {
+            lanes: lanes.iter().map(|lane| *lane as i32).collect(),
+            messages_max: i64::try_from(messages_max.max(1)).unwrap_or(i64::MAX),
+            from: floor,
+            except: except.iter().map(|position| *position as i64).collect(),
+        };
         loop {
-            let rows = self.database.query(READ, || {
-                sqlx::query(sql.clone())
-                    .bind(&lanes)
-                    .bind(messages_max)
-                    .bind(READ_BYTES_MAX)
-            });
-            let rows = rows.await?;
+            let rows = self.rows_of_next(&next).await?;
             let (mut sound, mut damaged) = (Vec::with_capacity(rows.len()), Vec::new());
             for row in &rows {
                 let position: i64 = row.try_get(0).map_err(native)?;
@@ -295,6 +374,7 @@ impl OutboxStore for PostgresStore {
             self.quarantine(&damaged).await?;
             // Nothing at all would say that nothing waits.
             if !sound.is_empty() || damaged.is_empty() {
+                sound.sort_unstable_by_key(|message| message.position);
                 return Ok(sound);
             }
         }
@@ -306,7 +386,9 @@ impl OutboxStore for PostgresStore {
         let removed = self.database.query("remove from outbox", || {
             sqlx::query(sql.clone()).bind(&positions)
         });
-        removed.await.map(|_| ())
+        removed.await?;
+        self.floor.removed(positions.len());
+        Ok(())
     }
 
     async fn appended(&self) {
@@ -332,8 +414,10 @@ impl OutboxStore for PostgresStore {
             depth.lanes.push((lane as u32, messages as u64));
         }
         if let Some(row) = oldest.first() {
-            let created: Option<i64> = row.try_get(0).map_err(native)?;
-            let open: Option<i64> = row.try_get(1).map_err(native)?;
+            let position: Option<i64> = row.try_get(0).map_err(native)?;
+            let created: Option<i64> = row.try_get(1).map_err(native)?;
+            let open: Option<i64> = row.try_get(2).map_err(native)?;
+            self.floor.oldest(position.unwrap_or(i64::MAX));
             depth.oldest = created.map(Timestamp::from_micros);
             let open = open.and_then(|micros| u64::try_from(micros).ok());
             depth.held_back = open.map(Duration::from_micros);
@@ -342,17 +426,39 @@ impl OutboxStore for PostgresStore {
     }
 }
 
-/// Reads a row, if it is as it was written.
+/// Whether one lane has much more than its share, so that others wait for it.
+fn is_lopsided(rows: &[PgRow]) -> Result<bool> {
+    let mut messages = [0; OUTBOX_LANES as usize];
+    for row in rows {
+        let lane: i32 = row.try_get(1).map_err(native)?;
+        let lane = usize::try_from(lane)
+            .ok()
+            .and_then(|lane| messages.get_mut(lane));
+        *lane.unwrap_or(&mut 0) += 1;
+    }
+    let most = messages.into_iter().max().unwrap_or(0);
+    Ok(most > 8 + 4 * rows.len() / messages.len())
+}
+
+/// Whether a message was left out of its row because it is large.
+fn is_large(row: &PgRow) -> bool {
+    matches!(row.try_get_raw(7), Ok(payload) if payload.is_null())
+}
+
+/// Reads a row, if it is as it was written. The driver's conversions, with their checks of types, cost as
+/// much as all else of reading.
 fn read(position: i64, row: &PgRow) -> Result<OutboxMessage> {
-    let text = |index: usize| row.try_get::<Option<&str>, _>(index).map_err(native);
-    let bytes = |index: usize| row.try_get::<Option<&[u8]>, _>(index).map_err(native);
+    let bytes = |index| column(row, index);
+    let text = |index| {
+        let bytes: Option<&[u8]> = bytes(index)?;
+        let text = bytes.map(std::str::from_utf8).transpose();
+        text.map_err(|error| native(sqlx::Error::Decode(error.into())))
+    };
     let lane: i32 = row.try_get(1).map_err(native)?;
     let id = EventId::parse(text(2)?.unwrap_or_default())?;
     let topic = Topic::new(text(3)?.unwrap_or_default())?;
-    let key = match (text(4)?, bytes(5)?) {
-        (Some(key), _) => Some(Key::from(key)),
-        (None, key) => key.map(|key| Key::new(Bytes::copy_from_slice(key))),
-    };
+    let key = bytes(4)?.map_or_else(|| bytes(5), |key| Ok(Some(key)))?;
+    let key = key.map(|key| Key::new(Bytes::copy_from_slice(key)));
     let headers = Headers::from_packed(Bytes::copy_from_slice(bytes(6)?.unwrap_or_default()));
     let payload = Bytes::copy_from_slice(bytes(7)?.unwrap_or_default());
     let mut message = Message::new(topic, payload).with_headers(headers);
@@ -363,6 +469,18 @@ fn read(position: i64, row: &PgRow) -> Result<OutboxMessage> {
         id,
         message,
     ))
+}
+
+/// A column as the server sent it.
+fn column(row: &PgRow, index: usize) -> Result<Option<&[u8]>> {
+    let value = row.try_get_raw(index).map_err(native)?;
+    if value.is_null() {
+        return Ok(None);
+    }
+    let bytes = value.as_bytes();
+    bytes
+        .map(Some)
+        .map_err(|error| native(sqlx::Error::Decode(error)))
 }
 
 fn native(error: sqlx::Error) -> Error {

@@ -1,7 +1,7 @@
 //! A connection while something is done with it: every wait is bounded, and one that was left in the
 //! middle of something is closed instead of used again.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use eventbus_core::{Error, ErrorKind, Result};
@@ -19,6 +19,10 @@ pub(super) type PgQuery<'q> = Query<'q, Postgres, PgArguments>;
 
 /// A connection that lay idle for longer is asked whether it still lives.
 const IDLE_TRUSTED: Duration = Duration::from_secs(2);
+/// As many things as are mostly done at the same time.
+const WARM_CONNECTIONS: usize = 2;
+/// A connection that the pool gave longer ago goes back to it.
+const WARM_MAX: Duration = Duration::from_secs(60);
 /// How much longer than the server is waited for before the connection is given up.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -29,6 +33,25 @@ pub(super) struct Sessions {
     limit: Duration,
     /// When a connection was last lost: none that is older is trusted.
     lost: Arc<Mutex<Option<Instant>>>,
+    warm: Arc<Mutex<Warm>>,
+}
+
+/// Connections that were used last. A pool hands out the one that lay idle for longest, so that work that
+/// comes one after the other meets another server process each time, with nothing prepared or cached.
+#[derive(Debug, Default)]
+struct Warm {
+    /// The last one last.
+    kept: Vec<Kept>,
+    /// How many wait for the pool: they get the next one.
+    waiting: usize,
+}
+
+#[derive(Debug)]
+struct Kept {
+    connection: PoolConnection<Postgres>,
+    /// When the pool gave it.
+    taken: Instant,
+    since: Instant,
 }
 
 impl Sessions {
@@ -61,13 +84,15 @@ impl Sessions {
                 })
             })
             .before_acquire(move |connection, seen| {
+                let known = Arc::clone(&known);
                 let lost: Option<Instant> = *known.lock().unwrap_or_else(PoisonError::into_inner);
                 let outdated = lost.is_some_and(|lost| seen.age >= lost.elapsed());
                 Box::pin(async move {
                     if outdated || seen.idle_for < IDLE_TRUSTED {
                         return Ok(!outdated);
                     }
-                    connection.ping().await.map(|()| true)
+                    let alive = connection.ping().await;
+                    alive.inspect_err(|_| note_loss(&known)).map(|()| true)
                 })
             })
             .connect_lazy_with(config.connect.clone());
@@ -75,24 +100,86 @@ impl Sessions {
             pool,
             limit: config.timeout + GRACE,
             lost,
+            warm: Arc::default(),
         }
     }
 
     /// Takes a connection.
     pub(super) async fn get(&self, operation: &'static str) -> Result<Session> {
-        let connection = self.pool.acquire().await;
+        let (connection, taken) = match self.take_warm() {
+            Ok(kept) => (kept.connection, kept.taken),
+            Err(_waiting) => {
+                let connection = self.pool.acquire().await;
+                let connection = connection.map_err(|error| into_error(operation, error))?;
+                (connection, Instant::now())
+            }
+        };
         Ok(Session {
             operation,
-            connection: connection.map_err(|error| into_error(operation, error))?,
+            connection: Some(connection),
+            taken,
             sessions: self.clone(),
             ended: false,
         })
     }
 
-    fn note_loss(&self) {
-        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        *lost = Some(Instant::now());
+    /// Takes the connection that was used last, if one is there and can be trusted as it is.
+    fn take_warm(&self) -> Result<Kept, Waiting> {
+        let mut warm = self.lock_warm();
+        let lost = self.lost();
+        let is_trusted = |kept: &Kept| {
+            kept.since.elapsed() < IDLE_TRUSTED && lost.is_none_or(|lost| lost < kept.taken)
+        };
+        // The pool knows what to do with those that are not.
+        warm.kept.retain(is_trusted);
+        if let Some(kept) = warm.kept.pop() {
+            return Ok(kept);
+        }
+        warm.waiting += 1;
+        Err(Waiting(self.clone()))
     }
+
+    /// Keeps a connection for the next one, unless somebody waits for the pool, which looks after its
+    /// connections' age, too.
+    fn give_back(&self, connection: PoolConnection<Postgres>, taken: Instant) {
+        let mut warm = self.lock_warm();
+        let is_full = warm.kept.len() >= WARM_CONNECTIONS;
+        if warm.waiting == 0 && !is_full && taken.elapsed() < WARM_MAX {
+            let since = Instant::now();
+            warm.kept.push(Kept {
+                connection,
+                taken,
+                since,
+            });
+        }
+    }
+
+    fn lock_warm(&self) -> MutexGuard<'_, Warm> {
+        // Each change is of one value.
+        self.warm.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When a connection was last lost.
+    pub(super) fn lost(&self) -> Option<Instant> {
+        *self.lost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_loss(&self) {
+        note_loss(&self.lost);
+    }
+}
+
+/// Somebody who waits for the pool.
+struct Waiting(Sessions);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.lock_warm().waiting -= 1;
+    }
+}
+
+fn note_loss(lost: &Mutex<Option<Instant>>) {
+    *lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
 }
 
 /// Tries to connect once, and says what is in the way: a pool would go on trying.
@@ -149,7 +236,7 @@ const CHECK_CLIENT: &str = "
     EXCEPTION WHEN OTHERS THEN NULL;
     END $$";
 /// What the client's own statements are written for.
-const ISOLATION: &str = "SET default_transaction_isolation TO 'read committed'";
+const ISOLATION: &str = "SET default_transaction_isolation TO 'read committed'; SET plan_cache_mode TO force_generic_plan";
 
 /// What every connection is told: waits are bounded, and an acknowledgement means the disk.
 fn setup(limit: Duration) -> String {
@@ -168,7 +255,9 @@ fn setup(limit: Duration) -> String {
 #[derive(Debug)]
 pub(super) struct Session {
     operation: &'static str,
-    connection: PoolConnection<Postgres>,
+    /// None when it is dropped.
+    connection: Option<PoolConnection<Postgres>>,
+    taken: Instant,
     sessions: Sessions,
     ended: bool,
 }
@@ -239,7 +328,8 @@ impl Session {
         &mut self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, Failure> {
-        let answer = match timeout(self.sessions.limit, work(&mut self.connection)).await {
+        let limit = self.sessions.limit;
+        let answer = match timeout(limit, work(self.connection_mut())).await {
             Ok(answer) => answer.map_err(Failure::Native),
             Err(_) => Err(Failure::NoAnswer),
         };
@@ -269,11 +359,11 @@ impl Session {
     }
 
     pub(super) fn connection(&self) -> &PgConnection {
-        &self.connection
+        self.connection.as_ref().expect("it is not dropped")
     }
 
     pub(super) fn connection_mut(&mut self) -> &mut PgConnection {
-        &mut self.connection
+        self.connection.as_mut().expect("it is not dropped")
     }
 
     /// Begins a transaction.
@@ -295,8 +385,9 @@ impl Session {
 
     /// Asks whether it lives.
     pub(super) async fn is_alive(&mut self) -> bool {
-        let ping = self.connection.ping();
-        matches!(timeout(self.sessions.limit, ping).await, Ok(Ok(())))
+        let limit = self.sessions.limit;
+        let ping = self.connection_mut().ping();
+        matches!(timeout(limit, ping).await, Ok(Ok(())))
     }
 
     /// Reads a column.
@@ -310,8 +401,12 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if !self.ended {
-            self.connection.close_on_drop();
+        let Some(mut connection) = self.connection.take() else {
+            return;
+        };
+        match self.ended {
+            true => self.sessions.give_back(connection, self.taken),
+            false => connection.close_on_drop(),
         }
     }
 }

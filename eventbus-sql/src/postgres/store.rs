@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 use super::config::PostgresConfig;
 use super::database::Shared;
 use super::leases::PostgresLeases;
-use super::outbox::{self, Append};
+use super::outbox::{self, Append, Floor};
 use super::tables::Tables;
 use super::transaction::PostgresOutbox;
 use crate::log::Wakes;
@@ -97,6 +97,7 @@ use crate::log::Wakes;
 pub struct PostgresStore {
     pub(super) database: Shared,
     pub(super) appending: Arc<Appending>,
+    pub(super) floor: Arc<Floor>,
     pub(super) group_max: usize,
     leases: PostgresLeases,
     /// The service's own connections: those that are lent would not let it begin transactions.
@@ -128,6 +129,7 @@ impl PostgresStore {
             pool: Arc::default(),
             database,
             appending: Arc::default(),
+            floor: Arc::default(),
             group_max: 1,
         }
     }

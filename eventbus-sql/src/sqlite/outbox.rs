@@ -37,8 +37,9 @@ const SELECT_NEXT: &str = "
     first AS MATERIALIZED (
         SELECT message.lane, message.position, length(payload) AS bytes
         FROM busy JOIN {p}outbox AS message ON message.position IN (
-            SELECT position FROM {p}outbox WHERE lane = busy.lane ORDER BY position
-            LIMIT (SELECT max(1, ?2 / count(*)) FROM busy)
+            SELECT position FROM {p}outbox
+            WHERE lane = busy.lane AND position NOT IN (SELECT value FROM json_each(?4))
+            ORDER BY position LIMIT (SELECT max(1, ?2 / count(*)) FROM busy)
         )
     ),
     turns AS (
@@ -169,12 +170,18 @@ impl SqliteStore {
 
 #[async_trait]
 impl OutboxStore for SqliteStore {
-    async fn next(&self, lanes: &[u32], messages_max: usize) -> Result<Vec<OutboxMessage>> {
+    async fn next(
+        &self,
+        lanes: &[u32],
+        messages_max: usize,
+        except: &[u64],
+    ) -> Result<Vec<OutboxMessage>> {
         loop {
             let query = sqlx::query(self.database.sql(SELECT_NEXT))
                 .bind(format!("{lanes:?}"))
                 .bind(i64::try_from(messages_max).unwrap_or(i64::MAX))
-                .bind(READ_BYTES_MAX);
+                .bind(READ_BYTES_MAX)
+                .bind(format!("{except:?}"));
             let rows = self.database.read(READ, query).await?;
             let (mut sound, mut damaged) = (Vec::with_capacity(rows.len()), Vec::new());
             for row in &rows {

@@ -50,7 +50,7 @@ async fn orders(store: &SqliteStore) -> Vec<i64> {
 
 async fn waiting(store: &SqliteStore) -> Vec<OutboxMessage> {
     let lanes: Vec<u32> = (0..OUTBOX_LANES).collect();
-    store.next(&lanes, 1000).await.expect("it reads")
+    store.next(&lanes, 1000, &[]).await.expect("it reads")
 }
 
 async fn foreign(place: &Place) -> SqliteConnection {
@@ -235,12 +235,15 @@ async fn lanes_get_even_shares_and_depth_counts_them() {
     assert_eq!(depth.messages(), 40);
     assert!(depth.oldest.is_some());
     let lanes: Vec<u32> = depth.lanes.iter().map(|(lane, _)| *lane).collect();
-    let few = store.next(&lanes, lanes.len()).await.expect("it reads");
+    let few = store
+        .next(&lanes, lanes.len(), &[])
+        .await
+        .expect("it reads");
     let mut seen: Vec<u32> = few.iter().map(|next| next.lane).collect();
     seen.sort_unstable();
     assert_eq!(seen, lanes, "one of each");
     assert!(few.is_sorted_by_key(|next| next.position));
-    assert!(store.next(&[], 10).await.expect("it reads").is_empty());
+    assert!(store.next(&[], 10, &[]).await.expect("it reads").is_empty());
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 mod conformance;
 mod debezium;
 mod faults;
+mod floor;
 mod key_state;
 mod leases;
 mod offline;

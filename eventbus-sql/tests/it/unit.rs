@@ -141,7 +141,7 @@ impl Shop {
 
     async fn published(&self) -> Vec<OutboxMessage> {
         let lanes: Vec<u32> = (0..OUTBOX_LANES).collect();
-        self.store.next(&lanes, 1000).await.expect("it reads")
+        self.store.next(&lanes, 1000, &[]).await.expect("it reads")
     }
 }
 

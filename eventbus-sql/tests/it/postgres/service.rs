@@ -77,7 +77,10 @@ impl Service {
     /// What waits in the outbox.
     pub(crate) async fn waiting(&self) -> Vec<OutboxMessage> {
         let lanes: Vec<u32> = (0..OUTBOX_LANES).collect();
-        self.store.next(&lanes, 10_000).await.expect("it reads")
+        self.store
+            .next(&lanes, 10_000, &[])
+            .await
+            .expect("it reads")
     }
 }
 
