@@ -33,7 +33,7 @@ mod latency;
 const TRANSACTIONS: usize = 1_000;
 const TURN: usize = 50;
 const TEN: usize = 10;
-const WAITING: usize = 50_000;
+const WAITING: usize = 200_000;
 const RELAYED: i64 = 1_000;
 const EVENTS: usize = 10_000;
 const GROUP: usize = 100;

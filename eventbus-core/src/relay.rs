@@ -124,7 +124,7 @@ pub struct RelayStatus {
     pub published: u64,
     /// Messages that it put aside since it began.
     pub held: u64,
-    /// How much waited when it looked last, over all lanes: some seconds ago, or, where so much waits that
+    /// How much waited when it looked last, over all lanes: none before its first second, some seconds ago, or, where so much waits that
     /// counting takes long, a hundred times as long as that.
     pub depth: OutboxDepth,
     /// What keeps it from publishing or removing, in one line; none when the last pass went well.

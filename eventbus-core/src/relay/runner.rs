@@ -26,6 +26,8 @@ use crate::outbox::{OUTBOX_LANES, OutboxStore};
 /// How long the batch under way may take when the relay is to end.
 const GRACE: Duration = Duration::from_secs(5);
 /// How often it is counted what waits, and, where much does, how much longer at least than counting took.
+/// The first time a little later: who comes to a large backlog has more urgent things to do.
+const DEPTH_FIRST: Duration = Duration::from_secs(1);
 const DEPTH_INTERVAL: Duration = Duration::from_secs(5);
 const DEPTH_SHARE: u32 = 100;
 /// The longest time without a look, should no store or clock have told of something.
@@ -40,7 +42,7 @@ pub(super) struct Runner {
     pub(super) due: DueLook,
     pub(super) taken: Taken,
     backoff: Backoff,
-    next_count: Option<Instant>,
+    next_count: Instant,
     /// What was published elsewhere before is handled: this relay may publish.
     is_free: bool,
     part: Arc<Part>,
@@ -54,7 +56,7 @@ impl Runner {
             due: DueLook::new(),
             taken: Taken::new(relay.batch),
             backoff: Backoff::new(),
-            next_count: None,
+            next_count: Instant::now() + DEPTH_FIRST,
             is_free: false,
             part: relay.bus.shared_activity().part(),
             relay,
@@ -158,7 +160,8 @@ impl Runner {
             Pass::Idle => {
                 self.recover();
                 let due = due.map(|due| self.instant_of(due));
-                Ok(due.into_iter().chain(self.taken.due()).min())
+                let due = due.into_iter().chain(self.taken.due());
+                Ok(due.chain([self.next_count]).min())
             }
         }
     }
@@ -190,12 +193,12 @@ impl Runner {
     /// Counts what waits, from time to time.
     async fn count(&mut self) -> Result<()> {
         let begun = Instant::now();
-        if self.next_count.is_some_and(|next| begun < next) {
+        if begun < self.next_count {
             return Ok(());
         }
         let counted = self.relay.outbox.depth().await;
         let pause = DEPTH_INTERVAL.max(begun.elapsed() * DEPTH_SHARE);
-        self.next_count = Some(Instant::now() + pause);
+        self.next_count = Instant::now() + pause;
         let depth = match counted {
             Ok(depth) => depth,
             // Whoever cannot count may still be able to publish.

@@ -2,7 +2,8 @@
 
 -- Messages that wait to be published; rows are inserted and deleted, never changed unless they are
 -- damaged. The columns are those that Debezium's event router takes by default, and what a relay
--- needs. Rows come and go all the time, so what is dead is cleared away early.
+-- needs. Rows come and go all the time, so what is dead is cleared away
+-- without pauses; reading begins behind it.
 CREATE TABLE {s}.outbox (
     position           bigint    GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     lane               integer   NOT NULL, -- -1 - lane where the row is damaged
@@ -15,7 +16,7 @@ CREATE TABLE {s}.outbox (
     headers            bytea     NOT NULL,
     created_at         timestamp NOT NULL DEFAULT (clock_timestamp() AT TIME ZONE 'UTC'),
     tracingspancontext text                -- as java.util.Properties are written
-) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
+) WITH (autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
 
 CREATE INDEX outbox_lane ON {s}.outbox (lane, position);
 
