@@ -2,6 +2,7 @@
 
 mod conformance;
 mod debezium;
+mod dump;
 mod faults;
 mod key_state;
 mod leases;
