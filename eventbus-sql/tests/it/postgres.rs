@@ -6,6 +6,7 @@ mod dump;
 mod faults;
 mod key_state;
 mod leases;
+mod long;
 mod offline;
 mod order;
 mod outbox;
