@@ -199,10 +199,10 @@ async fn read(broker: &SqliteBroker, topic: Topic) -> usize {
 }
 
 /// A small file system of its own.
-struct SmallDisk(PathBuf);
+pub(crate) struct SmallDisk(pub(crate) PathBuf);
 
 impl SmallDisk {
-    fn mount(place: &Place, size: &str) -> Self {
+    pub(crate) fn mount(place: &Place, size: &str) -> Self {
         let path = place.file("small");
         std::fs::create_dir_all(&path).expect("the directory can be created");
         mount(

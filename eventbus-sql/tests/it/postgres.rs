@@ -2,6 +2,7 @@
 
 mod conformance;
 mod debezium;
+mod disk;
 mod dump;
 mod faults;
 mod key_state;
