@@ -1,9 +1,6 @@
 //! A disk that is full: what is refused is refused as a whole, and all goes on when there is room.
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::Write;
-use std::path::PathBuf;
 
 use eventbus_core::{BoxError, Error, ErrorKind};
 use eventbus_sql::PostgresConfig;
@@ -19,10 +16,9 @@ const TO_BOOK: std::ops::Range<i64> = 10_000..10_020;
 
 /// The store's tables lie on a small disk, the shop's and the server's log do not.
 struct SmallServer {
-    ballast: PathBuf,
     // In this order: the server has files open on the disk, which lies in the place.
     server: OwnServer,
-    _disk: SmallDisk,
+    disk: SmallDisk,
     _place: Place,
 }
 
@@ -36,9 +32,8 @@ impl SmallServer {
         let create = format!("CREATE TABLESPACE small LOCATION '{path}'");
         server.run(&create).await;
         Self {
-            ballast: disk.0.join("ballast"),
             server,
-            _disk: disk,
+            disk,
             _place: place,
         }
     }
@@ -49,16 +44,6 @@ impl SmallServer {
         let space = [("default_tablespace", "small")];
         config.connect = config.connect.options(space);
         config
-    }
-
-    /// Takes all the room that there is.
-    fn fill(&self) {
-        let mut file = File::create(&self.ballast).expect("it can be created");
-        while file.write_all(&[0; 4096]).is_ok() {}
-    }
-
-    fn make_room(&self) {
-        std::fs::remove_file(&self.ballast).expect("it is there");
     }
 }
 
@@ -87,7 +72,7 @@ async fn a_full_disk_marks_nothing_by_half_and_all_goes_on_when_there_is_room() 
     let books = shop.book().await;
     until(async || shop.booked().await == [0]).await;
 
-    place.fill();
+    place.disk.fill();
     let (refused, error) = order_until_refused(&shop, 1).await;
     let error = error.downcast::<Error>().expect("an error of the store's");
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
@@ -124,7 +109,7 @@ async fn a_full_disk_marks_nothing_by_half_and_all_goes_on_when_there_is_room() 
     })
     .await;
 
-    place.make_room();
+    place.disk.make_room();
     let last = order_after(&shop, refused).await;
     let orders: BTreeSet<i64> = (0..=last).collect();
     let all: BTreeSet<i64> = orders.iter().copied().chain(TO_BOOK).collect();

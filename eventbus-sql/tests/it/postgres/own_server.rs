@@ -21,22 +21,24 @@ pub(crate) struct OwnServer(Place);
 
 impl OwnServer {
     pub(crate) async fn start() -> Self {
+        Self::created_with(&[]).await
+    }
+
+    /// Its log lies in another directory, which it may write in.
+    pub(crate) async fn start_with_log(directory: &Path) -> Self {
+        let directory = directory.join("log").display().to_string();
+        let options = ["--wal-segsize=1", "--waldir", &directory];
+        Self::created_with(&options).await
+    }
+
+    async fn created_with(options: &[&str]) -> Self {
         let server = Self(Place::new());
         let home = server.home();
         give(Path::new(&home));
         let data = server.data();
-        let created = run(
-            "initdb",
-            &[
-                "--pgdata",
-                &data,
-                "--username=eventbus",
-                "--auth=trust",
-                "--encoding=UTF8",
-                "--no-sync",
-            ],
-        );
-        succeeded(created);
+        let always = ["--username=eventbus", "--auth=trust", "--encoding=UTF8"];
+        let place = ["--no-sync", "--pgdata", &data];
+        succeeded(run("initdb", &[&always, &place, options].concat()));
         let file = format!("{data}/postgresql.conf");
         let settings = std::fs::read_to_string(&file).expect("initdb wrote it");
         let settings = format!("{settings}{SETTINGS}unix_socket_directories = '{home}'\n");
@@ -79,7 +81,7 @@ impl OwnServer {
         self.run(&format!("CREATE DATABASE {name}")).await;
     }
 
-    /// Stops the server as a crash would, and starts it again.
+    /// Stops the server as a crash would, unless it has stopped, and starts it again.
     pub(crate) async fn restart(&self) {
         let log = self.0.file("log").display().to_string();
         let data = self.data();
@@ -89,6 +91,12 @@ impl OwnServer {
             succeeded(run("pg_ctl", &arguments));
         });
         restarting.await.expect("it restarts");
+    }
+
+    /// Whether the server has said this.
+    pub(crate) fn has_said(&self, text: &str) -> bool {
+        let log = std::fs::read(self.0.file("log")).expect("there is a log");
+        String::from_utf8_lossy(&log).contains(text)
     }
 
     fn pg_ctl(&self, arguments: &[&str]) {

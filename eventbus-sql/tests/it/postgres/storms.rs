@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-use super::own_server::OwnServer;
+use super::own_server::{OwnServer, give};
 use super::service::until;
 use super::shop::{Booked, KEYS, Shop, Taken, check, config};
+use crate::files::SmallDisk;
+use crate::place::Place;
 
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -30,8 +32,7 @@ async fn take_orders(shop: Shop, key: i64, stop: Arc<AtomicBool>) -> BTreeSet<i6
 }
 
 /// Orders, relays and books while `harm` is done, and adds up.
-async fn survives(harm: impl AsyncFnOnce(&OwnServer, &Shop)) {
-    let server = OwnServer::start().await;
+async fn survives(server: OwnServer, harm: impl AsyncFnOnce(&OwnServer, &Shop)) {
     let shop = Shop::open(config(&server.url("shop"))).await;
     let (books, relay) = (shop.book().await, shop.relay());
     let other = Shop::on(config(&server.url("shop"))).await;
@@ -72,7 +73,7 @@ async fn survives(harm: impl AsyncFnOnce(&OwnServer, &Shop)) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs brokers: ./dev/test"]
 async fn a_server_that_crashes_again_and_again_loses_and_doubles_nothing() {
-    survives(async |server, shop| {
+    survives(OwnServer::start().await, async |server, shop| {
         for _ in 0..4 {
             let before = shop.booked().await.len();
             server.restart().await;
@@ -89,13 +90,32 @@ async fn connections_that_end_all_the_time_lose_and_double_nothing() {
     const LONG: Duration = Duration::from_secs(5);
     const END_ALL: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
         WHERE datname = 'shop'";
-    survives(async |server, _| {
+    survives(OwnServer::start().await, async |server, _| {
         let begun = Instant::now();
         while begun.elapsed() < LONG {
             server.run(END_ALL).await;
             // As long as a few transactions take, or none would ever come to its end.
             sleep(10 * PAUSE).await;
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_server_that_stops_because_its_log_has_no_room_loses_and_doubles_nothing() {
+    let place = Place::new();
+    let disk = SmallDisk::mount(&place, "64m");
+    give(&disk.0);
+    let server = OwnServer::start_with_log(&disk.0).await;
+    survives(server, async |server, shop| {
+        until(async || shop.booked().await.len() > 50).await;
+        disk.fill();
+        until(async || server.has_said("PANIC") && server.has_said("No space left")).await;
+        disk.make_room();
+        server.restart().await;
+        let before = shop.booked().await.len();
+        until(async || shop.booked().await.len() > before + 50).await;
     })
     .await;
 }
