@@ -1,5 +1,7 @@
 //! Files that cannot be used as they are, and disks that are full: said, never a hang.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -199,10 +201,10 @@ async fn read(broker: &SqliteBroker, topic: Topic) -> usize {
 }
 
 /// A small file system of its own.
-struct SmallDisk(PathBuf);
+pub(crate) struct SmallDisk(pub(crate) PathBuf);
 
 impl SmallDisk {
-    fn mount(place: &Place, size: &str) -> Self {
+    pub(crate) fn mount(place: &Place, size: &str) -> Self {
         let path = place.file("small");
         std::fs::create_dir_all(&path).expect("the directory can be created");
         mount(
@@ -210,6 +212,20 @@ impl SmallDisk {
             &path,
         );
         Self(path)
+    }
+
+    /// Takes all the room that is left.
+    pub(crate) fn fill(&self) {
+        let mut file = File::create(self.ballast()).expect("it can be created");
+        while file.write_all(&[0; 4096]).is_ok() {}
+    }
+
+    pub(crate) fn make_room(&self) {
+        std::fs::remove_file(self.ballast()).expect("it is there");
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.0.join("ballast")
     }
 
     fn remount_read_only(&self) {
@@ -258,9 +274,8 @@ async fn a_file_that_may_not_grow_loses_nothing_and_is_recovered_from() {
 async fn a_full_small_disk_loses_nothing_and_is_recovered_from() {
     let place = Place::new();
     let disk = SmallDisk::mount(&place, "12m");
-    let ballast = disk.0.join("ballast");
     // The log is written back into the file, so there has to be room for twice the messages.
-    std::fs::write(&ballast, vec![0; 7 << 20]).expect("there is room");
+    std::fs::write(disk.ballast(), vec![0; 7 << 20]).expect("there is room");
     let file = disk.0.join("bus.db");
     let broker = SqliteBroker::connect(config(&file))
         .await
@@ -276,7 +291,7 @@ async fn a_full_small_disk_loses_nothing_and_is_recovered_from() {
     let unpublished = &error.unpublished[0];
     assert_eq!(unpublished.error.kind(), ErrorKind::Unavailable, "{error}");
     assert!(error.is_retryable() && taken > 0);
-    std::fs::remove_file(&ballast).expect("it is there");
+    disk.make_room();
     let again = within(LIMIT, broker.publish(error.into_messages())).await;
     assert!(again.is_ok(), "there is room again");
     assert_eq!(read(&broker, TOPIC).await, taken + 1);

@@ -2,13 +2,17 @@
 
 mod conformance;
 mod debezium;
+mod disk;
+mod dump;
 mod faults;
 mod floor;
 mod key_state;
 mod leases;
+mod long;
 mod offline;
 mod order;
 mod outbox;
+mod own_server;
 mod processes;
 mod proxy;
 pub(crate) mod relays;
@@ -17,4 +21,6 @@ mod schedule;
 mod schema;
 mod server;
 mod service;
+mod shop;
+mod storms;
 mod unit;
