@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use crate::delivery::{Position, Receipt};
 use crate::envelope::EventId;
-use crate::error::Result;
+use crate::error::{BoxError, Result};
 use crate::message::{Group, Message, Topic};
 
 /// Opens transactions that hold what handling events changes.
@@ -78,13 +78,14 @@ pub trait Work: Debug + Send + 'static {
     /// handled again, and are duplicates if it was.
     async fn commit(self: Box<Self>, outgoing: Vec<Message>) -> Result<Committed>;
 
-    /// Rolls back, because a handler failed.
+    /// Rolls back, because a handler failed; with the error, where it returned one.
     ///
     /// # Errors
     ///
     /// A retryable one says that the store, not the handler, is why: it was away when the
-    /// transaction was to be opened, or is now. The consumer pauses and counts no attempt.
-    async fn roll_back(self: Box<Self>) -> Result<()>;
+    /// transaction was to be opened, is now, or had no room for what the handler wrote. The
+    /// consumer pauses and counts no attempt.
+    async fn roll_back(self: Box<Self>, error: Option<&BoxError>) -> Result<()>;
 }
 
 /// What a commit held.

@@ -6,12 +6,14 @@
 //! ```
 
 use std::any::Any;
+use std::error::Error as StdError;
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use eventbus_core::{
-    Committed, Error, ErrorKind, EventId, Group, InboxEntry, Message, Result, Work, header,
+    BoxError, Committed, Error, ErrorKind, EventId, Group, InboxEntry, Message, Result, Work,
+    header,
 };
 
 /// A store that lends transactions with an inbox and an outbox in them.
@@ -40,6 +42,9 @@ pub(crate) trait UnitStore: Clone + Debug + Send + Sync + 'static {
         loan: Self::Loan,
         messages: Vec<(EventId, Message)>,
     ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Whether the database could not write, whatever was to be written: its disk is full, or fails.
+    fn cannot_write(native: &sqlx::Error) -> bool;
 
     /// Undoes what was written. An error says that the store is why it had to be.
     fn undo(&self, loan: Self::Loan) -> impl Future<Output = Result<()>> + Send;
@@ -144,13 +149,41 @@ impl<S: UnitStore> Work for LateWork<S> {
         Ok(Committed::SettleNext)
     }
 
-    async fn roll_back(mut self: Box<Self>) -> Result<()> {
+    async fn roll_back(mut self: Box<Self>, error: Option<&BoxError>) -> Result<()> {
         match (self.loan.take(), self.refused.take()) {
-            (Some(loan), _) => self.store.undo(loan).await,
+            (Some(loan), _) => {
+                self.store.undo(loan).await?;
+                match error
+                    .and_then(native_of)
+                    .filter(|native| S::cannot_write(native))
+                {
+                    Some(native) => Err(not_written(native)),
+                    None => Ok(()),
+                }
+            }
             (None, Some(error)) => Err(again(&error)),
             (None, None) => Ok(()),
         }
     }
+}
+
+/// The database's error that a handler passed on, or that is behind the handler's own.
+fn native_of(error: &BoxError) -> Option<&sqlx::Error> {
+    let mut next: Option<&(dyn StdError + 'static)> = Some(error.as_ref());
+    while let Some(error) = next {
+        if let Some(native) = error.downcast_ref() {
+            return Some(native);
+        }
+        next = error.source();
+    }
+    None
+}
+
+fn not_written(native: &sqlx::Error) -> Error {
+    let message = format!(
+        "the database could not write what a handler wrote: free some space, or look at its disk and log; the event is handled again ({native})"
+    );
+    Error::new(ErrorKind::Unavailable, "write in a handler", message)
 }
 
 /// A message with its event's id, which formats write as a header.

@@ -433,7 +433,11 @@ async fn in_transaction<V: Layers>(
             (Some(returned), None) => work = returned,
             (Some(returned), Some(cause)) => {
                 first.set_awaits_others(true);
-                return match returned.roll_back().await {
+                let error = match &cause {
+                    Cause::Error(error) => Some(error),
+                    _ => None,
+                };
+                return match returned.roll_back(error).await {
                     Err(error) if error.is_retryable() => Transaction::Unavailable(error.into()),
                     _ => Transaction::Failed(cause),
                 };
@@ -464,7 +468,7 @@ async fn in_transaction<V: Layers>(
 /// Ends work on an event that somebody else has handled meanwhile; among several it is found to be
 /// a duplicate when they are tried alone.
 async fn handled_elsewhere(work: Box<dyn Work>, events: usize) -> Transaction {
-    match work.roll_back().await {
+    match work.roll_back(None).await {
         Err(error) if error.is_retryable() => Transaction::Unavailable(error.into()),
         _ if events > 1 => Transaction::Failed(Cause::Error("handled meanwhile".into())),
         _ => Transaction::Committed(vec![Outcome::Duplicate]),

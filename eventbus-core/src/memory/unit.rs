@@ -10,7 +10,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use crate::broker::{Broker, PublishError};
 use crate::envelope::EventId;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::header;
 use crate::message::{Group, Message};
 use crate::unit_of_work::{Committed, InboxEntry, Unit, UnitOfWork, Work};
@@ -338,7 +338,7 @@ impl<T: Clone + Send + 'static> Work for MemoryWork<T> {
         }
     }
 
-    async fn roll_back(self: Box<Self>) -> Result<()> {
+    async fn roll_back(self: Box<Self>, _error: Option<&BoxError>) -> Result<()> {
         Ok(())
     }
 }

@@ -29,6 +29,14 @@ pub(super) fn is_loss(native: &sqlx::Error) -> bool {
     !refused.is_some_and(|refused| matches!(refused.severity(), PgSeverity::Error))
 }
 
+/// Whether the server could not write, whatever it was given: it has no room, its disk fails, or it is
+/// read only.
+pub(super) fn cannot_write(native: &sqlx::Error) -> bool {
+    code_of(native).is_some_and(|code| {
+        code == "25006" || matches!(code.get(..2).unwrap_or_default(), "53" | "58")
+    })
+}
+
 /// PostgreSQL's code of an error that the server answered.
 pub(super) fn code_of(native: &sqlx::Error) -> Option<String> {
     Some(native.as_database_error()?.code()?.into_owned())

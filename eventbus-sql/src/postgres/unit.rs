@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use eventbus_core::{EventId, Group, InboxEntry, Message, Result, Unit, UnitOfWork, Work};
 use sqlx::PgConnection;
 
+use super::error;
 use super::lending::Loan;
 use super::store::PostgresStore;
 use crate::unit::{LateWork, OPEN, UnitStore};
@@ -52,6 +53,10 @@ impl UnitStore for PostgresStore {
             self.appended();
         }
         Ok(())
+    }
+
+    fn cannot_write(native: &sqlx::Error) -> bool {
+        error::cannot_write(native)
     }
 
     async fn undo(&self, loan: Loan) -> Result<()> {

@@ -22,6 +22,11 @@ pub(super) fn is_constraint(native: &sqlx::Error) -> bool {
     code_of(native).is_some_and(|code| code & 0xff == 19)
 }
 
+/// Whether the file could not be written, whatever was to be: its disk is full, or fails.
+pub(super) fn cannot_write(native: &sqlx::Error) -> bool {
+    code_of(native).is_some_and(|code| matches!(code & 0xff, 10 | 13))
+}
+
 /// The extended result code.
 fn code_of(native: &sqlx::Error) -> Option<i32> {
     native.as_database_error()?.code()?.parse().ok()

@@ -7,6 +7,7 @@ use eventbus_core::{EventId, Group, InboxEntry, Message, Result, Unit, UnitOfWor
 use sqlx::SqliteConnection;
 use tracing::trace;
 
+use super::error;
 use super::inbox;
 use super::lending::Loan;
 use super::outbox;
@@ -67,6 +68,10 @@ impl UnitStore for SqliteStore {
         loan.keep("commit", appended).await?;
         trace!(target: "eventbus::step", step = "unit.commit.after");
         Ok(())
+    }
+
+    fn cannot_write(native: &sqlx::Error) -> bool {
+        error::cannot_write(native)
     }
 
     async fn undo(&self, loan: Loan) -> Result<()> {

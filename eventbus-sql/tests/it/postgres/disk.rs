@@ -129,6 +129,44 @@ async fn a_full_disk_marks_nothing_by_half_and_all_goes_on_when_there_is_room() 
     assert_eq!(published.collect::<BTreeSet<i64>>(), all);
 }
 
+/// The handler's own statement is what is refused, and its connection lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_handler_whose_rows_have_no_room_is_held_and_not_counted() {
+    let place = SmallServer::start().await;
+    let shop = Shop::open(place.small()).await;
+    let books = shop.book().await;
+    place.disk.fill();
+    for number in TO_BOOK {
+        // No page has room for a second one.
+        let note = random_text(5000, number);
+        let published = shop.bus.publish(Taken { number, note }).await;
+        published.expect("the broker has room");
+    }
+    until(async || is_holding(&books)).await;
+    let tried = books.status().counts.handled;
+    place.disk.make_room();
+    until(async || shop.booked().await.len() >= TO_BOOK.count()).await;
+    let counts = books.status().counts;
+    books.shutdown().await.expect("it ends well");
+    assert!(tried < TO_BOOK.count() as u64, "the disk was full");
+    assert_eq!((counts.failed_attempts, counts.dead_lettered), (0, 0));
+    let booked: BTreeSet<i64> = shop.booked().await.into_iter().collect();
+    assert_eq!(booked, TO_BOOK.collect());
+}
+
+/// What PostgreSQL cannot compress.
+fn random_text(bytes: usize, seed: i64) -> String {
+    let mut state = seed.unsigned_abs().wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let letters = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        char::from(b'!' + (state % 90) as u8)
+    });
+    letters.take(bytes).collect()
+}
+
 /// Takes again what was refused, and all up to some more.
 async fn order_after(shop: &Shop, refused: i64) -> i64 {
     let last = refused + 20 + shop.orders().await.last().expect("there are some");

@@ -106,7 +106,8 @@ impl Shop {
         let shop = Self::on(config).await;
         sqlx::raw_sql(
             "CREATE TABLE orders (number bigint PRIMARY KEY);
-             CREATE TABLE booked (place bigserial PRIMARY KEY, number bigint NOT NULL)",
+             CREATE TABLE booked (
+                place bigserial PRIMARY KEY, number bigint NOT NULL, note text NOT NULL)",
         )
         .execute(shop.store.pool())
         .await
@@ -169,7 +170,7 @@ impl Shop {
 
     async fn messages(&self) -> Vec<OutboxMessage> {
         let lanes: Vec<u32> = (0..OUTBOX_LANES).collect();
-        answered(async || self.store.next(&lanes, 10_000).await).await
+        answered(async || self.store.next(&lanes, 10_000, &[]).await).await
     }
 
     /// How many wait to be published.
@@ -222,8 +223,8 @@ impl Shop {
 }
 
 async fn book(order: Taken, mut cx: Context<(), PostgresStore>) -> Result<(), BoxError> {
-    let sql = "INSERT INTO booked (number) VALUES ($1)";
-    let insert = sqlx::query(sql).bind(order.number);
+    let sql = "INSERT INTO booked (number, note) VALUES ($1, $2)";
+    let insert = sqlx::query(sql).bind(order.number).bind(&order.note);
     insert.execute(cx.transaction().await?).await?;
     cx.publish(Booked(order))?;
     Ok(())
