@@ -1,0 +1,4 @@
+//! Tests of eventbus-verify through its public API.
+
+mod ledger;
+mod recorder;
