@@ -1,4 +1,14 @@
 //! Tests of eventbus-verify through its public API.
 
+mod bounds;
+mod drain;
+mod effect_once;
+mod honesty;
+mod key_order;
 mod ledger;
+mod liveness;
+mod no_loss;
+mod no_phantom;
 mod recorder;
+mod report;
+mod story;
