@@ -2,7 +2,7 @@
 
 use eventbus_verify::{Breach, Entry, Fault, Operation, Phase};
 
-use crate::story::{CONSUMER, GROUP, Story, message, of};
+use crate::story::{CONSUMER, GROUP, HARNESS, Story, message, of};
 
 /// Another process of the same group.
 const OTHER: u32 = 9;
@@ -77,6 +77,18 @@ fn what_is_kept_may_be_settled() {
 }
 
 #[test]
+fn what_is_only_found_in_a_store_in_the_end_may_have_been_settled() {
+    let mut story = Story::new();
+    story
+        .publish(message(0), Phase::Ok)
+        .deliver(message(0))
+        .call(CONSUMER, Phase::Fail, of(Operation::Handle, message(0)))
+        .settle(message(0))
+        .say(HARNESS, Phase::Ok, of(Operation::DeadLetter, message(0)));
+    story.holds();
+}
+
+#[test]
 fn a_settlement_before_the_handler_is_noticed() {
     let mut story = Story::new();
     story
@@ -143,6 +155,9 @@ fn a_settlement_before_the_dead_letter_is_noticed() {
     );
     story.settle(message(0));
     story.say(CONSUMER, Phase::Ok, of(Operation::DeadLetter, message(0)));
+    story.breaks(&Breach::SettledUnhandled);
+    // Also if somebody finds it in the store in the end.
+    story.say(HARNESS, Phase::Ok, of(Operation::DeadLetter, message(0)));
     story.breaks(&Breach::SettledUnhandled);
 }
 
