@@ -5,7 +5,7 @@ use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::record::{Operation, Phase, Record, check_seal, seal, u32_at};
+use crate::record::{Entry, Operation, Phase, Record, check_seal, seal, u32_at};
 use crate::stamp::RunId;
 
 const MAGIC: [u8; 8] = *b"EBLEDGER";
@@ -13,7 +13,7 @@ const VERSION: u32 = 1;
 
 /// A ledger that was read.
 ///
-/// Takes the 64 bytes a record has in the file, and as much in memory.
+/// Takes 88 bytes of memory for each record.
 #[derive(Clone, Debug)]
 pub struct Ledger {
     run: RunId,
@@ -42,9 +42,10 @@ impl Ledger {
     /// missing, before a whole one.
     pub fn read(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|source| Error::io("open", path, source))?;
+        let length = file.metadata().map_or(0, |metadata| metadata.len());
         let mut reader = BufReader::with_capacity(1 << 20, file);
         let run = read_header(path, &mut reader)?;
-        let mut records = Vec::new();
+        let mut records = Vec::with_capacity(length as usize / Record::BYTES);
         let mut cut = Cut::default();
         let mut damage = None;
         let mut offset = Record::BYTES as u64;
@@ -90,7 +91,7 @@ impl Ledger {
     /// Clients are read by several threads of the recorder, so that the order of arrival is the
     /// order of events only within one client; the clock is the same for all.
     fn in_order(run: RunId, mut records: Vec<Record>, cut: Cut) -> Self {
-        records.sort_by_key(|record| record.time);
+        records.sort_unstable_by_key(|record| (record.time, record.sequence));
         Self { run, records, cut }
     }
 
@@ -190,7 +191,7 @@ impl LedgerWriter {
     ///
     /// Those of [`append`](Self::append) and [`sync`](Self::sync).
     pub fn close(mut self, time: u64) -> Result<u64> {
-        let entry = crate::record::Entry::new(Operation::Close);
+        let entry = Entry::new(Operation::Close);
         self.append(&[Record::new(time, 0, 0, Phase::Ok, entry)])?;
         self.sync()?;
         Ok(self.next)
@@ -240,6 +241,9 @@ fn read_header(path: &Path, reader: &mut impl Read) -> Result<RunId> {
     }
     Ok(RunId(u32_at(&bytes, 16)))
 }
+
+// What the documentation says of memory.
+const _: () = assert!(size_of::<Record>() == 88);
 
 /// Reads until the buffer is full or nothing comes any more.
 fn read_full(reader: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<usize> {

@@ -17,6 +17,9 @@ use crate::stamp::Stamp;
 ///   there is an effect: it was killed or stood still after its commit, and the inbox knows,
 /// - or it was stored as a dead letter or parked, or might have been by a process that was killed.
 ///
+/// Where nobody announced that a message would be kept, and somebody found it in the store later,
+/// nothing is said of when that was.
+///
 /// Linear; takes 40 bytes for each handler that runs at a time.
 #[must_use]
 pub fn drain(history: &History<'_>) -> Violations {
@@ -38,6 +41,8 @@ struct Work {
     process: u32,
     session: u32,
     operation: Operation,
+    /// Whether it was said before it began; what was read out of a store was not.
+    is_announced: bool,
     ended: Option<Phase>,
 }
 
@@ -66,9 +71,20 @@ fn settled_unhandled(message: Message<'_>) -> Vec<u16> {
             _ => {}
         }
     }
+    found.retain(|group| !was_found_kept(&works, *group));
     found.sort_unstable();
     found.dedup();
     found
+}
+
+/// Whether it was kept, and nobody said when.
+fn was_found_kept(works: &[Work], group: u16) -> bool {
+    let mut kept = works
+        .iter()
+        .filter(|work| work.group == group && work.operation != Operation::Handle)
+        .peekable();
+    let is_known = kept.peek().is_some();
+    is_known && kept.all(|work| !work.is_announced && work.ended == Some(Phase::Ok))
 }
 
 /// Why it may have been right to settle.
@@ -102,6 +118,7 @@ fn begun(record: &Record) -> Work {
         process: record.process,
         session: record.session,
         operation: record.entry.operation,
+        is_announced: true,
         ended: None,
     }
 }
@@ -114,9 +131,11 @@ fn end(works: &mut Vec<Work>, record: &Record, phase: Phase) -> usize {
             && work.group == record.entry.group
             && (work.process, work.session) == (record.process, record.session)
     };
-    // What was read out of a store has no beginning.
     let at = works.iter().rposition(belongs).unwrap_or_else(|| {
-        works.push(begun(record));
+        works.push(Work {
+            is_announced: false,
+            ..begun(record)
+        });
         works.len() - 1
     });
     works[at].ended = Some(phase);
