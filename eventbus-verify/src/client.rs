@@ -27,9 +27,10 @@ use crate::stamp::RunId;
 /// be fatal, because the call it announces could then have an effect that nobody tried. For an `ok`
 /// it would turn what was promised into something unknown, and so hide the losses that a kill just
 /// after an acknowledgement causes, which are the ones to look for. So nothing waits: each call is
-/// one `write` to a stream socket, about a microsecond. Who publishes a batch announces it as one
-/// with [`Session::record`]. A stream is enough, because records have all the same size, and
-/// what a kill cut within one belongs to a call that had not begun.
+/// one `write` to a stream socket, some four microseconds on two busy cores. Who publishes a batch
+/// announces it as one with [`Session::record`], at a tenth of that for each. A stream is enough,
+/// because records have all the same size, and what a kill cut within one belongs to a call that had
+/// not begun.
 ///
 /// The call blocks while the recorder is behind by the socket's buffer; nothing is dropped.
 #[derive(Debug)]
