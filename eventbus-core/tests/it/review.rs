@@ -793,7 +793,7 @@ impl Work for Open {
         Ok(Committed::Settled)
     }
 
-    async fn roll_back(self: Box<Self>) -> Result<()> {
+    async fn roll_back(self: Box<Self>, _error: Option<&BoxError>) -> Result<()> {
         Ok(())
     }
 }

@@ -386,7 +386,7 @@ impl Work for LateWork {
         Ok(Committed::SettleNext)
     }
 
-    async fn roll_back(self: Box<Self>) -> Result<()> {
+    async fn roll_back(self: Box<Self>, _error: Option<&BoxError>) -> Result<()> {
         match self.found {
             Some(Found::Away) => Err(Error::new(ErrorKind::Unavailable, "open", "away")),
             _ => Ok(()),

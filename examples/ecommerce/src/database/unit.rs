@@ -68,7 +68,7 @@ impl Work for Lent {
         self.0.commit(outgoing).await
     }
 
-    async fn roll_back(self: Box<Self>) -> Result<()> {
-        self.0.roll_back().await
+    async fn roll_back(self: Box<Self>, error: Option<&BoxError>) -> Result<()> {
+        self.0.roll_back(error).await
     }
 }
