@@ -169,6 +169,15 @@ impl Sessions {
     }
 }
 
+impl Drop for Warm {
+    /// A connection that goes back to its pool needs a runtime, which may be gone with the client.
+    fn drop(&mut self) {
+        for kept in self.kept.drain(..) {
+            drop(kept.connection.detach());
+        }
+    }
+}
+
 /// Somebody who waits for the pool.
 struct Waiting(Sessions);
 

@@ -85,6 +85,22 @@ async fn the_outbox_has_the_columns_that_debezium_looks_for() {
     assert_eq!(raw, odd, "keys that are no text");
 }
 
+#[test]
+#[ignore = "needs brokers: ./dev/test"]
+fn a_store_may_be_dropped_where_no_runtime_is() {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let (service, store) = runtime.block_on(async {
+        let service = Service::open().await;
+        assert!(service.waiting().await.is_empty());
+        let store = service.store.clone();
+        (service, store)
+    });
+    // The test's server needs one.
+    runtime.block_on(async { drop(service) });
+    drop(runtime);
+    drop(store);
+}
+
 #[tokio::test]
 #[ignore = "needs brokers: ./dev/test"]
 async fn a_transaction_of_somebody_else_publishes_when_it_commits() {
