@@ -59,8 +59,8 @@ async fn order_until_refused(shop: &Shop, from: i64) -> (i64, BoxError) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs brokers: ./dev/test"]
-async fn a_full_disk_marks_nothing_by_half_and_all_goes_on_when_there_is_room() {
+#[ignore = "mounts a tmpfs, as root: ./dev/test only campaigns"]
+async fn a_full_small_disk_marks_nothing_by_half_and_all_goes_on_when_there_is_room() {
     let place = SmallServer::start().await;
     drop(Shop::on(place.small()).await);
     let shop = Shop::open(config(&place.server.url("shop"))).await;
@@ -131,8 +131,8 @@ async fn a_full_disk_marks_nothing_by_half_and_all_goes_on_when_there_is_room() 
 
 /// The handler's own statement is what is refused, and its connection lives.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs brokers: ./dev/test"]
-async fn a_handler_whose_rows_have_no_room_is_held_and_not_counted() {
+#[ignore = "mounts a tmpfs, as root: ./dev/test only campaigns"]
+async fn a_handler_whose_rows_have_no_room_on_a_small_disk_is_held_and_not_counted() {
     let place = SmallServer::start().await;
     let shop = Shop::open(place.small()).await;
     let books = shop.book().await;

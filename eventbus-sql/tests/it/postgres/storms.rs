@@ -102,8 +102,9 @@ async fn connections_that_end_all_the_time_lose_and_double_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs brokers: ./dev/test"]
-async fn a_server_that_stops_because_its_log_has_no_room_loses_and_doubles_nothing() {
+#[ignore = "mounts a tmpfs, as root: ./dev/test only campaigns"]
+async fn a_server_that_stops_because_its_log_on_a_small_disk_has_no_room_loses_and_doubles_nothing()
+{
     let place = Place::new();
     let disk = SmallDisk::mount(&place, "64m");
     give(&disk.0);
