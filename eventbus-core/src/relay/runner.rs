@@ -121,9 +121,12 @@ impl Runner {
         decided: &mut Decided<'_>,
         stop: &mut Stop<'_, impl Future<Output = ()>>,
     ) -> Result<()> {
-        let look = Instant::now() + LOOK_INTERVAL;
-        let look = next.map_or(look, |next| next.min(look));
         let is_away = self.backoff.is_running();
+        let mut look = Instant::now() + LOOK_INTERVAL;
+        if !is_away {
+            look = look.min(self.next_count);
+        }
+        let look = next.map_or(look, |next| next.min(look));
         tokio::select! {
             biased;
             () = stop.signal() => Ok(()),
@@ -160,8 +163,7 @@ impl Runner {
             Pass::Idle => {
                 self.recover();
                 let due = due.map(|due| self.instant_of(due));
-                let due = due.into_iter().chain(self.taken.due());
-                Ok(due.chain([self.next_count]).min())
+                Ok(due.into_iter().chain(self.taken.due()).min())
             }
         }
     }
