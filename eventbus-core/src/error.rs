@@ -201,6 +201,26 @@ pub fn error_chain(error: &(dyn StdError + 'static)) -> String {
         .unwrap_or_else(|_| "an error whose text panics while it is written".to_owned())
 }
 
+/// The first error of one type among an error and its causes.
+pub fn find_cause<'e, E: StdError + 'static>(error: &'e (dyn StdError + 'static)) -> Option<&'e E> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        cause = below(error);
+    }
+    None
+}
+
+/// The error that `error` wraps. An I/O error made from another one skips that in its `source`.
+fn below<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e (dyn StdError + 'static)> {
+    match error.downcast_ref::<std::io::Error>() {
+        Some(error) => error.get_ref().map(|inner| inner as _),
+        None => error.source(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

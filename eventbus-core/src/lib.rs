@@ -56,7 +56,7 @@ pub use duplicates::{
     CLAIMS_LOST, ClaimEvents, DUPLICATES_FORGOTTEN, DuplicateStore, DuplicateWindow, EventClaim,
 };
 pub use envelope::{Envelope, EventId, Metadata};
-pub use error::{BoxError, Error, ErrorKind, Result, Retry, error_chain};
+pub use error::{BoxError, Error, ErrorKind, Result, Retry, error_chain, find_cause};
 #[doc(hidden)]
 pub use event::assert_upcast;
 pub use event::{Event, read_event, unknown_version, upcast_from};

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::FOREVER;
+use crate::error::find_cause;
 
 /// Decides after each failed attempt whether and when there is another one.
 ///
@@ -133,16 +134,8 @@ impl RetryPolicy {
         mut self,
         rule: impl Fn(&E) -> OnError + Send + Sync + 'static,
     ) -> Self {
-        self.rules.push(Arc::new(move |error| {
-            let mut cause = Some(error);
-            while let Some(error) = cause {
-                if let Some(found) = error.downcast_ref::<E>() {
-                    return Some(rule(found));
-                }
-                cause = below(error);
-            }
-            None
-        }));
+        self.rules
+            .push(Arc::new(move |error| find_cause(error).map(&rule)));
         self
     }
 
@@ -204,14 +197,6 @@ impl RetryPolicy {
         self.first
             .saturating_mul(1u32.checked_shl(doublings).unwrap_or(u32::MAX))
             .min(self.longest)
-    }
-}
-
-/// The error that `error` wraps. An I/O error made from another one skips that in its `source`.
-fn below<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e (dyn StdError + 'static)> {
-    match error.downcast_ref::<std::io::Error>() {
-        Some(error) => error.get_ref().map(|inner| inner as _),
-        None => error.source(),
     }
 }
 

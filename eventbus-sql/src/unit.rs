@@ -6,14 +6,13 @@
 //! ```
 
 use std::any::Any;
-use std::error::Error as StdError;
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use eventbus_core::{
     BoxError, Committed, Error, ErrorKind, EventId, Group, InboxEntry, Message, Result, Work,
-    header,
+    find_cause, header,
 };
 
 /// A store that lends transactions with an inbox and an outbox in them.
@@ -153,10 +152,8 @@ impl<S: UnitStore> Work for LateWork<S> {
         match (self.loan.take(), self.refused.take()) {
             (Some(loan), _) => {
                 self.store.undo(loan).await?;
-                match error
-                    .and_then(native_of)
-                    .filter(|native| S::cannot_write(native))
-                {
+                let native = error.and_then(|error| find_cause(error.as_ref()));
+                match native.filter(|native| S::cannot_write(native)) {
                     Some(native) => Err(not_written(native)),
                     None => Ok(()),
                 }
@@ -165,18 +162,6 @@ impl<S: UnitStore> Work for LateWork<S> {
             (None, None) => Ok(()),
         }
     }
-}
-
-/// The database's error that a handler passed on, or that is behind the handler's own.
-fn native_of(error: &BoxError) -> Option<&sqlx::Error> {
-    let mut next: Option<&(dyn StdError + 'static)> = Some(error.as_ref());
-    while let Some(error) = next {
-        if let Some(native) = error.downcast_ref() {
-            return Some(native);
-        }
-        next = error.source();
-    }
-    None
 }
 
 fn not_written(native: &sqlx::Error) -> Error {
