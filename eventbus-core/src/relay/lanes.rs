@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::key_state::{Claim, HeldName, KeyStateStore};
 use crate::lease::{LeaseConfig, LeaseSignal, LeaseTopic, Leaseholder};
 use crate::message::Group;
-use crate::outbox::{OUTBOX_LANES, OutboxMessage};
+use crate::outbox::OUTBOX_LANES;
 use crate::topic::TopicPartition;
 
 /// How long a lane may be kept after it is to be given away: a batch ends in that time.
@@ -169,15 +169,6 @@ impl Lanes {
     pub(super) fn is_ours(&self, lane: u32) -> bool {
         let found = self.lanes.get(&lane);
         found.is_some_and(|found| self.leaseholder.held().epoch(&found.claim.place).is_some())
-    }
-
-    /// Tells of messages whether their lane is ours now.
-    pub(super) fn are_ours(&self) -> impl Fn(&OutboxMessage) -> bool + use<> {
-        let mut ours = [false; OUTBOX_LANES as usize];
-        for lane in self.numbers() {
-            ours[lane as usize] = true;
-        }
-        move |message| ours.get(message.lane as usize) == Some(&true)
     }
 
     pub(super) fn claims(&self) -> Vec<Claim> {

@@ -40,7 +40,10 @@ impl Runner {
             return Ok(Pass::Idle);
         }
         // What stays in the outbox meanwhile is part of what may be published twice.
-        let messages_max = self.relay.batch - self.taken.kept();
+        let messages_max = match self.taken.is_few() {
+            true => self.relay.batch - self.taken.len(),
+            false => self.relay.batch,
+        };
         let batch = self.next(&lanes, messages_max).await?;
         trace!(target: "eventbus::step", step = "relay.next.after");
         let rest = match is_all(&batch, messages_max / lanes.len()) {
@@ -51,14 +54,16 @@ impl Runner {
             self.attempts.clear();
             return Ok(rest);
         }
+        // Reading took time: of a lane that is lost by now nothing more is published.
+        let ours = self.lanes.numbers();
         let (behind, mut ahead): (Vec<_>, Vec<_>) = batch
             .into_iter()
-            // Reading took time: of a lane that is lost by now nothing more is published.
-            .filter(self.lanes.are_ours())
+            .filter(|next| ours.contains(&next.lane))
             .partition(|next| self.lanes.holds(next.lane, &self.name_of(next)));
         self.put_aside(behind, &Wait::nothing()).await?;
         // So did holding, which may have told that a lane is another relay's by now.
-        ahead.retain(self.lanes.are_ours());
+        let ours = self.lanes.numbers();
+        ahead.retain(|next| ours.contains(&next.lane));
         if ahead.is_empty() {
             return Ok(Pass::Progress);
         }
@@ -71,7 +76,7 @@ impl Runner {
         let Err(error) = self.relay.bus.send_in_time(messages).await else {
             self.took(&ahead);
             // Where there is more it is read at the same time.
-            if rest == Pass::Idle && self.taken.kept() == 0 {
+            if rest == Pass::Idle && !self.taken.is_few() {
                 self.remove_taken().await?;
             }
             return Ok(rest);

@@ -47,12 +47,13 @@ impl Taken {
         self.since = None;
     }
 
-    /// How many may wait for others to be removed with; none where they are too many.
-    pub(super) fn kept(&self) -> usize {
-        match self.positions.len() {
-            few if few <= self.few => few,
-            _ => 0,
-        }
+    pub(super) fn len(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Whether they may wait for others to be removed with.
+    pub(super) fn is_few(&self) -> bool {
+        self.len() <= self.few
     }
 
     /// When they are to be removed at the latest.
@@ -90,7 +91,7 @@ impl Runner {
     ) -> Result<Vec<OutboxMessage>> {
         let taken = self.taken.positions();
         let next = self.relay.outbox.next(lanes, messages_max, &taken);
-        if taken.len() == self.taken.kept() {
+        if self.taken.is_few() {
             return next.await;
         }
         trace!(target: "eventbus::step", step = "relay.remove.before");
