@@ -222,7 +222,7 @@ impl Purpose {
     fn setup(self, config: &PostgresConfig) -> String {
         let setup = setup(config.timeout);
         match self {
-            Self::Own => format!("{setup};{BY_INDEX};{ISOLATION};SET jit TO off"),
+            Self::Own => format!("{setup};{PLANS};{ISOLATION}"),
             Self::Lent => format!("{setup};{CHECK_CLIENT}"),
         }
     }
@@ -235,8 +235,10 @@ async fn begin_for_good(connection: &mut PgConnection) -> Result<(), sqlx::Error
     connection.execute("ROLLBACK").await.map(|_| ())
 }
 
-/// Tables here are small one moment and large the next, while plans are kept: an index is never bad.
-const BY_INDEX: &str = "SET enable_seqscan TO off";
+/// Tables here are small one moment and large the next, while plans are kept: an index is never bad, and
+/// to plan anew for each value costs more than it brings.
+const PLANS: &str =
+    "SET enable_seqscan TO off; SET plan_cache_mode TO force_generic_plan; SET jit TO off";
 /// Has the server end a statement, and undo its transaction, soon after whoever asked for it is gone. Not
 /// every version and system can.
 const CHECK_CLIENT: &str = "
@@ -245,7 +247,7 @@ const CHECK_CLIENT: &str = "
     EXCEPTION WHEN OTHERS THEN NULL;
     END $$";
 /// What the client's own statements are written for.
-const ISOLATION: &str = "SET default_transaction_isolation TO 'read committed'; SET plan_cache_mode TO force_generic_plan";
+const ISOLATION: &str = "SET default_transaction_isolation TO 'read committed'";
 
 /// What every connection is told: waits are bounded, and an acknowledgement means the disk.
 fn setup(limit: Duration) -> String {

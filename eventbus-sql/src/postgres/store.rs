@@ -51,9 +51,9 @@ use crate::log::Wakes;
 /// - **Order.** Of two transactions of which the second wrote when the first had committed, or had
 ///   waited for a lock of it, the first is published first. So write before you
 ///   [`append`](Self::append) by hand; the SDK's own transactions append at the end.
-/// - **Nothing waits for a transaction that is open** but what it publishes itself. What was published
-///   and deleted meanwhile cannot be cleared away, though: after some hundred thousand events reading the
-///   outbox becomes slow until that transaction, of whatever session of the database, ends.
+/// - **Nothing waits for a transaction that is open** but what it publishes itself. While one stays open
+///   that has published, what others published and was removed meanwhile is passed over at each read:
+///   after some hundred thousand events reading the outbox becomes slow until it ends.
 ///
 /// # Examples
 ///
