@@ -19,3 +19,4 @@ mod retention;
 mod schedule;
 mod scheduled;
 mod unit;
+mod waiting;

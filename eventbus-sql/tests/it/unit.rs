@@ -6,19 +6,17 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use eventbus_core::{
-    BoxError, Breaker, Consumer, ConsumerBuilder, ConsumerState, Context, EventBus, EventId,
-    MemoryBroker, OUTBOX_LANES, Origin, OutboxMessage, OutboxStore, Outgoing, RetryPolicy,
+    BoxError, Breaker, Consumer, ConsumerBuilder, Context, EventBus, EventId, MemoryBroker,
+    OUTBOX_LANES, Origin, OutboxMessage, OutboxStore, Outgoing, RetryPolicy,
 };
 use eventbus_sql::{SqliteConfig, SqliteStore};
 use sqlx::{Connection, SqliteConnection};
 use tokio::sync::Barrier;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use crate::events::{OrderPlaced, StockReserved};
 use crate::place::Place;
-
-const LIMIT: Duration = Duration::from_secs(30);
-const PAUSE: Duration = Duration::from_millis(2);
+use crate::waiting::{LIMIT, PAUSE, handled, is_holding, until};
 
 /// What the handlers met.
 #[derive(Debug, Default)]
@@ -148,27 +146,6 @@ impl Shop {
 async fn begin(store: &SqliteStore, bus: &EventBus) -> eventbus_sql::SqliteTransaction {
     let outbox = store.outbox(bus);
     outbox.begin(Origin::new()).await.expect("a transaction")
-}
-
-async fn until(mut condition: impl AsyncFnMut() -> bool) {
-    let met = async {
-        while !condition().await {
-            sleep(PAUSE).await;
-        }
-    };
-    timeout(LIMIT, met).await.expect("it comes to that");
-}
-
-fn is_holding(consumer: &Consumer) -> bool {
-    matches!(consumer.status().state, ConsumerState::Holding { .. })
-}
-
-async fn handled(consumer: &Consumer, events: u64) {
-    until(async || {
-        let counts = consumer.status().counts;
-        counts.handled + counts.duplicates >= events
-    })
-    .await;
 }
 
 #[tokio::test]

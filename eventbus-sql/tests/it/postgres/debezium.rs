@@ -15,9 +15,10 @@ use tokio::process::{Child, ChildStdout};
 use tokio::time::timeout;
 
 use super::server::Server;
-use super::service::{Service, until};
+use super::service::Service;
 use crate::events::{MailWanted, OrderPlaced, StockReserved};
 use crate::place::Place;
+use crate::waiting::until;
 
 const PAGE: &str = include_str!("../../../../docs/brokers/postgres.md");
 /// Maven may have to download all of it.

@@ -6,10 +6,10 @@ use eventbus_core::{BoxError, Error, ErrorKind};
 use eventbus_sql::PostgresConfig;
 
 use super::own_server::{OwnServer, give};
-use super::service::until;
-use super::shop::{Booked, Shop, Taken, config, is_holding};
+use super::shop::{Booked, Shop, Taken, config};
 use crate::files::SmallDisk;
 use crate::place::Place;
+use crate::waiting::{is_holding, until};
 
 const ORDERS_MAX: i64 = 1000;
 const TO_BOOK: std::ops::Range<i64> = 10_000..10_020;
@@ -137,9 +137,11 @@ async fn a_handler_whose_rows_have_no_room_on_a_small_disk_is_held_and_not_count
     let shop = Shop::open(place.small()).await;
     let books = shop.book().await;
     place.disk.fill();
+    let mut random = fastrand::Rng::with_seed(1);
     for number in TO_BOOK {
-        // No page has room for a second one.
-        let note = random_text(5000, number);
+        // No page has room for a second one, and it cannot be compressed.
+        let note = std::iter::repeat_with(|| random.alphanumeric()).take(5000);
+        let note = note.collect();
         let published = shop.bus.publish(Taken { number, note }).await;
         published.expect("the broker has room");
     }
@@ -153,18 +155,6 @@ async fn a_handler_whose_rows_have_no_room_on_a_small_disk_is_held_and_not_count
     assert_eq!((counts.failed_attempts, counts.dead_lettered), (0, 0));
     let booked: BTreeSet<i64> = shop.booked().await.into_iter().collect();
     assert_eq!(booked, TO_BOOK.collect());
-}
-
-/// What PostgreSQL cannot compress.
-fn random_text(bytes: usize, seed: i64) -> String {
-    let mut state = seed.unsigned_abs().wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let letters = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        char::from(b'!' + (state % 90) as u8)
-    });
-    letters.take(bytes).collect()
 }
 
 /// Takes again what was refused, and all up to some more.

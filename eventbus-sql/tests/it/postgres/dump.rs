@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use eventbus_core::{EventId, Outgoing};
 
 use super::own_server::OwnServer;
-use super::service::until;
 use super::shop::{Booked, Shop, Taken, by_key, check, config};
+use crate::waiting::until;
 
 const WAITING: i64 = 100;
 const BOOKED: i64 = 200;

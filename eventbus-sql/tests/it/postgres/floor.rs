@@ -6,8 +6,9 @@ use eventbus_core::{Origin, OutboxStore};
 use sqlx::Connection;
 use tokio::time::sleep;
 
-use super::service::{Service, until};
+use super::service::Service;
 use crate::events::OrderPlaced;
+use crate::waiting::until;
 
 /// More than is removed before a floor is looked for.
 const MANY: i64 = 6_000;

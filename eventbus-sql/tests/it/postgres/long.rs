@@ -9,8 +9,8 @@ use sqlx::Connection;
 use tokio::time::timeout;
 
 use super::own_server::OwnServer;
-use super::service::until;
 use super::shop::{KEYS, Shop, Taken, check, config};
+use crate::waiting::until;
 
 const SECONDS: &str = "EVENTBUS_TEST_LONG_SECONDS";
 /// As many events as a transaction publishes.

@@ -14,8 +14,9 @@ use sqlx::Connection;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::server::Server;
-use super::service::{LIMIT, Service, config, until, write};
+use super::service::{Service, config, write};
 use crate::events::{MailWanted, OrderPlaced};
+use crate::waiting::{LIMIT, until};
 
 #[tokio::test]
 #[ignore = "needs brokers: ./dev/test"]

@@ -1,17 +1,12 @@
 //! A service with its own data in the database, as the tests of its store see it.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use eventbus_core::{EventBus, MemoryBroker, OUTBOX_LANES, Origin, OutboxMessage, OutboxStore};
 use eventbus_sql::{PostgresConfig, PostgresOutbox, PostgresStore, PostgresTransaction};
 use sqlx::PgConnection;
-use tokio::time::{sleep, timeout};
 
 use super::server::Server;
-
-pub(crate) const LIMIT: Duration = Duration::from_secs(30);
-const PAUSE: Duration = Duration::from_millis(2);
 
 /// A service with a table of orders, and its outbox to a bus in memory.
 pub(crate) struct Service {
@@ -94,13 +89,4 @@ pub(crate) fn config(server: &Server) -> PostgresConfig {
 pub(crate) async fn write(connection: &mut PgConnection, number: i64) -> sqlx::Result<()> {
     let order = sqlx::query("INSERT INTO orders (number) VALUES ($1)").bind(number);
     order.execute(connection).await.map(|_| ())
-}
-
-pub(crate) async fn until(mut condition: impl AsyncFnMut() -> bool) {
-    let met = async {
-        while !condition().await {
-            sleep(PAUSE).await;
-        }
-    };
-    timeout(LIMIT, met).await.expect("it comes to that");
 }

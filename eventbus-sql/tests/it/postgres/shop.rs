@@ -4,16 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use eventbus_core::{
-    BoxError, Breaker, Consumer, ConsumerState, Context, Event, EventBus, EventId, Json, Key,
-    MemoryBroker, OUTBOX_LANES, Origin, OutboxMessage, OutboxStore, RelayHandle, Result,
-    RetryPolicy, Start, Topic, Until, unknown_version,
+    BoxError, Breaker, Consumer, Context, Event, EventBus, EventId, Json, Key, MemoryBroker,
+    OUTBOX_LANES, Origin, OutboxMessage, OutboxStore, RelayHandle, Result, RetryPolicy, Start,
+    Topic, Until, unknown_version,
 };
 use eventbus_sql::{PostgresConfig, PostgresOutbox, PostgresStore};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::service::until;
+use crate::waiting::until;
 
 pub(crate) const KEYS: i64 = 7;
 const PROBE: Duration = Duration::from_millis(20);
@@ -254,10 +254,6 @@ impl Running {
         let ended = self.task.await.expect("it does not panic");
         ended.expect("it ends well");
     }
-}
-
-pub(crate) fn is_holding(consumer: &Consumer) -> bool {
-    matches!(consumer.status().state, ConsumerState::Holding { .. })
 }
 
 /// Of each key, in the order of their first appearance.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 use super::own_server::{OwnServer, give};
-use super::service::until;
 use super::shop::{Booked, KEYS, Shop, Taken, check, config};
 use crate::files::SmallDisk;
 use crate::place::Place;
+use crate::waiting::until;
 
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -50,7 +50,7 @@ async fn survives(server: OwnServer, harm: impl AsyncFnOnce(&OwnServer, &Shop)) 
     stop.store(true, Ordering::SeqCst);
     let mut taken = BTreeSet::new();
     for taker in takers {
-        let of_key = tokio::time::timeout(super::service::LIMIT, taker).await;
+        let of_key = tokio::time::timeout(crate::waiting::LIMIT, taker).await;
         taken.extend(of_key.expect("in time").expect("it does not panic"));
     }
     let all = taken.len();

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use eventbus_core::{
-    BoxError, Breaker, Consumer, ConsumerBuilder, ConsumerState, Context, EventBus, EventId,
-    MemoryBroker, Origin, Outgoing, RetryPolicy,
+    BoxError, Breaker, Consumer, ConsumerBuilder, Context, EventBus, EventId, MemoryBroker, Origin,
+    Outgoing, RetryPolicy,
 };
 use eventbus_sql::PostgresStore;
 use sqlx::Connection;
@@ -15,8 +15,9 @@ use tokio::time::timeout;
 
 use super::proxy::Proxy;
 use super::server::{Server, restart};
-use super::service::{LIMIT, Service, config, until};
+use super::service::{Service, config};
 use crate::events::{OrderPlaced, StockReserved};
+use crate::waiting::{LIMIT, handled, is_holding, until};
 
 const PROBE: Duration = Duration::from_millis(20);
 
@@ -140,18 +141,6 @@ fn consumer(
         .on(reserve)
         .retry(RetryPolicy::immediate(3))
         .breaker(Breaker::default().with_probe_after(PROBE, PROBE))
-}
-
-fn is_holding(consumer: &Consumer) -> bool {
-    matches!(consumer.status().state, ConsumerState::Holding { .. })
-}
-
-async fn handled(consumer: &Consumer, events: u64) {
-    until(async || {
-        let counts = consumer.status().counts;
-        counts.handled + counts.duplicates >= events
-    })
-    .await;
 }
 
 fn once(numbers: std::ops::Range<i64>) -> BTreeMap<i64, i64> {
