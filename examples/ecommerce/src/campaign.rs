@@ -76,13 +76,13 @@ const STEPS: [(&str, u64); 23] = [
 ];
 /// What happens with each order, and what happens with those that need a person.
 const OFTEN: u64 = 40;
-const RARELY: u64 = 4;
+const RARELY: u64 = 2;
 /// Until it is healed, the payment provider does not know cards of the first kind, whose orders
 /// become dead letters, and looks into those of the second, whose orders are held and then parked.
 /// What is left of both is tried again then. One order in so many has such a card.
 const REFUSED: &str = "9999";
 const REVIEWED: &str = "9998";
-const ODD_CARD_EVERY: usize = 40;
+const ODD_CARD_EVERY: usize = 8;
 /// A step that was not reached for so long is not going to be.
 const STEP_WITHIN: Duration = Duration::from_secs(30);
 /// How often is asked whether everything is settled, and how often the answer has to be yes.
