@@ -8,12 +8,16 @@ use std::time::Duration;
 
 use eventbus_core::{
     BoxError, Broker, Clock, Consumer, ConsumerBuilder, DeadLetter, DeadLetters, Dispatch,
-    Envelope, Event, EventBus, EventBusBuilder, MemoryBroker, MemoryConfig, MemoryKeyState,
-    MemoryProfile, OUTBOX_LANES, Relay, Request, Start, Timestamp, Unit, Until,
+    Envelope, Event, EventBus, EventBusBuilder, EventId, MemoryBroker, MemoryConfig,
+    MemoryKeyState, MemoryProfile, OUTBOX_LANES, Origin, Outgoing, Relay, Request, Start,
+    Timestamp, Unit, Until,
 };
 use tokio::task::{JoinSet, spawn_blocking, yield_now};
 use tokio::time::Instant;
 use tower::{Layer, Service};
+
+use crate::faults::{FaultPlan, FaultyBroker};
+use crate::simulation::is_silent;
 
 /// An [`EventBus`] in memory whose time stands still until the test moves it.
 ///
@@ -85,6 +89,8 @@ pub struct TestBus {
     server: MemoryBroker,
     consumed: Mutex<Vec<DeadLetters>>,
     relays: Mutex<JoinSet<()>>,
+    /// The client of the bus, where it has faults.
+    faulty: Option<FaultyBroker>,
     /// While it is there, a blocking task waits for its end, and tokio's clock for that task.
     standstill: Option<mpsc::Sender<()>>,
 }
@@ -151,6 +157,42 @@ impl TestBus {
         )
     }
 
+    /// As [`new`](Self::new), with a broker on which calls are refused, late, unanswered, done twice
+    /// or in part, that is away for a while, and takes lanes away: what this seed decides, a few
+    /// faults among the first few dozen calls. It loses nothing, and keeps the order of each lane.
+    ///
+    /// What a broker may do at any time, a service has to survive: its effects are to be the same for
+    /// every seed, when the bus is [healed](Self::heal). [`Simulation`](crate::Simulation) goes
+    /// through many seeds, and shrinks the faults of one that fails. Where the test panics, the
+    /// faults are printed.
+    ///
+    /// The test's own [`publish`](EventBus::publish) meets faults, too;
+    /// [`publish_surely`](Self::publish_surely) goes on until it is done.
+    ///
+    /// # Panics
+    ///
+    /// As [`new`](Self::new).
+    pub fn with_faults(seed: u64) -> Self {
+        Self::with_plan(FaultPlan::of_seed(seed))
+    }
+
+    /// As [`with_faults`](Self::with_faults), with these faults.
+    ///
+    /// # Panics
+    ///
+    /// As [`new`](Self::new).
+    pub fn with_plan(plan: FaultPlan) -> Self {
+        let mut faulty = None;
+        let wrap = |server| {
+            let client = FaultyBroker::new(server, plan);
+            faulty = Some(client.clone());
+            client
+        };
+        let mut test = Self::wrapping(MemoryConfig::default(), wrap);
+        test.faulty = faulty;
+        test
+    }
+
     fn build<B: Broker>(
         config: MemoryConfig,
         wrap: impl FnOnce(MemoryBroker) -> B,
@@ -174,6 +216,7 @@ impl TestBus {
             server,
             consumed: Mutex::new(Vec::new()),
             relays: Mutex::new(JoinSet::new()),
+            faulty: None,
             standstill: None,
         }
     }
@@ -250,6 +293,28 @@ impl TestBus {
         consumer
     }
 
+    /// Publishes an event until the broker has taken it, as a client does that does not give up: with
+    /// the same id each time, and a tenth of a second later.
+    ///
+    /// # Panics
+    ///
+    /// When it can't be published at all, and when the broker is away for a day.
+    pub async fn publish_surely<E: Event>(&self, event: impl Into<Outgoing<E>>) -> EventId {
+        let batch = self.bus.batch(Origin::new());
+        let mut batch = batch.expect("a test publishes outside of handlers");
+        let id = batch.publish(event).expect("the event can be written");
+        let messages = batch.into_messages().into_iter();
+        let mut left: Vec<_> = messages.map(|(_, message)| message).collect();
+        let begun = Instant::now();
+        while let Err(error) = self.bus.publish_messages(left).await {
+            assert!(error.is_retryable(), "it is refused for good: {error}");
+            assert!(begun.elapsed() < RUN_OUT_MAX, "the broker is away: {error}");
+            left = error.into_messages();
+            self.pass(Duration::from_millis(100)).await;
+        }
+        id
+    }
+
     /// Resolves when nothing can go on without time passing: no message is on its way, no handler
     /// runs, no verdict is unsettled, and no [`relay`](Self::relay) has anything to publish. What
     /// waits for a retry, a probe or a paused consumer is left.
@@ -259,16 +324,41 @@ impl TestBus {
         // Who was told of something to do, such as a relay of a commit, gets to know it first.
         yield_now().await;
         loop {
-            let mut changed = pin!(self.bus.activity().changed());
+            let mut changed = pin!(self.changed());
             // Registers before it looks, so that no change is missed.
             let already = poll_once(changed.as_mut()).await;
-            if self.bus.activity().is_quiet() && !self.server.deliverable() {
+            let faults_are_quiet = self.faulty.as_ref().is_none_or(FaultyBroker::is_quiet);
+            if faults_are_quiet && self.bus.activity().is_quiet() && !self.server.deliverable() {
                 return;
             }
             if !already {
                 changed.await;
             }
         }
+    }
+
+    /// Resolves when somebody may have less to do than when this future was first polled.
+    async fn changed(&self) {
+        match &self.faulty {
+            None => self.bus.activity().changed().await,
+            Some(faulty) => tokio::select! {
+                () = self.bus.activity().changed() => {}
+                () = faulty.changed() => {}
+            },
+        }
+    }
+
+    /// Ends all faults of a bus [with faults](Self::with_faults), and lets time pass until nothing
+    /// waits for it, as [`run_out`](Self::run_out) does.
+    ///
+    /// # Panics
+    ///
+    /// As [`run_out`](Self::run_out).
+    pub async fn heal(&self) {
+        if let Some(faulty) = &self.faulty {
+            faulty.heal();
+        }
+        self.run_out().await;
     }
 
     /// Lets time pass, then waits until nothing more can go on.
@@ -368,6 +458,16 @@ impl TestBus {
             }
         }
         letters
+    }
+}
+
+impl Drop for TestBus {
+    fn drop(&mut self) {
+        let Some(faulty) = &self.faulty else { return };
+        if std::thread::panicking() && !is_silent() {
+            let (plan, happened) = (faulty.plan(), faulty.happened());
+            eprintln!("TestBus: {plan}\n{happened} of them happened");
+        }
     }
 }
 
