@@ -99,6 +99,9 @@ impl<V: Layers> Worker<V> {
     /// each behind the older ones of its key.
     pub(super) fn unstart(&mut self, nodes: &Nodes) {
         let ids: Vec<_> = nodes.iter().collect();
+        for id in &ids {
+            self.end_probe(*id, Probed::Nothing);
+        }
         // From the last to the first, so that the first is first again.
         for id in ids.iter().copied().rev() {
             let is_behind = ids
@@ -138,6 +141,12 @@ impl<V: Layers> Worker<V> {
     }
 
     pub(super) fn conclude_one(&mut self, id: NodeId, outcome: Outcome) {
+        // Before anything else is decided, and for every outcome: while a probe has not ended, nothing
+        // is started.
+        if self.keys.get(id).probe {
+            let probed = self.probed_by(&outcome);
+            self.end_probe(id, probed);
+        }
         match outcome {
             Outcome::Done => self.done(id),
             Outcome::Settled => {
@@ -152,12 +161,10 @@ impl<V: Layers> Worker<V> {
             }
             Outcome::Duplicate => {
                 self.tally.duplicates += 1;
-                self.end_probe(id, Probed::Reached);
                 self.settle(id);
             }
             Outcome::DeadLettered => {
                 self.tally.dead_lettered += 1;
-                self.end_probe(id, Probed::Reached);
                 self.settle(id);
             }
             Outcome::Failed(cause) => self.failed(id, cause),
@@ -183,10 +190,37 @@ impl<V: Layers> Worker<V> {
                 self.keys.get_mut(id).stage = Stage::Publish(Vec::new());
                 self.hold(id, || error.to_string());
             }
-            Outcome::Busy(free_in) => {
-                self.end_probe(id, Probed::Reached);
-                self.again_after(id, free_in);
+            Outcome::Busy(free_in) => self.again_after(id, free_in),
+        }
+    }
+
+    /// What a run shows of the gate's reason to hold.
+    fn probed_by(&self, outcome: &Outcome) -> Probed {
+        match outcome {
+            Outcome::Done | Outcome::Settled => Probed::Handled,
+            Outcome::Duplicate
+            | Outcome::DeadLettered
+            | Outcome::Kept(_)
+            | Outcome::Full(_)
+            | Outcome::Fenced
+            | Outcome::Busy(_) => Probed::Reached,
+            Outcome::Failed(Cause::Undecodable(_)) | Outcome::Unsent(_) => Probed::Nothing,
+            // A message that its policy rejects says nothing against the consumer.
+            Outcome::Failed(cause) => match self.classify(cause) {
+                OnError::DeadLetter => Probed::Handled,
+                _ => Probed::HandlerFailed,
+            },
+            Outcome::Unavailable(_) | Outcome::Unpublished(..) | Outcome::Unmarked(_) => {
+                Probed::Away
             }
+        }
+    }
+
+    /// What the retry policy says of a failure.
+    fn classify(&self, cause: &Cause) -> OnError {
+        match cause {
+            Cause::Error(error) => self.runtime.settings.retry.classify(error.as_ref()),
+            _ => OnError::Next,
         }
     }
 
@@ -205,7 +239,6 @@ impl<V: Layers> Worker<V> {
     /// Something is away: the delivery goes back as it was, and the gate holds.
     fn hold(&mut self, id: NodeId, reason: impl FnOnce() -> String) {
         self.runtime.gate.hold(reason);
-        self.end_probe(id, Probed::Away);
         self.again(id);
     }
 
@@ -213,22 +246,10 @@ impl<V: Layers> Worker<V> {
         let first_attempt = self.keys.get(id).failures == 0;
         self.keys.get_mut(id).stage = Stage::Handle;
         if let Cause::Undecodable(_) = cause {
-            self.end_probe(id, Probed::Nothing);
             return self.give_up(id, cause);
         }
-        let decision = match &cause {
-            Cause::Error(error) => self.runtime.settings.retry.classify(error.as_ref()),
-            _ => OnError::Next,
-        };
-        // A message that its policy rejects says nothing against the consumer.
+        let decision = self.classify(&cause);
         let rejected = decision == OnError::DeadLetter;
-        self.end_probe(
-            id,
-            match rejected {
-                true => Probed::Handled,
-                false => Probed::HandlerFailed,
-            },
-        );
         if first_attempt && !rejected && self.runtime.gate.is_open() {
             // At once and not with the next flush: the attempt that makes it hold is the last.
             self.tally.first_failed();
