@@ -144,6 +144,17 @@ impl HeldLanes {
         self.lock().get(&lane).map(|lane| lane.claim.clone())
     }
 
+    /// Notes that one more message of a name is held. Whoever works on the name comes to it.
+    pub(crate) fn add(&self, lane: Lane, name: &HeldName) {
+        if let Some(lane) = self.lock().get_mut(&lane)
+            && let Entry::Vacant(place) = lane.names.entry(name.clone())
+        {
+            place.insert(false);
+            self.count.fetch_add(1, Ordering::AcqRel);
+        }
+        self.wake();
+    }
+
     /// Notes that a name is held and nobody works on it.
     pub(crate) fn rest(&self, lane: Lane, name: &HeldName) {
         if let Some(lane) = self.lock().get_mut(&lane)
@@ -208,12 +219,15 @@ impl HeldLanes {
         names.filter(|in_work| **in_work).count()
     }
 
-    /// Marks a name as worked on; false when it is already, or is not ours.
+    /// Marks a name as worked on; false when it is already, is not ours, or is not known yet: the
+    /// store has it, and the worker that puts it aside has not heard so. It wakes the keeper then,
+    /// when nothing of the name is before it any more.
     fn take(&self, lane: Lane, name: &HeldName) -> bool {
-        match self.lock().get_mut(&lane) {
-            Some(lane) => !lane.names.insert(name.clone(), true).unwrap_or(false),
-            None => false,
-        }
+        let mut lanes = self.lock();
+        let in_work = lanes
+            .get_mut(&lane)
+            .and_then(|lane| lane.names.get_mut(name));
+        in_work.is_some_and(|in_work| !std::mem::replace(in_work, true))
     }
 }
 

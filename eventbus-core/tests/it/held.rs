@@ -1,6 +1,7 @@
 //! Keys that are put aside: parked, or for a delayed attempt; always in order.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -425,19 +426,33 @@ async fn a_small_window_holds_many_messages_behind_a_parked_key() {
 }
 
 /// A store that answers later, as one on a disk does.
-#[derive(Debug)]
-struct Later(MemoryKeyState);
+#[derive(Debug, Default)]
+struct Later {
+    store: MemoryKeyState,
+    /// It is away for so many calls to hold.
+    away: AtomicU32,
+    /// How late it answers that it holds something.
+    holds_late: Duration,
+}
 
 #[async_trait]
 impl KeyStateStore for Later {
     async fn claim(&self, group: &Group, place: &TopicPartition) -> Result<(Claim, Vec<HeldName>)> {
         tokio::task::yield_now().await;
-        self.0.claim(group, place).await
+        self.store.claim(group, place).await
     }
 
     async fn hold(&self, claim: &Claim, entries: &[HoldEntry]) -> Result<()> {
         tokio::task::yield_now().await;
-        self.0.hold(claim, entries).await
+        let left = self.away.load(Ordering::SeqCst);
+        if left > 0 {
+            self.away.store(left - 1, Ordering::SeqCst);
+            let error = Error::new(ErrorKind::Unavailable, "hold", "the store is away");
+            return Err(error);
+        }
+        self.store.hold(claim, entries).await?;
+        tokio::time::sleep(self.holds_late).await;
+        Ok(())
     }
 
     async fn advance(
@@ -447,7 +462,7 @@ impl KeyStateStore for Later {
         done: Option<u64>,
     ) -> Result<Option<HeldMessage>> {
         tokio::task::yield_now().await;
-        self.0.advance(claim, name, done).await
+        self.store.advance(claim, name, done).await
     }
 
     async fn wait(
@@ -458,7 +473,7 @@ impl KeyStateStore for Later {
         carried_out: bool,
     ) -> Result<()> {
         tokio::task::yield_now().await;
-        self.0.wait(claim, name, wait, carried_out).await
+        self.store.wait(claim, name, wait, carried_out).await
     }
 
     async fn due(
@@ -469,11 +484,11 @@ impl KeyStateStore for Later {
         names_max: usize,
     ) -> Result<Due> {
         tokio::task::yield_now().await;
-        self.0.due(group, claims, now, names_max).await
+        self.store.due(group, claims, now, names_max).await
     }
 
     async fn decided(&self, group: &Group, seen: u64) {
-        self.0.decided(group, seen).await;
+        self.store.decided(group, seen).await;
     }
 }
 
@@ -485,7 +500,7 @@ impl KeyStateDesk for Later {
         after: Option<&HeldPlace>,
         names_max: usize,
     ) -> Result<Vec<HeldReport>> {
-        self.0.list(group, after, names_max).await
+        self.store.list(group, after, names_max).await
     }
 
     async fn messages(
@@ -495,7 +510,7 @@ impl KeyStateDesk for Later {
         after: Option<u64>,
         messages_max: usize,
     ) -> Result<Vec<HeldMessage>> {
-        self.0.messages(group, held, after, messages_max).await
+        self.store.messages(group, held, after, messages_max).await
     }
 
     async fn decide(
@@ -504,14 +519,14 @@ impl KeyStateDesk for Later {
         held: &HeldPlace,
         decision: &KeyDecision,
     ) -> Result<bool> {
-        self.0.decide(group, held, decision).await
+        self.store.decide(group, held, decision).await
     }
 }
 
 #[tokio::test]
 async fn held_messages_that_end_together_are_all_taken_out_of_a_slow_store() {
     let bus = EventBus::builder(MemoryBroker::new())
-        .key_state(Arc::new(Later(MemoryKeyState::new())))
+        .key_state(Arc::new(Later::default()))
         .build();
     let calls = Calls::new();
     let ending_together = async |order: OrderCreated, cx: Context<Calls>| {
@@ -563,5 +578,74 @@ async fn held_messages_that_end_together_are_all_taken_out_of_a_slow_store() {
     for number in 0..10 {
         assert_eq!(calls.amounts(number), [1, 1, 2]);
     }
+    consumer.shutdown().await.unwrap();
+}
+
+/// Found by the simulation (scenario 28, with the store of held keys away): the probe that put the
+/// message aside never ended, and nothing was started any more.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_was_away_when_a_key_was_parked_stops_nobody() {
+    let bus = EventBus::builder(MemoryBroker::new())
+        .key_state(Arc::new(Later {
+            away: AtomicU32::new(1),
+            ..Later::default()
+        }))
+        .build();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let consumer = bus
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .on(noting)
+        .retry(RetryPolicy::none())
+        .workers(1)
+        .spawn()
+        .await
+        .unwrap();
+    bus.publish(amount(1, 1)).await.unwrap();
+    bus.publish(amount(2, 1)).await.unwrap();
+    tokio::time::sleep(MINUTE).await;
+    assert_eq!(calls.amounts(2), [1]);
+    calls.mend_all();
+    let held = bus.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    assert!(held.retry(&parked.held, "ann", "mended").await.unwrap());
+    tokio::time::sleep(MINUTE).await;
+    assert_eq!(calls.amounts(1), [1, 1]);
+    assert_eq!(consumer.status().held, 0);
+    consumer.shutdown().await.unwrap();
+}
+
+/// Found by the simulation (scenario 28, with a slow store of held keys): the operator's decision was
+/// carried out while the key was still being put aside, behind the messages that came after it.
+#[tokio::test(start_paused = true)]
+async fn a_decision_before_the_key_is_known_to_be_held_lets_nothing_overtake() {
+    let bus = EventBus::builder(MemoryBroker::new())
+        .key_state(Arc::new(Later {
+            holds_late: 5 * SECOND,
+            ..Later::default()
+        }))
+        .build();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let consumer = bus
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .on(noting)
+        .retry(RetryPolicy::none())
+        .spawn()
+        .await
+        .unwrap();
+    for step in 1..=3 {
+        bus.publish(amount(1, step)).await.unwrap();
+    }
+    tokio::time::sleep(SECOND).await;
+    calls.mend_all();
+    let held = bus.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    assert!(held.retry(&parked.held, "ann", "mended").await.unwrap());
+    tokio::time::sleep(MINUTE).await;
+    assert_eq!(calls.amounts(1), [1, 1, 2, 3]);
+    assert_eq!(consumer.status().held, 0);
     consumer.shutdown().await.unwrap();
 }

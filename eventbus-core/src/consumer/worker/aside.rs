@@ -138,7 +138,7 @@ impl<V: Layers> Worker<V> {
         };
         match (&*keep, first) {
             (Keep::Hold(entry), _) => {
-                held.rest(lane, &entry.name);
+                held.add(lane, &entry.name);
                 self.tally.held += 1;
                 if entry.wait.is_parked() {
                     log_parked(&self.keys.get(id).scope, &entry.wait);
