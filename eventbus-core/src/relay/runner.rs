@@ -109,8 +109,11 @@ impl Runner {
         if let Err(error) = self.remove_taken().await {
             tracing::warn!(relay = %self.relay.name, error = %error, "what was published last is published again");
         }
-        let left = self.lanes.leave().await;
-        result.and(left)
+        let name = self.relay.name.clone();
+        if let Err(error) = self.lanes.leave().await {
+            tracing::warn!(relay = %name, error = %error, "others get the lanes when their lease is over");
+        }
+        result
     }
 
     /// Waits until there may be something to do; while something is away, for time alone.

@@ -327,6 +327,47 @@ async fn a_broker_that_never_answers_does_not_keep_a_relay_from_stopping() {
     assert_eq!(stage.outbox.depth().await.unwrap().messages(), 1);
 }
 
+/// Leases that nobody can give away.
+#[derive(Debug)]
+struct NoLeave(MemoryLeases);
+
+#[async_trait]
+impl LeaseStore for NoLeave {
+    async fn exchange(&self, request: &LeaseRequest) -> Result<LeaseReply> {
+        self.0.exchange(request).await
+    }
+
+    async fn leave(&self, _: &Group, _: MemberId) -> Result<()> {
+        Err(Error::new(ErrorKind::Unavailable, "leave", "a test"))
+    }
+
+    async fn changed(&self, group: &Group) {
+        self.0.changed(group).await;
+    }
+}
+
+/// Found by the simulation (scenario 48, at the end of a relay): its lanes are free when their lease
+/// is over, so that it has ended well.
+#[tokio::test]
+async fn a_relay_whose_store_is_away_at_the_end_has_ended_well() {
+    let stage = Stage::new();
+    let relay = Relay::on(
+        stage.test.bus(),
+        Arc::new(stage.outbox.clone()),
+        Arc::new(NoLeave(stage.leases.clone())),
+        Arc::new(stage.held.clone()),
+    );
+    let relay = stage.start(relay);
+    stage.append([order(1)]);
+    stage.drain().await;
+    relay.stop().await;
+    let second = stage.start(stage.relay());
+    stage.append([order(2)]);
+    stage.drain().await;
+    assert_eq!(stage.published().await.len(), 2);
+    second.stop().await;
+}
+
 /// An outbox that is away when it is to remove.
 #[derive(Debug)]
 struct Forgetful {
