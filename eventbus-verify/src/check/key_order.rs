@@ -17,8 +17,9 @@ use crate::stamp::Stamp;
 ///
 /// A message counts only if its place is certain: a try of it was ok that began before any of a
 /// later one. A try whose outcome is unknown may be done at any later time. Messages that became
-/// dead letters or were parked leave the order of effects, because an operator brings them back;
-/// and those that a group was told have vanished leave all order, should they come all the same.
+/// dead letters leave the order of effects, because later ones go on and an operator brings them
+/// back; those that are parked hold their key, and stay in order. Those that a group was told have
+/// vanished leave all order, should they come all the same.
 ///
 /// n log n; takes about 60 bytes for each message, delivery and effect of one key at a time.
 #[must_use]
@@ -71,7 +72,7 @@ impl Stream {
                     self.deliveries.push((group, index as u64, number));
                 }
                 // Also without an outcome: it may have been stored.
-                Operation::DeadLetter | Operation::Park if record.phase != Phase::Fail => {
+                Operation::DeadLetter if record.phase != Phase::Fail => {
                     self.kept.insert((group, number));
                 }
                 _ => {}

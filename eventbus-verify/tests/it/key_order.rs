@@ -57,16 +57,25 @@ fn one_that_is_tried_again_after_a_later_one_may_follow_it() {
 }
 
 #[test]
-fn what_operators_bring_back_may_come_late() {
-    for operation in [Operation::DeadLetter, Operation::Park] {
-        let mut story = Story::new();
-        story
-            .publish(message(0), Phase::Ok)
-            .keep(operation, message(0));
-        story.publish(message(1), Phase::Ok).handle(message(1));
-        story.handle(message(0));
-        story.holds();
-    }
+fn what_operators_bring_back_from_the_dead_letters_may_come_late() {
+    let mut story = Story::new();
+    story
+        .publish(message(0), Phase::Ok)
+        .keep(Operation::DeadLetter, message(0));
+    story.publish(message(1), Phase::Ok).handle(message(1));
+    story.handle(message(0));
+    story.holds();
+}
+
+#[test]
+fn what_is_parked_holds_its_key() {
+    let mut story = Story::new();
+    story
+        .publish(message(0), Phase::Ok)
+        .keep(Operation::Park, message(0));
+    story.publish(message(1), Phase::Ok).handle(message(1));
+    story.handle(message(0));
+    story.breaks(&Breach::EffectLate { after: message(1) });
 }
 
 #[test]
