@@ -18,6 +18,8 @@ enum Role {
     Macros,
     /// Conformance suites and the test bus.
     Testkit,
+    /// Tries the SDK: its ledger and checks, and the runtime in virtual time.
+    Trial,
     /// A program that uses the SDK as a service team does.
     Program,
     /// This crate.
@@ -30,6 +32,8 @@ const ROLES: &[(&str, Role)] = &[
     ("eventbus-core", Role::Core),
     ("eventbus-macros", Role::Macros),
     ("eventbus-testkit", Role::Testkit),
+    ("eventbus-simulation", Role::Trial),
+    ("eventbus-verify", Role::Trial),
     ("eventbus-cli", Role::Program),
     ("ecommerce", Role::Program),
     ("xtask", Role::Xtask),
@@ -47,6 +51,11 @@ const ARROWS: &[(Role, &[Role], &[Role])] = &[
     // The derive is tested through the crates whose paths its output names.
     (Role::Macros, &[], &[Role::Core, Role::Facade]),
     (Role::Testkit, &[Role::Core], &[]),
+    (
+        Role::Trial,
+        &[Role::Trial, Role::Testkit, Role::Core],
+        &[Role::Testkit],
+    ),
     (Role::Program, &[Role::Facade], &[Role::Testkit]),
     (Role::Xtask, &[], &[]),
 ];
