@@ -1,4 +1,5 @@
 //! Tests of the testkit itself.
 
+mod faults;
 mod simulation;
 mod wrong_broker;
