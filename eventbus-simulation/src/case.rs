@@ -243,7 +243,8 @@ impl Case {
     }
 
     /// Whether effects happen once: always in a unit of work; in a duplicate window where every
-    /// handler that began may end; without either, where the wire does not repeat besides.
+    /// handler that began may end, and what it published is taken before its lane moves; without
+    /// either, where the wire does not repeat besides.
     #[must_use]
     pub fn is_once(&self) -> bool {
         let Setting {
@@ -257,9 +258,10 @@ impl Case {
         match self.setting.once {
             Once::Unit(_) => true,
             Once::Window => {
+                let stays = happenings.clone().all(|one| one.repeats());
                 has_time
                     && happenings.all(|one| one.is_hand_over() || one.repeats())
-                    && faults.all(is_of_publishing)
+                    && faults.all(|one| is_of_publishing(one) && (stays || is_taken(one)))
             }
             Once::Nothing => {
                 has_time && happenings.all(|one| one.is_hand_over()) && faults.next().is_none()
@@ -329,6 +331,14 @@ impl Happening {
 /// Whether it changes nothing but what is on the wire, and when.
 fn is_of_publishing(planned: &PlannedFault) -> bool {
     planned.call == Call::Publish && !matches!(planned.fault, Fault::Outage(_))
+}
+
+/// Whether what is published is taken all the same, at the first try.
+fn is_taken(planned: &PlannedFault) -> bool {
+    matches!(
+        planned.fault,
+        Fault::Twice | Fault::Late(_) | Fault::AnsweredLate(_)
+    )
 }
 
 fn happenings(random: &mut Rng) -> Vec<(u64, Happening)> {
