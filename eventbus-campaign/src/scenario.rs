@@ -1,0 +1,52 @@
+//! What is tried: each scenario is a plan for its rounds, and says which failures it covers.
+
+use crate::plan::Plan;
+use crate::site::Base;
+
+mod embedded;
+mod outbox;
+
+/// Something that is tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Scenario {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What happens, in a sentence.
+    pub about: &'static str,
+    /// The failures that it covers, by their numbers.
+    pub covers: &'static [u32],
+    /// What it can run on.
+    pub runs_on: RunsOn,
+    /// Its share of the time, where all are given one.
+    pub share: u32,
+    /// What its rounds are made of.
+    pub plan: fn(&Base) -> Plan,
+}
+
+/// What a scenario can run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunsOn {
+    /// SQLite and PostgreSQL.
+    Both,
+    /// SQLite only.
+    Sqlite,
+    /// PostgreSQL only.
+    Postgres,
+    /// SQLite, where a disk can be mounted.
+    SqliteOnSmallDisk,
+}
+
+impl Scenario {
+    /// Whether it can run on this.
+    #[must_use]
+    pub fn can_run_on(&self, base: &Base) -> bool {
+        match self.runs_on {
+            RunsOn::Both => true,
+            RunsOn::Sqlite | RunsOn::SqliteOnSmallDisk => *base == Base::Sqlite,
+            RunsOn::Postgres => *base != Base::Sqlite,
+        }
+    }
+}
+
+/// Every scenario there is.
+pub const ALL: &[Scenario] = &[embedded::SCENARIO, outbox::SCENARIO];

@@ -1,0 +1,257 @@
+//! Where the things of one round are: its broker, its outbox, and the effects of each group.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection};
+
+use crate::store;
+
+/// How many partitions the tried topic has.
+pub const PARTITIONS: u32 = 8;
+/// How long a member that says nothing keeps what it has.
+pub const LEASE: Duration = Duration::from_secs(3);
+
+/// On what everything runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// Files in a directory of the round's own.
+    Sqlite,
+    /// Schemas of the round's own, on the server with this URL.
+    Postgres(String),
+}
+
+impl Base {
+    /// Reads what `--broker` says.
+    ///
+    /// # Errors
+    ///
+    /// For a broker that cannot be tried like this; it says why.
+    pub fn parse(text: &str) -> anyhow::Result<Self> {
+        match text.split(':').next() {
+            Some("sqlite") => Ok(Self::Sqlite),
+            Some("postgres" | "postgresql") => Ok(Self::Postgres(text.to_owned())),
+            Some("memory") => anyhow::bail!(
+                "memory: lives within one process and ends with it, so that there is nothing to kill: \
+                 its faults are tried by TestBus::with_faults, see docs/guide/verify-your-own.md"
+            ),
+            _ => anyhow::bail!("write sqlite, or postgres://USER:PASSWORD@HOST:PORT/DATABASE"),
+        }
+    }
+
+    /// How it is called in the report.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Sqlite => "SQLite",
+            Self::Postgres(_) => "PostgreSQL",
+        }
+    }
+
+    /// The address of the server, where there is one.
+    ///
+    /// # Errors
+    ///
+    /// When the URL has none.
+    pub fn address(&self) -> anyhow::Result<Option<String>> {
+        let Self::Postgres(url) = self else {
+            return Ok(None);
+        };
+        let rest = url.split("://").nth(1).context("a URL has a scheme")?;
+        let rest = rest.rsplit('@').next().unwrap_or(rest);
+        let address = rest.split(['/', '?']).next().unwrap_or(rest);
+        Ok(Some(match address.contains(':') {
+            true => address.to_owned(),
+            false => format!("{address}:5432"),
+        }))
+    }
+}
+
+/// Where the things of one round are.
+#[derive(Clone, Debug)]
+pub struct Site {
+    base: Base,
+    directory: PathBuf,
+    /// What the round's schemas begin with.
+    prefix: String,
+}
+
+impl Site {
+    /// A place of its own for a round, on files in a directory or in schemas with a prefix.
+    #[must_use]
+    pub fn new(base: &Base, directory: &Path, prefix: &str) -> Self {
+        Self {
+            base: base.clone(),
+            directory: directory.to_owned(),
+            prefix: prefix.to_owned(),
+        }
+    }
+
+    /// The same place, reached through another address.
+    ///
+    /// # Errors
+    ///
+    /// When there is no address to be replaced.
+    pub fn through(&self, address: &str) -> anyhow::Result<Self> {
+        let (Base::Postgres(url), Some(direct)) = (&self.base, self.base.address()?) else {
+            anyhow::bail!("there is no wire to a file");
+        };
+        // The server's own port may be left out in the URL.
+        let written = match url.contains(&direct) {
+            true => direct,
+            false => direct.trim_end_matches(":5432").to_owned(),
+        };
+        Ok(Self {
+            base: Base::Postgres(url.replacen(&written, address, 1)),
+            ..self.clone()
+        })
+    }
+
+    /// The broker.
+    #[must_use]
+    pub fn broker(&self) -> String {
+        format!("{}&partitions={PARTITIONS}", self.url("bus"))
+    }
+
+    /// The outbox of the service that appends.
+    #[must_use]
+    pub fn store(&self) -> String {
+        self.url("store")
+    }
+
+    /// The inbox and the effects of a group.
+    #[must_use]
+    pub fn effects(&self, group: u16) -> String {
+        self.url(&format!("group_{group}"))
+    }
+
+    fn url(&self, part: &str) -> String {
+        let lease = LEASE.as_secs();
+        match &self.base {
+            Base::Sqlite => format!("sqlite://{}?lease={lease}s", self.file(part).display()),
+            Base::Postgres(url) => {
+                let and = if url.contains('?') { '&' } else { '?' };
+                let schema = self.schema(part);
+                format!("{url}{and}schema={schema}&lease={lease}s&connections=6")
+            }
+        }
+    }
+
+    /// The file of a part, where it is one.
+    #[must_use]
+    pub fn file(&self, part: &str) -> PathBuf {
+        self.directory.join(format!("{part}.db"))
+    }
+
+    fn schema(&self, part: &str) -> String {
+        format!("{}_{part}", self.prefix)
+    }
+
+    /// Makes the campaign's own tables.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub async fn prepare(&self, groups: &[u16]) -> anyhow::Result<()> {
+        let groups = groups.iter().map(|group| format!("group_{group}"));
+        for part in groups.chain(["store".to_owned()]) {
+            match &self.base {
+                Base::Sqlite => {
+                    let file = SqliteConnectOptions::new().filename(self.file(&part));
+                    let file = file
+                        .create_if_missing(true)
+                        .journal_mode(SqliteJournalMode::Wal);
+                    let mut connection = file.connect().await?;
+                    let tables = AssertSqlSafe(store::tables(None));
+                    sqlx::raw_sql(tables).execute(&mut connection).await?;
+                    connection.close().await?;
+                }
+                Base::Postgres(url) => {
+                    let tables = store::tables(Some(&self.schema(&part)));
+                    run(url, &tables).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The database of a group's effects, for whoever reads them.
+    ///
+    /// # Errors
+    ///
+    /// Those of connecting.
+    pub async fn reader(&self, group: u16) -> anyhow::Result<Reader> {
+        let part = format!("group_{group}");
+        Ok(match &self.base {
+            Base::Sqlite => {
+                let file = SqliteConnectOptions::new().filename(self.file(&part));
+                let pool = sqlx::sqlite::SqlitePoolOptions::new().max_connections(1);
+                let file = file.busy_timeout(Duration::from_secs(30));
+                Reader::Sqlite(pool.connect_with(file).await?)
+            }
+            Base::Postgres(url) => {
+                let pool = sqlx::postgres::PgPoolOptions::new().max_connections(1);
+                Reader::Postgres(pool.connect(url).await?, self.schema(&part))
+            }
+        })
+    }
+
+    /// Removes what is not in the round's directory.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub async fn remove(&self, groups: &[u16]) -> anyhow::Result<()> {
+        let Base::Postgres(url) = &self.base else {
+            return Ok(());
+        };
+        let groups = groups.iter().map(|group| format!("group_{group}"));
+        for part in groups.chain(["store".to_owned(), "bus".to_owned()]) {
+            let schema = self.schema(&part);
+            run(url, &format!("DROP SCHEMA IF EXISTS {schema} CASCADE")).await?;
+        }
+        Ok(())
+    }
+}
+
+/// A database of effects that is read.
+#[derive(Clone, Debug)]
+pub enum Reader {
+    /// A file.
+    Sqlite(sqlx::SqlitePool),
+    /// A schema.
+    Postgres(sqlx::PgPool, String),
+}
+
+async fn run(url: &str, sql: &str) -> anyhow::Result<()> {
+    let mut connection = PgConnection::connect(url).await?;
+    let sql = AssertSqlSafe(sql.to_owned());
+    sqlx::raw_sql(sql).execute(&mut connection).await?;
+    connection.close().await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Base, Site};
+    use std::path::Path;
+
+    #[test]
+    fn a_wire_takes_the_place_of_the_address() {
+        for url in ["postgres://a:b@host:5433/shop", "postgres://a:b@host/shop"] {
+            let base = Base::parse(url).expect("a URL");
+            let site = Site::new(&base, Path::new("."), "x");
+            let site = site.through("127.0.0.1:9").expect("it has an address");
+            let begin = "postgres://a:b@127.0.0.1:9/shop?schema=x_bus&";
+            assert!(site.broker().starts_with(begin), "{}", site.broker());
+        }
+    }
+
+    #[test]
+    fn a_broker_that_nothing_outlives_is_refused() {
+        let refused = Base::parse("memory:").expect_err("there is nothing to kill");
+        assert!(refused.to_string().contains("TestBus"), "{refused}");
+    }
+}

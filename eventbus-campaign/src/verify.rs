@@ -1,0 +1,321 @@
+//! Goes through scenarios, round by round, until the time is over or enough messages were checked.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use fastrand::Rng;
+use indicatif::{HumanCount, ProgressBar, ProgressStyle};
+use tempfile::TempDir;
+
+use crate::round::{self, Outcome, Setting};
+use crate::scenario::{self, RunsOn, Scenario};
+use crate::site::Base;
+use crate::tally::{Tally, percentile};
+
+/// A round that has less time than this is not begun.
+const ROUND_MIN: Duration = Duration::from_secs(5);
+/// Without `--minutes`, the number of messages is the bound.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+const POSTGRES: &str = "EVENTBUS_TEST_POSTGRES";
+
+/// What is tried, on what, and for how long.
+#[derive(Args, Clone, Debug)]
+pub struct VerifyArgs {
+    /// For how long all scenarios run together [default: 5, or no limit with --messages]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    minutes: Option<u64>,
+    /// How many messages each scenario checks on each broker, if the time is enough
+    #[arg(long)]
+    messages: Option<u64>,
+    /// Decides what is published, who is harmed, when and how [default: another one each time]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// On what it is tried: `sqlite`, or `postgres://…`, again and again [default: sqlite, and the
+    /// server that EVENTBUS_TEST_POSTGRES names]
+    #[arg(long, value_name = "URL")]
+    broker: Vec<String>,
+    /// Which scenario is tried, again and again; `list` shows them all [default: all]
+    #[arg(long, value_name = "NAME")]
+    scenario: Vec<String>,
+    /// Writes a report to this file
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Where the files of the rounds lie [default: the machine's directory for temporary files]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// How many messages each round has [default: what its scenario says]
+    #[arg(long, value_name = "MESSAGES")]
+    round: Option<u64>,
+    /// Scenarios that cannot run on this machine are no failure
+    #[arg(long)]
+    allow_missing: bool,
+}
+
+/// Runs what was asked for; the exit code says whether everything held.
+///
+/// # Errors
+///
+/// When something cannot be started or read, and when it is interrupted.
+pub async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
+    if args.scenario.iter().any(|name| name == "list") {
+        list();
+        return Ok(ExitCode::SUCCESS);
+    }
+    let running = Run::new(args)?;
+    tokio::select! {
+        outcome = running.go() => outcome,
+        interrupted = tokio::signal::ctrl_c() => {
+            interrupted?;
+            // All children are killed when their handles are dropped.
+            anyhow::bail!("interrupted")
+        }
+    }
+}
+
+fn list() {
+    for scenario in scenario::ALL {
+        let on = match scenario.runs_on {
+            RunsOn::Both => "sqlite, postgres",
+            RunsOn::Sqlite => "sqlite",
+            RunsOn::Postgres => "postgres",
+            RunsOn::SqliteOnSmallDisk => "sqlite, as root",
+        };
+        let covers: Vec<String> = scenario.covers.iter().map(ToString::to_string).collect();
+        let Scenario { name, about, .. } = scenario;
+        println!("{name:12} {about}\n{:12} on {on}; covers {}", "", covers.join(", "));
+    }
+}
+
+/// What was asked for.
+struct Run {
+    args: VerifyArgs,
+    seed: u64,
+    parts: Vec<(Scenario, Base)>,
+    total: Duration,
+}
+
+impl Run {
+    fn new(args: VerifyArgs) -> anyhow::Result<Self> {
+        let mut bases = Vec::new();
+        for broker in &args.broker {
+            bases.push(Base::parse(broker)?);
+        }
+        if bases.is_empty() {
+            bases.push(Base::Sqlite);
+            bases.extend(std::env::var(POSTGRES).ok().map(Base::Postgres));
+        }
+        let scenarios = scenarios(&args.scenario)?;
+        let parts: Vec<(Scenario, Base)> = scenarios
+            .iter()
+            .flat_map(|scenario| bases.iter().map(|base| (*scenario, base.clone())))
+            .filter(|(scenario, base)| scenario.can_run_on(base))
+            .collect();
+        ensure!(!parts.is_empty(), "none of these scenarios runs on that");
+        let total = match (args.minutes, args.messages) {
+            (Some(minutes), _) => Duration::from_secs(60 * minutes),
+            (None, Some(_)) => LONGEST,
+            (None, None) => Duration::from_secs(300),
+        };
+        Ok(Self {
+            seed: args.seed.unwrap_or_else(|| fastrand::u64(0..1_000_000)),
+            args,
+            parts,
+            total,
+        })
+    }
+
+    async fn go(self) -> anyhow::Result<ExitCode> {
+        eprintln!("seed {}", self.seed);
+        let mut tallies = Vec::new();
+        let mut left = self.total;
+        let mut shares: u32 = self.parts.iter().map(|(scenario, _)| scenario.share).sum();
+        for (index, (scenario, base)) in self.parts.iter().enumerate() {
+            // What others did not need is for those that follow.
+            let time = left * scenario.share / shares;
+            shares -= scenario.share;
+            let begun = Instant::now();
+            let tally = self.part(index, scenario, base, time).await?;
+            left = left.saturating_sub(begun.elapsed());
+            println!("{}", line(&tally));
+            for text in &tally.shown {
+                println!("  {}", text.replace('\n', "\n  "));
+            }
+            tallies.push(tally);
+        }
+        if let Some(file) = &self.args.report {
+            let _ = file;
+        }
+        let is_fine = |tally: &Tally| {
+            tally.passed() || (self.args.allow_missing && tally.missing.is_some())
+        };
+        match tallies.iter().all(is_fine) {
+            true => Ok(ExitCode::SUCCESS),
+            false => Ok(ExitCode::FAILURE),
+        }
+    }
+
+    /// The rounds of one scenario on one broker.
+    async fn part(
+        &self,
+        index: usize,
+        scenario: &Scenario,
+        base: &Base,
+        time: Duration,
+    ) -> anyhow::Result<Tally> {
+        let mut tally = Tally::new(scenario.name, base.name());
+        if scenario.runs_on == RunsOn::SqliteOnSmallDisk && !rustix::process::geteuid().is_root() {
+            tally.missing = Some("only root may mount a disk".to_owned());
+            return Ok(tally);
+        }
+        let deadline = Instant::now() + time;
+        let mut seeds = Rng::with_seed(self.seed.wrapping_add(index as u64));
+        let bar = progress_bar(&format!("{} on {}", scenario.name, base.name()));
+        loop {
+            // The first is that of the command line, so that one round can be repeated.
+            let seed = match tally.seeds.is_empty() {
+                true => self.seed,
+                false => seeds.u64(0..1_000_000),
+            };
+            let mut plan = (scenario.plan)(base);
+            plan.messages = self.args.round.unwrap_or(plan.messages);
+            if let Some(messages) = self.args.messages {
+                let missing = messages.saturating_sub(tally.messages.total());
+                plan.messages = plan.messages.min(missing);
+            }
+            let number = (index * 1000 + tally.seeds.len()) as u32;
+            let place = self.place()?;
+            let setting = Setting {
+                base: base.clone(),
+                directory: place.path().to_owned(),
+                seed,
+                deadline,
+                number,
+            };
+            let (done, harmed) = (tally.messages.total(), tally.faults_total());
+            let progress = |messages, faults| {
+                let (messages, faults) = (done + messages, harmed + faults);
+                let (messages, faults) = (HumanCount(messages), HumanCount(faults));
+                bar.set_message(format!("{messages} messages, {faults} faults"));
+                bar.tick();
+            };
+            let outcome = match round::run(plan, setting, progress).await {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    let kept = place.keep();
+                    let error = error.context(format!("files and logs are in {}", kept.display()));
+                    return Err(error.context(again(scenario, base, seed)));
+                }
+            };
+            tally.add(seed, &outcome);
+            if !outcome.passed() {
+                self.keep(place, scenario, base, seed, &outcome)?;
+                break;
+            }
+            let enough = self.args.messages;
+            let is_enough = enough.is_some_and(|enough| tally.messages.total() >= enough);
+            if is_enough || Instant::now() + ROUND_MIN >= deadline {
+                break;
+            }
+        }
+        bar.finish_and_clear();
+        Ok(tally)
+    }
+
+    fn place(&self) -> anyhow::Result<TempDir> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("eventbus-verify-");
+        match &self.args.data {
+            Some(data) => builder.tempdir_in(data),
+            None => builder.tempdir(),
+        }
+        .context("make a directory for the files of a round")
+    }
+
+    fn keep(
+        &self,
+        place: TempDir,
+        scenario: &Scenario,
+        base: &Base,
+        seed: u64,
+        outcome: &Outcome,
+    ) -> anyhow::Result<()> {
+        let kept = place.keep();
+        let file = kept.join("report.md");
+        std::fs::write(&file, outcome.report.to_markdown())?;
+        eprintln!("{} FAILED: files and logs are in {}", scenario.name, kept.display());
+        eprintln!("{}", again(scenario, base, seed));
+        Ok(())
+    }
+}
+
+fn scenarios(names: &[String]) -> anyhow::Result<Vec<Scenario>> {
+    if names.is_empty() {
+        return Ok(scenario::ALL.to_vec());
+    }
+    let find = |name: &String| {
+        let found = scenario::ALL.iter().find(|scenario| scenario.name == name);
+        let found = found.copied();
+        found.with_context(|| format!("there is no scenario {name}: --scenario list shows them"))
+    };
+    names.iter().map(find).collect()
+}
+
+/// The command that does the same again.
+fn again(scenario: &Scenario, base: &Base, seed: u64) -> String {
+    let broker = match base {
+        Base::Sqlite => "sqlite".to_owned(),
+        Base::Postgres(_) => format!("\"${POSTGRES}\""),
+    };
+    let name = scenario.name;
+    format!("again: dev/verify --scenario {name} --broker {broker} --seed {seed}")
+}
+
+/// What a scenario came to, in a line.
+fn line(tally: &Tally) -> String {
+    let Tally {
+        scenario, base, ..
+    } = tally;
+    if let Some(why) = &tally.missing {
+        return format!("{scenario} on {base}: not run, {why}");
+    }
+    let outcome = match tally.passed() {
+        true => "passed".to_owned(),
+        false => format!("FAILED, {} violations, {} complaints", tally.violations, tally.complaints),
+    };
+    let seconds = |percent| {
+        let time = percentile(&tally.recoveries, percent).unwrap_or_default();
+        format!("{:.2} s", time.as_secs_f64())
+    };
+    let messages = tally.messages.total();
+    let rate = messages as f64 / (tally.lasted + tally.drained).as_secs_f64().max(0.001);
+    format!(
+        "{scenario} on {base}: {outcome}; {} messages, {rate:.0}/s, {} faults, {} duplicates on the wire, \
+         recovery {} (p50) {} (p99) {} (max), {} rounds",
+        HumanCount(messages),
+        HumanCount(tally.faults_total()),
+        HumanCount(tally.duplicates),
+        seconds(50),
+        seconds(99),
+        seconds(100),
+        tally.seeds.len(),
+    )
+}
+
+/// Shown on a terminal only.
+fn progress_bar(what: &str) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_prefix(what.to_owned());
+    match ProgressStyle::with_template("{spinner} {prefix}: {msg}, {elapsed}") {
+        Ok(style) => bar.with_style(style),
+        // The bar is decoration: its default style will do.
+        Err(_) => bar,
+    }
+}
+
+/// Where the report lies in the repository.
+#[must_use]
+pub fn usual_report() -> &'static Path {
+    Path::new("docs/verification.md")
+}
