@@ -1,5 +1,6 @@
-//! Tests of the testkit itself.
+//! What of the testkit needs a machine: sockets.
 
 mod faults;
 mod simulation;
 mod wrong_broker;
+mod proxy;
