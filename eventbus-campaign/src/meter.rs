@@ -141,7 +141,12 @@ impl Drift {
         };
         let (first, last) = (self.first, self.last);
         compare("memory", first.resident, last.resident, RESIDENT_NOISE);
-        compare("descriptors", first.descriptors, last.descriptors, COUNT_NOISE);
+        compare(
+            "descriptors",
+            first.descriptors,
+            last.descriptors,
+            COUNT_NOISE,
+        );
         compare("threads", first.threads, last.threads, COUNT_NOISE);
         compare("tasks", first.tasks, last.tasks, COUNT_NOISE);
         complaints
@@ -167,7 +172,8 @@ mod tests {
 
     #[test]
     fn growth_is_told_and_noise_is_not() {
-        let grows = drift("it", &samples(|second| (50 << 20) + second * 20_000)).expect("long enough");
+        let grows =
+            drift("it", &samples(|second| (50 << 20) + second * 20_000)).expect("long enough");
         assert_eq!(grows.complaints().len(), 1, "{:?}", grows.complaints());
         let flat = drift("it", &samples(|second| (50 << 20) + second % 7 * 100_000));
         assert!(flat.expect("long enough").complaints().is_empty());
@@ -176,7 +182,12 @@ mod tests {
     #[test]
     fn warming_up_is_no_growth() {
         let warms = samples(|second| (second.min(50) + 10) << 20);
-        assert!(drift("it", &warms).expect("long enough").complaints().is_empty());
+        assert!(
+            drift("it", &warms)
+                .expect("long enough")
+                .complaints()
+                .is_empty()
+        );
     }
 
     #[test]

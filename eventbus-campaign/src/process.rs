@@ -166,15 +166,6 @@ impl Process {
         Ok(())
     }
 
-    /// How it ended, if it has.
-    ///
-    /// # Errors
-    ///
-    /// Those of the machine.
-    pub fn has_ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
-        Ok(self.child.try_wait()?)
-    }
-
     /// Waits until it ends by itself.
     ///
     /// # Errors
@@ -233,7 +224,10 @@ impl Process {
     ///
     /// When it has ended.
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
-        let pid = self.child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        let pid = self
+            .child
+            .id()
+            .and_then(|id| Pid::from_raw(id.cast_signed()));
         let log = self.log.display();
         let pid = pid.with_context(|| format!("a process has ended by itself: see {log}"))?;
         kill_process(pid, signal).with_context(|| format!("send {signal:?}"))
@@ -242,7 +236,7 @@ impl Process {
 
 fn hear(line: &str, status: &mut Status) {
     let mut words = line.split_whitespace();
-    let mut number = |words: &mut std::str::SplitWhitespace<'_>| {
+    let number = |words: &mut std::str::SplitWhitespace<'_>| {
         words.next().and_then(|word| word.parse().ok()).unwrap_or(0)
     };
     match words.next() {

@@ -43,7 +43,9 @@ pub async fn connect(
             let held = Arc::new(broker.key_state());
             EventBus::builder(recorded(Arc::new(broker))).key_state(held)
         }
-        _ => anyhow::bail!("a broker that processes share is sqlite: or postgres://, not {scheme}:"),
+        _ => {
+            anyhow::bail!("a broker that processes share is sqlite: or postgres://, not {scheme}:")
+        }
     };
     Ok(builder.source("campaign").build())
 }
@@ -236,9 +238,7 @@ impl Book {
                     let entry = Entry::of(Operation::Deliver, stamp).with_group(self.group);
                     known.push(at(entry));
                 }
-                None => {
-                    unreadable.push(at(Entry::new(Operation::Deliver).with_group(self.group)))
-                }
+                None => unreadable.push(at(Entry::new(Operation::Deliver).with_group(self.group))),
             }
         }
         drop(handed_out);

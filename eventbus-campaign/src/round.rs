@@ -7,7 +7,7 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -203,9 +203,8 @@ async fn played(
     let promises = Promises::to(plan.groups)
         .with_recovery_max(plan.recovery_max)
         .with_bounds(plan.bounds);
-    let report = tokio::task::spawn_blocking(move || {
-        Report::of(&History::new(&ledger, effects), &promises)
-    });
+    let report =
+        tokio::task::spawn_blocking(move || Report::of(&History::new(&ledger, effects), &promises));
     Ok(Outcome {
         report: report.await?,
         complaints,
@@ -403,13 +402,4 @@ pub fn shown(report: &Report) -> Vec<&Violation> {
     found
         .flat_map(|(_, found)| found.examples().iter().take(3))
         .collect()
-}
-
-/// What is left of a directory's round when it is not kept.
-///
-/// # Errors
-///
-/// Those of the disk.
-pub fn sweep(directory: &Path) -> std::io::Result<()> {
-    std::fs::remove_dir_all(directory)
 }

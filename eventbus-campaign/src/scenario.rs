@@ -3,8 +3,17 @@
 use crate::plan::Plan;
 use crate::site::Base;
 
+mod backlog;
+mod connections;
+mod disk_full;
 mod embedded;
+mod endurance;
+mod late_commit;
 mod outbox;
+mod poison;
+mod shutdown;
+mod slow;
+mod zombie;
 
 /// Something that is tried.
 #[derive(Clone, Copy, Debug)]
@@ -49,4 +58,16 @@ impl Scenario {
 }
 
 /// Every scenario there is.
-pub const ALL: &[Scenario] = &[embedded::SCENARIO, outbox::SCENARIO];
+pub const ALL: &[Scenario] = &[
+    embedded::SCENARIO,
+    outbox::SCENARIO,
+    zombie::SCENARIO,
+    poison::SCENARIO,
+    slow::SCENARIO,
+    shutdown::SCENARIO,
+    late_commit::SCENARIO,
+    connections::SCENARIO,
+    disk_full::SCENARIO,
+    backlog::SCENARIO,
+    endurance::SCENARIO,
+];

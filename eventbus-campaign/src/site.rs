@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use eventbus_testkit::FaultProxy;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection};
 
-use crate::store;
+use crate::store::{self, own_schema};
 
 /// How many partitions the tried topic has.
 pub const PARTITIONS: u32 = 8;
@@ -50,22 +51,19 @@ impl Base {
         }
     }
 
-    /// The address of the server, where there is one.
-    ///
-    /// # Errors
-    ///
-    /// When the URL has none.
-    pub fn address(&self) -> anyhow::Result<Option<String>> {
+    /// The address of the server, if there is one.
+    #[must_use]
+    pub fn address(&self) -> Option<String> {
         let Self::Postgres(url) = self else {
-            return Ok(None);
+            return None;
         };
-        let rest = url.split("://").nth(1).context("a URL has a scheme")?;
-        let rest = rest.rsplit('@').next().unwrap_or(rest);
-        let address = rest.split(['/', '?']).next().unwrap_or(rest);
-        Ok(Some(match address.contains(':') {
+        let rest = url.split("://").nth(1)?;
+        let rest = rest.split(['/', '?']).next()?;
+        let address = rest.rsplit('@').next()?;
+        Some(match address.contains(':') {
             true => address.to_owned(),
             false => format!("{address}:5432"),
-        }))
+        })
     }
 }
 
@@ -89,22 +87,18 @@ impl Site {
         }
     }
 
-    /// The same place, reached through another address.
+    /// The same place, reached through a proxy.
     ///
     /// # Errors
     ///
-    /// When there is no address to be replaced.
-    pub fn through(&self, address: &str) -> anyhow::Result<Self> {
-        let (Base::Postgres(url), Some(direct)) = (&self.base, self.base.address()?) else {
-            anyhow::bail!("there is no wire to a file");
-        };
-        // The server's own port may be left out in the URL.
-        let written = match url.contains(&direct) {
-            true => direct,
-            false => direct.trim_end_matches(":5432").to_owned(),
+    /// When there is no wire to it.
+    pub fn through(&self, proxy: &FaultProxy) -> anyhow::Result<Self> {
+        let url = match &self.base {
+            Base::Sqlite => None,
+            Base::Postgres(url) => proxy.url(url),
         };
         Ok(Self {
-            base: Base::Postgres(url.replacen(&written, address, 1)),
+            base: Base::Postgres(url.context("there is no wire to a file")?),
             ..self.clone()
         })
     }
@@ -169,7 +163,7 @@ impl Site {
                     connection.close().await?;
                 }
                 Base::Postgres(url) => {
-                    let tables = store::tables(Some(&self.schema(&part)));
+                    let tables = store::tables(Some(&own_schema(&self.schema(&part))));
                     run(url, &tables).await?;
                 }
             }
@@ -193,7 +187,7 @@ impl Site {
             }
             Base::Postgres(url) => {
                 let pool = sqlx::postgres::PgPoolOptions::new().max_connections(1);
-                Reader::Postgres(pool.connect(url).await?, self.schema(&part))
+                Reader::Postgres(pool.connect(url).await?, own_schema(&self.schema(&part)))
             }
         })
     }
@@ -210,7 +204,9 @@ impl Site {
         let groups = groups.iter().map(|group| format!("group_{group}"));
         for part in groups.chain(["store".to_owned(), "bus".to_owned()]) {
             let schema = self.schema(&part);
-            run(url, &format!("DROP SCHEMA IF EXISTS {schema} CASCADE")).await?;
+            for schema in [own_schema(&schema), schema] {
+                run(url, &format!("DROP SCHEMA IF EXISTS {schema} CASCADE")).await?;
+            }
         }
         Ok(())
     }
@@ -235,17 +231,16 @@ async fn run(url: &str, sql: &str) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Base, Site};
-    use std::path::Path;
+    use super::Base;
 
     #[test]
-    fn a_wire_takes_the_place_of_the_address() {
-        for url in ["postgres://a:b@host:5433/shop", "postgres://a:b@host/shop"] {
+    fn the_address_of_a_server_is_found_in_its_url() {
+        for (url, address) in [
+            ("postgres://a:b@host:5433/shop", "host:5433"),
+            ("postgres://host?x=/y", "host:5432"),
+        ] {
             let base = Base::parse(url).expect("a URL");
-            let site = Site::new(&base, Path::new("."), "x");
-            let site = site.through("127.0.0.1:9").expect("it has an address");
-            let begin = "postgres://a:b@127.0.0.1:9/shop?schema=x_bus&";
-            assert!(site.broker().starts_with(begin), "{}", site.broker());
+            assert_eq!(base.address().as_deref(), Some(address));
         }
     }
 

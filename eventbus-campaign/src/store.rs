@@ -1,7 +1,5 @@
 //! A service's database, whichever it is: SQLite in a file or a schema of PostgreSQL.
 
-
-
 use eventbus::prelude::{EventBus, Origin, Outgoing};
 use eventbus::store::OutboxStore;
 use eventbus::{
@@ -18,7 +16,7 @@ use crate::tried::Tried;
 pub enum Store {
     /// In a file.
     Sqlite(SqliteStore),
-    /// In a schema; its name comes with it, because the campaign's own tables lie there, too.
+    /// In a schema; with the name of that which the campaign's own tables lie in.
     Postgres(PostgresStore, String),
 }
 
@@ -34,7 +32,7 @@ impl Store {
                 let config = eventbus::SqliteConfig::from_url(url)?;
                 return Ok(Self::Sqlite(SqliteStore::connect(config).await?));
             }
-            let schema = PostgresConfig::from_url(url)?.schema;
+            let schema = own_schema(&PostgresConfig::from_url(url)?.schema);
             Ok(Self::Postgres(PostgresStore::from_url(url).await?, schema))
         })
         .await
@@ -183,6 +181,12 @@ pub fn ordered(schema: &str) -> String {
     format!("INSERT INTO {schema}orders (producer, number) VALUES ($1, $2) ON CONFLICT DO NOTHING")
 }
 
+/// The schema beside one of the SDK's, which takes no tables of others, for the campaign's own.
+#[must_use]
+pub fn own_schema(schema: &str) -> String {
+    format!("{schema}_own")
+}
+
 /// The statements that make the campaign's own tables, and take none away.
 #[must_use]
 pub fn tables(schema: Option<&str>) -> String {
@@ -211,4 +215,3 @@ pub fn tables(schema: Option<&str>) -> String {
              number BIGINT NOT NULL, consumers BIGINT NOT NULL, key BIGINT NOT NULL);"
     )
 }
-

@@ -85,7 +85,11 @@ fn list() {
         };
         let covers: Vec<String> = scenario.covers.iter().map(ToString::to_string).collect();
         let Scenario { name, about, .. } = scenario;
-        println!("{name:12} {about}\n{:12} on {on}; covers {}", "", covers.join(", "));
+        println!(
+            "{name:12} {about}\n{:12} on {on}; covers {}",
+            "",
+            covers.join(", ")
+        );
     }
 }
 
@@ -148,9 +152,8 @@ impl Run {
         if let Some(file) = &self.args.report {
             let _ = file;
         }
-        let is_fine = |tally: &Tally| {
-            tally.passed() || (self.args.allow_missing && tally.missing.is_some())
-        };
+        let is_fine =
+            |tally: &Tally| tally.passed() || (self.args.allow_missing && tally.missing.is_some());
         match tallies.iter().all(is_fine) {
             true => Ok(ExitCode::SUCCESS),
             false => Ok(ExitCode::FAILURE),
@@ -245,7 +248,11 @@ impl Run {
         let kept = place.keep();
         let file = kept.join("report.md");
         std::fs::write(&file, outcome.report.to_markdown())?;
-        eprintln!("{} FAILED: files and logs are in {}", scenario.name, kept.display());
+        eprintln!(
+            "{} FAILED: files and logs are in {}",
+            scenario.name,
+            kept.display()
+        );
         eprintln!("{}", again(scenario, base, seed));
         Ok(())
     }
@@ -275,15 +282,16 @@ fn again(scenario: &Scenario, base: &Base, seed: u64) -> String {
 
 /// What a scenario came to, in a line.
 fn line(tally: &Tally) -> String {
-    let Tally {
-        scenario, base, ..
-    } = tally;
+    let Tally { scenario, base, .. } = tally;
     if let Some(why) = &tally.missing {
         return format!("{scenario} on {base}: not run, {why}");
     }
     let outcome = match tally.passed() {
         true => "passed".to_owned(),
-        false => format!("FAILED, {} violations, {} complaints", tally.violations, tally.complaints),
+        false => format!(
+            "FAILED, {} violations, {} complaints",
+            tally.violations, tally.complaints
+        ),
     };
     let seconds = |percent| {
         let time = percentile(&tally.recoveries, percent).unwrap_or_default();

@@ -126,11 +126,7 @@ pub async fn settled(
 /// # Errors
 ///
 /// When broker or database do not say.
-pub async fn left(
-    bus: &EventBus,
-    store: Option<&Store>,
-    groups: &[u16],
-) -> anyhow::Result<u64> {
+pub async fn left(bus: &EventBus, store: Option<&Store>, groups: &[u16]) -> anyhow::Result<u64> {
     let mut left = match store {
         Some(store) => store.waiting().await?,
         None => 0,
@@ -171,7 +167,9 @@ pub async fn note_what_is_left(
     }
     let reread = Entry::new(Operation::Reread);
     session.invoke(reread)?;
-    let mut reader = bus.read(&[TOPIC], Start::Earliest, Some(Until::Now)).await?;
+    let mut reader = bus
+        .read(&[TOPIC], Start::Earliest, Some(Until::Now))
+        .await?;
     let mut stored = Vec::with_capacity(BATCH);
     while let Some(record) = reader.next().await? {
         let stamp = stamp_of(&record.message).context("the topic has a foreign message")?;

@@ -168,8 +168,12 @@ impl FaultProxy {
     /// A URL of the server with this address in place of the server's; none if it has no host.
     pub fn url(&self, url: &str) -> Option<String> {
         let begin = url.find("://")? + 3;
-        let end = url[begin..].find(['/', '?']).map_or(url.len(), |at| begin + at);
-        let host = url[begin..end].rfind('@').map_or(begin, |at| begin + at + 1);
+        let end = url[begin..]
+            .find(['/', '?'])
+            .map_or(url.len(), |at| begin + at);
+        let host = url[begin..end]
+            .rfind('@')
+            .map_or(begin, |at| begin + at + 1);
         let (before, behind) = (&url[..host], &url[end..]);
         (host < end).then(|| format!("{before}{}{behind}", self.address))
     }

@@ -55,7 +55,7 @@ pub enum Manner {
     Plain,
     /// They fail each time at some messages, panic at others, and fail once at yet others.
     Poison,
-    /// They take ten milliseconds each, and a second for one key.
+    /// They take ten milliseconds each, and four seconds at some messages of one key.
     Slow,
     /// They take up to twenty milliseconds, by chance.
     Uneven,
@@ -64,6 +64,9 @@ pub enum Manner {
 /// How often a message is tried.
 pub const ATTEMPTS: u32 = 3;
 /// The messages with these rests of key and number are poison.
+/// The key whose handlers take longer than a lease now and then.
+const SLOW_KEY: u32 = 7;
+const SLOW: Duration = Duration::from_secs(4);
 const POISON_KEYS: u32 = 25;
 const POISON_NUMBERS: u32 = 40;
 
@@ -73,7 +76,7 @@ impl Manner {
         match self {
             Self::Plain => {}
             Self::Poison => return poison(stamp, attempt),
-            Self::Slow if stamp.key == 7 => sleep(Duration::from_secs(1)).await,
+            Self::Slow if stamp.key == SLOW_KEY && is_marked(stamp, 7) => sleep(SLOW).await,
             Self::Slow => sleep(Duration::from_millis(10)).await,
             Self::Uneven => sleep(Duration::from_millis(fastrand::u64(0..20))).await,
         }
@@ -243,7 +246,11 @@ async fn handle_in_sqlite(
     let (run, payload) = books.begin(&event, cx.attempt())?;
     let outcome = async {
         books.manner.act(payload.stamp, cx.attempt()).await?;
-        let (stamp, id, attempt) = (payload.stamp, message_id(&cx.id().to_string())?, cx.attempt());
+        let (stamp, id, attempt) = (
+            payload.stamp,
+            message_id(&cx.id().to_string())?,
+            cx.attempt(),
+        );
         let connection = cx.transaction().await?;
         sqlx::query(AssertSqlSafe(&*books.insert))
             .bind(i64::from(books.group))
@@ -277,7 +284,11 @@ async fn handle_in_postgres(
     let (run, payload) = books.begin(&event, cx.attempt())?;
     let outcome = async {
         books.manner.act(payload.stamp, cx.attempt()).await?;
-        let (stamp, id, attempt) = (payload.stamp, message_id(&cx.id().to_string())?, cx.attempt());
+        let (stamp, id, attempt) = (
+            payload.stamp,
+            message_id(&cx.id().to_string())?,
+            cx.attempt(),
+        );
         let connection = cx.transaction().await?;
         sqlx::query(AssertSqlSafe(&*books.insert))
             .bind(i64::from(books.group))

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use eventbus_testkit::{Direction, FaultProxy, Protocol, Statements, WireFault};
 use eventbus_verify::Fault;
 use rustix::process::Signal;
 use sqlx::sqlite::SqliteConnectOptions;
@@ -22,7 +23,12 @@ const STEP_WITHIN: Duration = Duration::from_secs(10);
 /// How many members may join besides.
 const EXTRA_MAX: usize = 2;
 /// The steps of who publishes.
-const SOURCE_STEPS: &[&str] = &["publish.before", "publish.after", "sql.commit.before", "sql.commit.after"];
+const SOURCE_STEPS: &[&str] = &[
+    "publish.before",
+    "publish.after",
+    "sql.commit.before",
+    "sql.commit.after",
+];
 /// The steps of who commits to an outbox.
 const APPEND_STEPS: &[&str] = &[
     "unit.outbox.before",
@@ -55,6 +61,7 @@ const CONSUME_STEPS: &[&str] = &[
 /// What only some rounds need to do harm with.
 #[derive(Debug, Default)]
 pub(super) struct Tools {
+    proxy: Option<FaultProxy>,
     disk: Option<SmallDisk>,
     /// While there is a file of this name, no dead letter is taken.
     letters_away: PathBuf,
@@ -67,7 +74,15 @@ impl Tools {
             Some(size) => Some(SmallDisk::mount(setting.directory.join("disk"), size)?),
             None => None,
         };
+        let proxy = match (plan.has_wire, setting.base.address()) {
+            (true, Some(address)) => {
+                let protocol = Protocol::Postgres(Statements::commits());
+                Some(FaultProxy::start_with(address, protocol).await?)
+            }
+            _ => None,
+        };
         Ok(Self {
+            proxy,
             disk,
             letters_away: setting.directory.join("letters-away"),
         })
@@ -83,7 +98,10 @@ impl Tools {
 
     /// The same, as processes reach it.
     pub(super) fn reached(&self, site: &Site) -> anyhow::Result<Site> {
-        Ok(site.clone())
+        match &self.proxy {
+            Some(proxy) => site.through(proxy),
+            None => Ok(site.clone()),
+        }
     }
 
     /// What members are told because of that.
@@ -309,7 +327,7 @@ impl Round {
     /// Takes the broker away: nobody else can write to its file, or reach its server.
     async fn take_away(&mut self) -> anyhow::Result<Option<sqlx::SqliteConnection>> {
         if self.plan.has_wire {
-            self.cut_wire();
+            self.set_wire(WireFault::Cut);
             return Ok(None);
         }
         let file = SqliteConnectOptions::new().filename(self.site.file("bus"));
@@ -326,7 +344,7 @@ impl Round {
                 sqlx::query("ROLLBACK").execute(&mut connection).await?;
                 connection.close().await?;
             }
-            None => self.heal_wire(),
+            None => self.set_wire(WireFault::None),
         }
         Ok(())
     }
@@ -334,7 +352,11 @@ impl Round {
     async fn fill_disk(&mut self) -> anyhow::Result<()> {
         let number = self.begin(Fault::DiskFull)?;
         let time = Duration::from_millis(self.random.u64(300..3000));
-        let disk = self.tools.disk.as_ref().context("a small disk is mounted")?;
+        let disk = self
+            .tools
+            .disk
+            .as_ref()
+            .context("a small disk is mounted")?;
         disk.fill()?;
         sleep(time).await;
         disk.make_room()?;
@@ -349,12 +371,48 @@ impl Round {
         self.end(Fault::Other, number)
     }
 
-    fn cut_wire(&self) {}
+    fn set_wire(&self, fault: WireFault) {
+        if let Some(proxy) = &self.tools.proxy {
+            proxy.set(fault);
+        }
+    }
 
-    fn heal_wire(&self) {}
-
-    async fn harm_wire(&mut self, _: Harm) -> anyhow::Result<()> {
-        Ok(())
+    /// Harms the wire for a while; now and then for longer than a statement may take.
+    async fn harm_wire(&mut self, harm: Harm) -> anyhow::Result<()> {
+        let millis = match self.random.u32(0..4) {
+            0 => self.random.u64(5_000..9_000),
+            _ => self.random.u64(100..2_000),
+        };
+        let late = |random: &mut fastrand::Rng| Duration::from_millis(random.u64(1..150));
+        let (fault, wire) = match harm {
+            Harm::HalfOpen => (Fault::HalfOpen, WireFault::HalfOpen),
+            Harm::Delay => {
+                let to_server = late(&mut self.random);
+                let to_client = late(&mut self.random);
+                let delay = WireFault::Delay {
+                    to_server,
+                    to_client,
+                };
+                (Fault::Delay, delay)
+            }
+            Harm::LoseAnswers => (Fault::OneWayLoss, WireFault::Lose(Direction::ToClient)),
+            Harm::LoseQuestions => (Fault::OneWayLoss, WireFault::Lose(Direction::ToServer)),
+            Harm::Truncate => {
+                let direction = match self.random.bool() {
+                    true => Direction::ToServer,
+                    false => Direction::ToClient,
+                };
+                let after = self.random.usize(0..5_000);
+                (Fault::Truncate, WireFault::Truncate { direction, after })
+            }
+            Harm::LoseCommits => (Fault::ResponseLoss, WireFault::LoseResponse),
+            _ => (Fault::Cut, WireFault::Cut),
+        };
+        let number = self.begin(fault)?;
+        self.set_wire(wire);
+        sleep(Duration::from_millis(millis)).await;
+        self.set_wire(WireFault::None);
+        self.end(fault, number)
     }
 }
 
@@ -373,7 +431,10 @@ impl SmallDisk {
             .output()
             .context("run mount")?;
         let said = String::from_utf8_lossy(&mounted.stderr).into_owned();
-        ensure!(mounted.status.success(), "a small disk cannot be mounted: {said}");
+        ensure!(
+            mounted.status.success(),
+            "a small disk cannot be mounted: {said}"
+        );
         Ok(Self { path })
     }
 

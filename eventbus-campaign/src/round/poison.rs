@@ -19,7 +19,10 @@ pub(super) async fn complaints(
     for effect in effects {
         let stamp = effect.id.origin().map(|(_, stamp)| stamp);
         if let Some(stamp) = stamp.filter(|stamp| is_poison(*stamp)) {
-            complaints.push(format!("poison {stamp} has an effect in group {}", effect.group));
+            complaints.push(format!(
+                "poison {stamp} has an effect in group {}",
+                effect.group
+            ));
         }
     }
     let Some((parks, others)) = groups.split_first() else {
@@ -32,7 +35,9 @@ pub(super) async fn complaints(
         }
         for (stamp, count) in letters {
             if !is_poison(stamp) {
-                complaints.push(format!("{stamp} is a dead letter of group {group}, and no poison"));
+                complaints.push(format!(
+                    "{stamp} is a dead letter of group {group}, and no poison"
+                ));
             }
             if count > 1 {
                 complaints.push(format!("{stamp} is {count} dead letters of group {group}"));
@@ -48,7 +53,9 @@ pub(super) async fn complaints(
         .collect();
     for stamp in parked {
         if !poisoned.contains(&stamp.key) {
-            complaints.push(format!("{stamp} is parked, and nothing of its key is poison"));
+            complaints.push(format!(
+                "{stamp} is parked, and nothing of its key is poison"
+            ));
         }
     }
     complaints.truncate(20);

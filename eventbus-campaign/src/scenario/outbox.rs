@@ -32,6 +32,7 @@ fn plan(_: &Base) -> Plan {
         ]);
     Plan {
         messages: 200_000,
+        has_outbox: true,
         // Four members with a thousand each, and what two relays may publish twice.
         bounds: Bounds::default()
             .with_in_flight_max(5000)

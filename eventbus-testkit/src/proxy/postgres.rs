@@ -119,7 +119,8 @@ impl Session {
 impl Watch for Session {
     fn asks(&mut self, bytes: &[u8], is_armed: bool) -> bool {
         let mut rest = bytes;
-        while let (false, Some(frame)) = (self.phase == Phase::Opaque, self.client.next(&mut rest)) {
+        while let (false, Some(frame)) = (self.phase == Phase::Opaque, self.client.next(&mut rest))
+        {
             if self.phase != Phase::Open {
                 self.begins(&frame.head);
                 continue;
@@ -303,7 +304,10 @@ mod tests {
         assert!(!session.asks(&[prepare, message(b'S', b"")].concat(), false));
         let prepared = [&message(b'1', b"")[..], READY].concat();
         assert_eq!(session.answers(&prepared).passes, prepared.len());
-        let loses: Vec<bool> = execute.iter().map(|byte| session.asks(&[*byte], true)).collect();
+        let loses: Vec<bool> = execute
+            .iter()
+            .map(|byte| session.asks(&[*byte], true))
+            .collect();
         assert!(loses.ends_with(&[true]));
         let answer = [message(b'C', b"COMMIT\0"), READY.to_vec()].concat();
         for byte in &answer[..answer.len() - 1] {

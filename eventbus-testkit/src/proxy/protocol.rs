@@ -31,7 +31,9 @@ impl Statements {
     pub fn commits() -> Self {
         Self(|sql| {
             let words = sql.split(|one: char| !one.is_ascii_alphanumeric() && one != '_');
-            words.into_iter().any(|word| word.eq_ignore_ascii_case("commit"))
+            words
+                .into_iter()
+                .any(|word| word.eq_ignore_ascii_case("commit"))
         })
     }
 
@@ -93,7 +95,11 @@ mod tests {
         for sql in ["COMMIT", "commit", "SELECT 1; COMMIT", "\n COMMIT;"] {
             assert!(Statements::commits().picks(sql), "{sql}");
         }
-        for sql in ["BEGIN", "SELECT committed FROM orders", "UPDATE commit_log SET a = 1"] {
+        for sql in [
+            "BEGIN",
+            "SELECT committed FROM orders",
+            "UPDATE commit_log SET a = 1",
+        ] {
             assert!(!Statements::commits().picks(sql), "{sql}");
         }
     }

@@ -31,7 +31,9 @@ async fn started() -> FaultProxy {
 }
 
 async fn connected(proxy: &FaultProxy) -> TcpStream {
-    TcpStream::connect(proxy.address()).await.expect("it listens")
+    TcpStream::connect(proxy.address())
+        .await
+        .expect("it listens")
 }
 
 async fn says(stream: &mut TcpStream, text: &str) -> std::io::Result<String> {
@@ -75,7 +77,10 @@ async fn what_is_sent_passes_and_so_does_the_end() {
 async fn a_cut_resets_all_connections_until_it_is_healed() {
     let proxy = started().await;
     let mut stream = connected(&proxy).await;
-    assert_eq!(says(&mut stream, "hello").await.expect("it passes"), "hello");
+    assert_eq!(
+        says(&mut stream, "hello").await.expect("it passes"),
+        "hello"
+    );
     proxy.set(WireFault::Cut);
     assert!(is_reset(&mut stream).await);
     let mut other = connected(&proxy).await;
@@ -107,7 +112,10 @@ async fn a_connection_that_lost_nothing_outlives_a_half_open_wire() {
     proxy.set(WireFault::HalfOpen);
     assert!(is_silent(&mut stream).await);
     proxy.heal();
-    assert_eq!(says(&mut stream, "again").await.expect("it passes"), "again");
+    assert_eq!(
+        says(&mut stream, "again").await.expect("it passes"),
+        "again"
+    );
 }
 
 #[tokio::test]
@@ -120,7 +128,9 @@ async fn answers_vanish_while_questions_arrive() {
     proxy.set(WireFault::Lose(Direction::ToClient));
     client.write_all(b"ask").await.expect("it is sent");
     let mut heard = [0; 3];
-    within(LIMIT, server.read_exact(&mut heard)).await.expect("it arrives");
+    within(LIMIT, server.read_exact(&mut heard))
+        .await
+        .expect("it arrives");
     server.write_all(b"answer").await.expect("it is sent");
     assert!(is_silent(&mut client).await);
     proxy.heal();
@@ -153,7 +163,10 @@ async fn what_is_late_arrives_and_a_healed_wire_is_fast_at_once() {
         to_client: late,
     });
     let begun = Instant::now();
-    assert_eq!(says(&mut stream, "hello").await.expect("it passes"), "hello");
+    assert_eq!(
+        says(&mut stream, "hello").await.expect("it passes"),
+        "hello"
+    );
     assert!(begun.elapsed() >= 2 * late);
     proxy.set(WireFault::Delay {
         to_server: LIMIT * 10,
@@ -163,7 +176,9 @@ async fn what_is_late_arrives_and_a_healed_wire_is_fast_at_once() {
     assert!(is_silent(&mut stream).await);
     proxy.heal();
     let mut heard = [0; 5];
-    within(LIMIT, stream.read_exact(&mut heard)).await.expect("it passes");
+    within(LIMIT, stream.read_exact(&mut heard))
+        .await
+        .expect("it passes");
 }
 
 #[tokio::test]
@@ -189,7 +204,10 @@ async fn a_url_is_given_the_proxys_address() {
     let proxy = started().await;
     let address = proxy.address();
     for (url, expected) in [
-        ("postgres://a:b@host:1/shop?x=/y", format!("postgres://a:b@{address}/shop?x=/y")),
+        (
+            "postgres://a:b@host:1/shop?x=/y",
+            format!("postgres://a:b@{address}/shop?x=/y"),
+        ),
         ("amqp://host", format!("amqp://{address}")),
     ] {
         assert_eq!(proxy.url(url), Some(expected));
