@@ -21,6 +21,7 @@ mod probe;
 mod process;
 mod recorded;
 mod recording;
+mod report;
 mod round;
 mod scenario;
 mod site;

@@ -18,6 +18,9 @@ const GLANCE: Duration = Duration::from_millis(10);
 /// After how long the next probe is sent, if one does not pass.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// No producer has such keys: one of theirs may be parked, and what is behind it waits.
+const KEYS_FROM: u32 = 1_000_000;
+
 /// How messages get into the system.
 #[derive(Clone, Debug)]
 pub enum Entrance {
@@ -44,7 +47,7 @@ impl Prober {
     #[must_use]
     pub fn new(client: &Arc<Client>, entrance: Entrance, readers: Vec<Reader>) -> Self {
         let partition = |key: &u32| partition_of(&Key::display(key), PARTITIONS);
-        let first_of = |wanted| (0..).find(|key| partition(key) == wanted);
+        let first_of = |wanted| (KEYS_FROM..).find(|key| partition(key) == wanted);
         Self {
             client: Arc::clone(client),
             session: client.session(),

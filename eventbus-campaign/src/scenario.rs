@@ -37,8 +37,6 @@ pub struct Scenario {
 pub enum RunsOn {
     /// SQLite and PostgreSQL.
     Both,
-    /// SQLite only.
-    Sqlite,
     /// PostgreSQL only.
     Postgres,
     /// SQLite, where a disk can be mounted.
@@ -51,7 +49,7 @@ impl Scenario {
     pub fn can_run_on(&self, base: &Base) -> bool {
         match self.runs_on {
             RunsOn::Both => true,
-            RunsOn::Sqlite | RunsOn::SqliteOnSmallDisk => *base == Base::Sqlite,
+            RunsOn::SqliteOnSmallDisk => *base == Base::Sqlite,
             RunsOn::Postgres => *base != Base::Sqlite,
         }
     }

@@ -1,6 +1,6 @@
 //! Goes through scenarios, round by round, until the time is over or enough messages were checked.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use fastrand::Rng;
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use tempfile::TempDir;
 
+use crate::report::{Environment, Report};
 use crate::round::{self, Outcome, Setting};
 use crate::scenario::{self, RunsOn, Scenario};
 use crate::site::Base;
@@ -79,7 +80,6 @@ fn list() {
     for scenario in scenario::ALL {
         let on = match scenario.runs_on {
             RunsOn::Both => "sqlite, postgres",
-            RunsOn::Sqlite => "sqlite",
             RunsOn::Postgres => "postgres",
             RunsOn::SqliteOnSmallDisk => "sqlite, as root",
         };
@@ -133,6 +133,7 @@ impl Run {
 
     async fn go(self) -> anyhow::Result<ExitCode> {
         eprintln!("seed {}", self.seed);
+        let begun = Instant::now();
         let mut tallies = Vec::new();
         let mut left = self.total;
         let mut shares: u32 = self.parts.iter().map(|(scenario, _)| scenario.share).sum();
@@ -140,24 +141,63 @@ impl Run {
             // What others did not need is for those that follow.
             let time = left * scenario.share / shares;
             shares -= scenario.share;
-            let begun = Instant::now();
             let tally = self.part(index, scenario, base, time).await?;
-            left = left.saturating_sub(begun.elapsed());
+            left = self.total.saturating_sub(begun.elapsed());
             println!("{}", line(&tally));
             for text in &tally.shown {
                 println!("  {}", text.replace('\n', "\n  "));
             }
             tallies.push(tally);
         }
-        if let Some(file) = &self.args.report {
-            let _ = file;
-        }
+        self.write_report(&tallies, begun.elapsed()).await?;
         let is_fine =
             |tally: &Tally| tally.passed() || (self.args.allow_missing && tally.missing.is_some());
         match tallies.iter().all(is_fine) {
             true => Ok(ExitCode::SUCCESS),
             false => Ok(ExitCode::FAILURE),
         }
+    }
+
+    async fn write_report(&self, tallies: &[Tally], lasted: Duration) -> anyhow::Result<()> {
+        let Some(file) = &self.args.report else {
+            return Ok(());
+        };
+        let mut bases: Vec<&Base> = self.parts.iter().map(|(_, base)| base).collect();
+        bases.dedup();
+        let command = self.command();
+        let report = Report {
+            tallies,
+            environment: &Environment::look(&bases).await,
+            command: &command,
+            lasted,
+        };
+        std::fs::write(file, report.to_markdown())
+            .with_context(|| format!("write {}", file.display()))
+    }
+
+    /// What was asked for, without what is of this machine only.
+    fn command(&self) -> String {
+        let mut command = "dev/verify".to_owned();
+        let mut add = |name: &str, value: Option<String>| {
+            command.extend(value.map(|value| format!(" --{name} {value}")));
+        };
+        add(
+            "minutes",
+            self.args.minutes.map(|minutes| minutes.to_string()),
+        );
+        add(
+            "messages",
+            self.args.messages.map(|messages| messages.to_string()),
+        );
+        add(
+            "round",
+            self.args.round.map(|messages| messages.to_string()),
+        );
+        for scenario in &self.args.scenario {
+            add("scenario", Some(scenario.clone()));
+        }
+        add("seed", Some(self.seed.to_string()));
+        command
     }
 
     /// The rounds of one scenario on one broker.
@@ -320,10 +360,4 @@ fn progress_bar(what: &str) -> ProgressBar {
         // The bar is decoration: its default style will do.
         Err(_) => bar,
     }
-}
-
-/// Where the report lies in the repository.
-#[must_use]
-pub fn usual_report() -> &'static Path {
-    Path::new("docs/verification.md")
 }

@@ -46,7 +46,7 @@ pub struct LoadArgs {
     #[arg(long, default_value_t = 64)]
     pub bytes: usize,
     /// How many messages may wait before it waits, too
-    #[arg(long, default_value_t = 4000)]
+    #[arg(long, default_value_t = 2000)]
     pub lag_max: u64,
     /// How long each producer rests between two calls
     #[arg(long, default_value = "0ms", value_parser = humantime::parse_duration)]

@@ -21,7 +21,7 @@ fn plan(_: &Base) -> Plan {
         .with(
             3,
             Role::Consume(1),
-            &["--manner", "uneven", "--group-max", "8"],
+            &["--manner", "uneven", "--group-max", "1"],
         )
         .with(3, Role::Relay, &[])
         .with(1, Role::Append, &["--batch", "10", "--lag-max", "1000"])

@@ -1,0 +1,80 @@
+//! The versions of everything that a report speaks of.
+
+use std::fmt;
+use std::process::Command;
+
+use sqlx::{Connection as _, PgConnection};
+
+use crate::site::Base;
+
+/// On what a run ran.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    /// Each with its version, in the order in which they are shown.
+    versions: Vec<(&'static str, String)>,
+}
+
+impl Environment {
+    /// Looks around. What does not answer is left out.
+    pub async fn look(bases: &[&Base]) -> Self {
+        let mut versions = Vec::new();
+        let mut add = |name, version: Option<String>| {
+            versions.extend(version.map(|version| (name, version)));
+        };
+        add("commit", commit());
+        add("rustc", said("rustc", &["--version"]));
+        add("kernel", said("uname", &["-srm"]));
+        add("processors", processors());
+        add("SQLite", sqlite().await);
+        for base in bases {
+            if let Base::Postgres(url) = base {
+                add("PostgreSQL", postgres(url).await);
+            }
+        }
+        Self { versions }
+    }
+}
+
+impl fmt::Display for Environment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\n## Versions\n\n| what | version |\n| --- | --- |")?;
+        for (name, version) in &self.versions {
+            writeln!(f, "| {name} | {version} |")?;
+        }
+        Ok(())
+    }
+}
+
+fn said(program: &str, args: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(args).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| text.trim().to_owned())
+}
+
+fn commit() -> Option<String> {
+    let commit = said("git", &["rev-parse", "--short=12", "HEAD"])?;
+    let changed = said("git", &["status", "--porcelain", "--untracked-files=no"])?;
+    Some(match changed.is_empty() {
+        true => commit,
+        false => format!("{commit}, and changes"),
+    })
+}
+
+fn processors() -> Option<String> {
+    let count = std::thread::available_parallelism().ok()?;
+    Some(count.to_string())
+}
+
+async fn sqlite() -> Option<String> {
+    let mut connection = sqlx::SqliteConnection::connect("sqlite::memory:")
+        .await
+        .ok()?;
+    let version = sqlx::query_scalar("SELECT sqlite_version()");
+    version.fetch_one(&mut connection).await.ok()
+}
+
+async fn postgres(url: &str) -> Option<String> {
+    let mut connection = PgConnection::connect(url).await.ok()?;
+    let version = sqlx::query_scalar("SHOW server_version");
+    version.fetch_one(&mut connection).await.ok()
+}
