@@ -231,7 +231,10 @@ impl Round {
         if self.plan.is_backlog {
             self.start_all(sources).await?;
             self.until_all_is_in(progress).await?;
+            // Whoever joins takes from the others what they have begun with.
+            let number = self.begin(Fault::MemberJoin)?;
             self.start_all(others).await?;
+            self.end(Fault::MemberJoin, number)?;
         } else {
             self.start_all(others).await?;
             self.start_all(sources).await?;

@@ -28,8 +28,19 @@ pub struct Scenario {
     pub runs_on: RunsOn,
     /// Its share of the time, where all are given one.
     pub share: u32,
+    /// How much of it is tried where everything is, on SQLite and on PostgreSQL.
+    pub full: [Amount; 2],
     /// What its rounds are made of.
     pub plan: fn(&Base) -> Plan,
+}
+
+/// How much of a scenario is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Amount {
+    /// So many messages, however long they take.
+    Messages(u64),
+    /// For so long.
+    Minutes(u64),
 }
 
 /// What a scenario can run on.
@@ -44,6 +55,16 @@ pub enum RunsOn {
 }
 
 impl Scenario {
+    /// How much of it is tried on this, where everything is.
+    #[must_use]
+    pub fn full_on(&self, base: &Base) -> Amount {
+        let [sqlite, postgres] = self.full;
+        match base {
+            Base::Sqlite => sqlite,
+            Base::Postgres(_) => postgres,
+        }
+    }
+
     /// Whether it can run on this.
     #[must_use]
     pub fn can_run_on(&self, base: &Base) -> bool {

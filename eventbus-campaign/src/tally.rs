@@ -110,6 +110,13 @@ impl Tally {
         self.drifts.extend(outcome.meter.drifts());
     }
 
+    /// Notes a round that came to no end, so that nothing is said of the tried system.
+    pub fn fail(&mut self, seed: u64, error: &anyhow::Error) {
+        self.seeds.push(seed);
+        self.complaints += 1;
+        self.shown.push(format!("{error:#}"));
+    }
+
     fn complain(&mut self, outcome: &Outcome) {
         let report = &outcome.report;
         let mut found: Vec<String> = outcome.complaints.clone();

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::report::{Environment, Report};
 use crate::round::{self, Outcome, Setting};
-use crate::scenario::{self, RunsOn, Scenario};
+use crate::scenario::{self, Amount, RunsOn, Scenario};
 use crate::site::Base;
 use crate::tally::{Tally, percentile};
 
@@ -31,6 +31,10 @@ pub struct VerifyArgs {
     /// How many messages each scenario checks on each broker, if the time is enough
     #[arg(long)]
     messages: Option<u64>,
+    /// As much of each scenario as the documentation promises; writes docs/verification.md, unless
+    /// --report says otherwise
+    #[arg(long, conflicts_with_all = ["minutes", "messages"])]
+    full: bool,
     /// Decides what is published, who is harmed, when and how [default: another one each time]
     #[arg(long)]
     seed: Option<u64>,
@@ -68,11 +72,8 @@ pub async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
     let running = Run::new(args)?;
     tokio::select! {
         outcome = running.go() => outcome,
-        interrupted = tokio::signal::ctrl_c() => {
-            interrupted?;
-            // All children are killed when their handles are dropped.
-            anyhow::bail!("interrupted")
-        }
+        // All children are killed when their handles are dropped.
+        () = eventbus::shutdown_signal() => anyhow::bail!("interrupted"),
     }
 }
 
@@ -139,9 +140,10 @@ impl Run {
         let mut shares: u32 = self.parts.iter().map(|(scenario, _)| scenario.share).sum();
         for (index, (scenario, base)) in self.parts.iter().enumerate() {
             // What others did not need is for those that follow.
-            let time = left * scenario.share / shares;
+            let share = left * scenario.share / shares;
             shares -= scenario.share;
-            let tally = self.part(index, scenario, base, time).await?;
+            let (time, messages) = self.amount(scenario, base, share);
+            let tally = self.part(index, scenario, base, time, messages).await;
             left = self.total.saturating_sub(begun.elapsed());
             println!("{}", line(&tally));
             for text in &tally.shown {
@@ -159,7 +161,11 @@ impl Run {
     }
 
     async fn write_report(&self, tallies: &[Tally], lasted: Duration) -> anyhow::Result<()> {
-        let Some(file) = &self.args.report else {
+        let usual = self
+            .args
+            .full
+            .then(|| PathBuf::from("docs/verification.md"));
+        let Some(file) = self.args.report.clone().or(usual) else {
             return Ok(());
         };
         let mut bases: Vec<&Base> = self.parts.iter().map(|(_, base)| base).collect();
@@ -171,7 +177,7 @@ impl Run {
             command: &command,
             lasted,
         };
-        std::fs::write(file, report.to_markdown())
+        std::fs::write(&file, report.to_markdown())
             .with_context(|| format!("write {}", file.display()))
     }
 
@@ -179,7 +185,8 @@ impl Run {
     fn command(&self) -> String {
         let mut command = "dev/verify".to_owned();
         let mut add = |name: &str, value: Option<String>| {
-            command.extend(value.map(|value| format!(" --{name} {value}")));
+            let said = value.map(|value| format!(" --{name} {value}"));
+            command.extend(said.map(|said| said.trim_end().to_owned()));
         };
         add(
             "minutes",
@@ -207,64 +214,111 @@ impl Run {
         scenario: &Scenario,
         base: &Base,
         time: Duration,
-    ) -> anyhow::Result<Tally> {
+        enough: Option<u64>,
+    ) -> Tally {
         let mut tally = Tally::new(scenario.name, base.name());
         if scenario.runs_on == RunsOn::SqliteOnSmallDisk && !rustix::process::geteuid().is_root() {
             tally.missing = Some("only root may mount a disk".to_owned());
-            return Ok(tally);
+            return tally;
         }
-        let deadline = Instant::now() + time;
-        let mut seeds = Rng::with_seed(self.seed.wrapping_add(index as u64));
         let bar = progress_bar(&format!("{} on {}", scenario.name, base.name()));
+        let deadline = Instant::now() + time;
+        let mut rounds = self.rounds(index);
         loop {
-            // The first is that of the command line, so that one round can be repeated.
-            let seed = match tally.seeds.is_empty() {
-                true => self.seed,
-                false => seeds.u64(0..1_000_000),
-            };
-            let mut plan = (scenario.plan)(base);
-            plan.messages = self.args.round.unwrap_or(plan.messages);
-            if let Some(messages) = self.args.messages {
-                let missing = messages.saturating_sub(tally.messages.total());
-                plan.messages = plan.messages.min(missing);
-            }
-            let number = (index * 1000 + tally.seeds.len()) as u32;
-            let place = self.place()?;
-            let setting = Setting {
-                base: base.clone(),
-                directory: place.path().to_owned(),
-                seed,
+            let (number, seed) = rounds.next();
+            let round = self.round(
+                scenario,
+                base,
+                (number, seed),
                 deadline,
-                number,
-            };
-            let (done, harmed) = (tally.messages.total(), tally.faults_total());
-            let progress = |messages, faults| {
-                let (messages, faults) = (done + messages, harmed + faults);
-                let (messages, faults) = (HumanCount(messages), HumanCount(faults));
-                bar.set_message(format!("{messages} messages, {faults} faults"));
-                bar.tick();
-            };
-            let outcome = match round::run(plan, setting, progress).await {
-                Ok(outcome) => outcome,
+                enough,
+                &tally,
+                &bar,
+            );
+            match round.await {
+                Ok(outcome) => tally.add(seed, &outcome),
                 Err(error) => {
-                    let kept = place.keep();
-                    let error = error.context(format!("files and logs are in {}", kept.display()));
-                    return Err(error.context(again(scenario, base, seed)));
+                    tally.fail(seed, &error);
+                    eprintln!("{}", again(scenario, base, seed));
                 }
-            };
-            tally.add(seed, &outcome);
-            if !outcome.passed() {
-                self.keep(place, scenario, base, seed, &outcome)?;
-                break;
             }
-            let enough = self.args.messages;
             let is_enough = enough.is_some_and(|enough| tally.messages.total() >= enough);
-            if is_enough || Instant::now() + ROUND_MIN >= deadline {
+            if is_enough || !tally.passed() || Instant::now() + ROUND_MIN >= deadline {
                 break;
             }
         }
         bar.finish_and_clear();
-        Ok(tally)
+        tally
+    }
+
+    /// For how long a scenario runs, and how many messages are enough.
+    fn amount(&self, scenario: &Scenario, base: &Base, share: Duration) -> (Duration, Option<u64>) {
+        match (self.args.full, scenario.full_on(base)) {
+            (false, _) => (share, self.args.messages),
+            (true, Amount::Messages(messages)) => (LONGEST, Some(messages)),
+            (true, Amount::Minutes(minutes)) => (Duration::from_secs(60 * minutes), None),
+        }
+    }
+
+    fn rounds(&self, index: usize) -> Rounds {
+        Rounds {
+            seed: self.seed,
+            next: (index * 10_000) as u32,
+            seeds: Rng::with_seed(self.seed.wrapping_add(index as u64)),
+            is_first: true,
+        }
+    }
+
+    /// One round; its files are kept if something went wrong.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is another thing, and it is called once"
+    )]
+    async fn round(
+        &self,
+        scenario: &Scenario,
+        base: &Base,
+        (number, seed): (u32, u64),
+        deadline: Instant,
+        enough: Option<u64>,
+        tally: &Tally,
+        bar: &ProgressBar,
+    ) -> anyhow::Result<Outcome> {
+        let mut plan = (scenario.plan)(base);
+        plan.messages = self.args.round.unwrap_or(plan.messages);
+        if let Some(enough) = enough {
+            let missing = enough.saturating_sub(tally.messages.total());
+            plan.messages = plan.messages.min(missing);
+        }
+        let place = self.place()?;
+        let setting = Setting {
+            base: base.clone(),
+            directory: place.path().to_owned(),
+            seed,
+            deadline,
+            number,
+        };
+        let (done, harmed) = (tally.messages.total(), tally.faults_total());
+        let progress = |messages, faults| {
+            let (messages, faults) = (HumanCount(done + messages), HumanCount(harmed + faults));
+            bar.set_message(format!("{messages} messages, {faults} faults"));
+            bar.tick();
+        };
+        match round::run(plan, setting, progress).await {
+            Ok(outcome) if outcome.passed() => Ok(outcome),
+            Ok(outcome) => {
+                let kept = place.keep();
+                std::fs::write(kept.join("report.md"), outcome.report.to_markdown())?;
+                let (name, kept) = (scenario.name, kept.display());
+                eprintln!("{name} FAILED: files, logs and ledger are in {kept}");
+                eprintln!("{}", again(scenario, base, seed));
+                Ok(outcome)
+            }
+            Err(error) => {
+                let kept = place.keep();
+                Err(error.context(format!("files, logs and ledger are in {}", kept.display())))
+            }
+        }
     }
 
     fn place(&self) -> anyhow::Result<TempDir> {
@@ -276,25 +330,27 @@ impl Run {
         }
         .context("make a directory for the files of a round")
     }
+}
 
-    fn keep(
-        &self,
-        place: TempDir,
-        scenario: &Scenario,
-        base: &Base,
-        seed: u64,
-        outcome: &Outcome,
-    ) -> anyhow::Result<()> {
-        let kept = place.keep();
-        let file = kept.join("report.md");
-        std::fs::write(&file, outcome.report.to_markdown())?;
-        eprintln!(
-            "{} FAILED: files and logs are in {}",
-            scenario.name,
-            kept.display()
-        );
-        eprintln!("{}", again(scenario, base, seed));
-        Ok(())
+/// Numbers the rounds of a scenario, and gives each a seed.
+struct Rounds {
+    seed: u64,
+    next: u32,
+    seeds: Rng,
+    is_first: bool,
+}
+
+impl Rounds {
+    fn next(&mut self) -> (u32, u64) {
+        let number = self.next;
+        self.next += 1;
+        // The first is that of the command line, so that one round can be repeated.
+        let is_first = std::mem::take(&mut self.is_first);
+        let seed = match is_first {
+            true => self.seed,
+            false => self.seeds.u64(0..1_000_000),
+        };
+        (number, seed)
     }
 }
 

@@ -461,7 +461,13 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // What is still mounted is named by the machine, and goes when it does.
-        drop(Command::new("umount").arg(&self.path).output());
+        // Lazily, because processes that were just killed may not be gone. What cannot be unmounted
+        // the machine still names.
+        drop(
+            Command::new("umount")
+                .arg("--lazy")
+                .arg(&self.path)
+                .output(),
+        );
     }
 }

@@ -2,7 +2,7 @@
 
 use eventbus_verify::Bounds;
 
-use super::{RunsOn, Scenario};
+use super::{Amount, RunsOn, Scenario};
 use crate::plan::{Harm, Plan};
 use crate::process::Role;
 use crate::site::Base;
@@ -13,6 +13,7 @@ pub const SCENARIO: Scenario = Scenario {
     covers: &[49],
     runs_on: RunsOn::SqliteOnSmallDisk,
     share: 2,
+    full: [Amount::Minutes(5), Amount::Minutes(5)],
     plan,
 };
 

@@ -2,7 +2,7 @@
 
 use eventbus_verify::Bounds;
 
-use super::{RunsOn, Scenario};
+use super::{Amount, RunsOn, Scenario};
 use crate::plan::{Harm, Plan};
 use crate::process::Role;
 use crate::site::Base;
@@ -13,6 +13,7 @@ pub const SCENARIO: Scenario = Scenario {
     covers: &[23, 25, 26],
     runs_on: RunsOn::Both,
     share: 4,
+    full: [Amount::Messages(20_000_000), Amount::Minutes(10)],
     plan,
 };
 

@@ -22,6 +22,8 @@ enum Role {
     Trial,
     /// A program that uses the SDK as a service team does.
     Program,
+    /// The program that harms services and judges what they did by its ledger.
+    Campaign,
     /// This crate.
     Xtask,
 }
@@ -34,6 +36,7 @@ const ROLES: &[(&str, Role)] = &[
     ("eventbus-testkit", Role::Testkit),
     ("eventbus-simulation", Role::Trial),
     ("eventbus-verify", Role::Trial),
+    ("eventbus-campaign", Role::Campaign),
     ("eventbus-cli", Role::Program),
     ("ecommerce", Role::Program),
     ("xtask", Role::Xtask),
@@ -57,6 +60,12 @@ const ARROWS: &[(Role, &[Role], &[Role])] = &[
         &[Role::Testkit],
     ),
     (Role::Program, &[Role::Facade], &[Role::Testkit]),
+    // The ledger and the fault proxy are what it does its work with.
+    (
+        Role::Campaign,
+        &[Role::Facade, Role::Trial, Role::Testkit],
+        &[],
+    ),
     (Role::Xtask, &[], &[]),
 ];
 
