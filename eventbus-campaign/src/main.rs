@@ -97,11 +97,10 @@ async fn main() -> ExitCode {
         None => verify::run(cli.verify).await,
         Some(role) => play(role).await.map(|()| ExitCode::SUCCESS),
     };
-    let code = outcome.unwrap_or_else(|error| {
+    outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::from(2)
-    });
-    code
+    })
 }
 
 async fn play(role: RoleCommand) -> anyhow::Result<()> {

@@ -24,7 +24,7 @@ use crate::probe::{Entrance, Prober};
 use crate::process::{Process, Role, Spec};
 use crate::recorded;
 use crate::recording::Recording;
-use crate::site::{Base, Site};
+use crate::site::{Ground, Site};
 use crate::store::Store;
 use crate::tried::PROBER;
 use crate::witness;
@@ -39,7 +39,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct Setting {
     /// On what it runs.
-    pub base: Base,
+    pub base: Ground,
     /// Where its files are; it is empty.
     pub directory: PathBuf,
     /// Decides everything that is decided by chance.
@@ -113,7 +113,7 @@ pub struct Round {
 pub async fn run(
     plan: Plan,
     setting: Setting,
-    progress: impl Fn(u64, u64),
+    progress: impl Fn(u64, u64) + Send + Sync,
 ) -> anyhow::Result<Outcome> {
     let groups = plan.groups.clone();
     let tools = harm::Tools::prepare(&plan, &setting).await?;
@@ -130,7 +130,7 @@ async fn played(
     plan: Plan,
     setting: Setting,
     tools: harm::Tools,
-    progress: impl Fn(u64, u64),
+    progress: impl Fn(u64, u64) + Send + Sync,
 ) -> anyhow::Result<Outcome> {
     let site = tools.site(&setting);
     let run = RunId(setting.seed as u32 ^ setting.number.rotate_left(16));
@@ -220,7 +220,7 @@ impl Round {
     /// Starts everybody, and harms them until all messages have come in.
     async fn go_through(
         &mut self,
-        progress: &impl Fn(u64, u64),
+        progress: &(impl Fn(u64, u64) + Send + Sync),
     ) -> anyhow::Result<Option<Duration>> {
         let (sources, others): (Vec<Spec>, Vec<Spec>) = self
             .plan
@@ -229,16 +229,16 @@ impl Round {
             .into_iter()
             .partition(|spec| spec.role.is_source());
         if self.plan.is_backlog {
-            self.start_all(sources).await?;
+            self.start_all(sources.clone()).await?;
             self.until_all_is_in(progress).await?;
-            // Whoever joins takes from the others what they have begun with.
-            let number = self.begin(Fault::MemberJoin)?;
-            self.start_all(others).await?;
-            self.end(Fault::MemberJoin, number)?;
-        } else {
-            self.start_all(others).await?;
+        }
+        // Whoever joins takes from the others what they have begun with.
+        let number = self.begin(Fault::MemberJoin)?;
+        self.start_all(others).await?;
+        if !self.plan.is_backlog {
             self.start_all(sources).await?;
         }
+        self.end(Fault::MemberJoin, number)?;
         let passing = match self.plan.is_backlog {
             // It waits behind everything.
             true => None,
@@ -270,7 +270,10 @@ impl Round {
     }
 
     /// Waits until a backlog is there.
-    async fn until_all_is_in(&mut self, progress: &impl Fn(u64, u64)) -> anyhow::Result<()> {
+    async fn until_all_is_in(
+        &mut self,
+        progress: &(impl Fn(u64, u64) + Send + Sync),
+    ) -> anyhow::Result<()> {
         while self.messages() < self.plan.messages && Instant::now() < self.setting.deadline {
             sleep(LOOK_EVERY / 5).await;
             self.look();

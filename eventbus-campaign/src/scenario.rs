@@ -1,7 +1,7 @@
 //! What is tried: each scenario is a plan for its rounds, and says which failures it covers.
 
 use crate::plan::Plan;
-use crate::site::Base;
+use crate::site::Ground;
 
 mod backlog;
 mod connections;
@@ -31,7 +31,7 @@ pub struct Scenario {
     /// How much of it is tried where everything is, on SQLite and on PostgreSQL.
     pub full: [Amount; 2],
     /// What its rounds are made of.
-    pub plan: fn(&Base) -> Plan,
+    pub plan: fn(&Ground) -> Plan,
 }
 
 /// How much of a scenario is tried.
@@ -57,21 +57,21 @@ pub enum RunsOn {
 impl Scenario {
     /// How much of it is tried on this, where everything is.
     #[must_use]
-    pub fn full_on(&self, base: &Base) -> Amount {
+    pub fn full_on(&self, base: &Ground) -> Amount {
         let [sqlite, postgres] = self.full;
         match base {
-            Base::Sqlite => sqlite,
-            Base::Postgres(_) => postgres,
+            Ground::Sqlite => sqlite,
+            Ground::Postgres(_) => postgres,
         }
     }
 
     /// Whether it can run on this.
     #[must_use]
-    pub fn can_run_on(&self, base: &Base) -> bool {
+    pub fn can_run_on(&self, base: &Ground) -> bool {
         match self.runs_on {
             RunsOn::Both => true,
-            RunsOn::SqliteOnSmallDisk => *base == Base::Sqlite,
-            RunsOn::Postgres => *base != Base::Sqlite,
+            RunsOn::SqliteOnSmallDisk => *base == Ground::Sqlite,
+            RunsOn::Postgres => *base != Ground::Sqlite,
         }
     }
 }

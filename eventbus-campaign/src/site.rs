@@ -17,14 +17,14 @@ pub const LEASE: Duration = Duration::from_secs(3);
 
 /// On what everything runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Base {
+pub enum Ground {
     /// Files in a directory of the round's own.
     Sqlite,
     /// Schemas of the round's own, on the server with this URL.
     Postgres(String),
 }
 
-impl Base {
+impl Ground {
     /// Reads what `--broker` says.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl Base {
 /// Where the things of one round are.
 #[derive(Clone, Debug)]
 pub struct Site {
-    base: Base,
+    base: Ground,
     directory: PathBuf,
     /// What the round's schemas begin with.
     prefix: String,
@@ -79,7 +79,7 @@ pub struct Site {
 impl Site {
     /// A place of its own for a round, on files in a directory or in schemas with a prefix.
     #[must_use]
-    pub fn new(base: &Base, directory: &Path, prefix: &str) -> Self {
+    pub fn new(base: &Ground, directory: &Path, prefix: &str) -> Self {
         Self {
             base: base.clone(),
             directory: directory.to_owned(),
@@ -94,11 +94,11 @@ impl Site {
     /// When there is no wire to it.
     pub fn through(&self, proxy: &FaultProxy) -> anyhow::Result<Self> {
         let url = match &self.base {
-            Base::Sqlite => None,
-            Base::Postgres(url) => proxy.url(url),
+            Ground::Sqlite => None,
+            Ground::Postgres(url) => proxy.url(url),
         };
         Ok(Self {
-            base: Base::Postgres(url.context("there is no wire to a file")?),
+            base: Ground::Postgres(url.context("there is no wire to a file")?),
             ..self.clone()
         })
     }
@@ -124,8 +124,8 @@ impl Site {
     fn url(&self, part: &str) -> String {
         let lease = LEASE.as_secs();
         match &self.base {
-            Base::Sqlite => format!("sqlite://{}?lease={lease}s", self.file(part).display()),
-            Base::Postgres(url) => {
+            Ground::Sqlite => format!("sqlite://{}?lease={lease}s", self.file(part).display()),
+            Ground::Postgres(url) => {
                 let and = if url.contains('?') { '&' } else { '?' };
                 let schema = self.schema(part);
                 format!("{url}{and}schema={schema}&lease={lease}s&connections=6")
@@ -152,7 +152,7 @@ impl Site {
         let groups = groups.iter().map(|group| format!("group_{group}"));
         for part in groups.chain(["store".to_owned()]) {
             match &self.base {
-                Base::Sqlite => {
+                Ground::Sqlite => {
                     let file = SqliteConnectOptions::new().filename(self.file(&part));
                     let file = file
                         .create_if_missing(true)
@@ -162,7 +162,7 @@ impl Site {
                     sqlx::raw_sql(tables).execute(&mut connection).await?;
                     connection.close().await?;
                 }
-                Base::Postgres(url) => {
+                Ground::Postgres(url) => {
                     let tables = store::tables(Some(&own_schema(&self.schema(&part))));
                     run(url, &tables).await?;
                 }
@@ -179,13 +179,13 @@ impl Site {
     pub async fn reader(&self, group: u16) -> anyhow::Result<Reader> {
         let part = format!("group_{group}");
         Ok(match &self.base {
-            Base::Sqlite => {
+            Ground::Sqlite => {
                 let file = SqliteConnectOptions::new().filename(self.file(&part));
                 let pool = sqlx::sqlite::SqlitePoolOptions::new().max_connections(1);
                 let file = file.busy_timeout(Duration::from_secs(30));
                 Reader::Sqlite(pool.connect_with(file).await?)
             }
-            Base::Postgres(url) => {
+            Ground::Postgres(url) => {
                 let pool = sqlx::postgres::PgPoolOptions::new().max_connections(1);
                 Reader::Postgres(pool.connect(url).await?, own_schema(&self.schema(&part)))
             }
@@ -198,7 +198,7 @@ impl Site {
     ///
     /// Those of the database.
     pub async fn remove(&self, groups: &[u16]) -> anyhow::Result<()> {
-        let Base::Postgres(url) = &self.base else {
+        let Ground::Postgres(url) = &self.base else {
             return Ok(());
         };
         let groups = groups.iter().map(|group| format!("group_{group}"));
@@ -231,7 +231,7 @@ async fn run(url: &str, sql: &str) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::Base;
+    use super::Ground;
 
     #[test]
     fn the_address_of_a_server_is_found_in_its_url() {
@@ -239,14 +239,14 @@ mod tests {
             ("postgres://a:b@host:5433/shop", "host:5433"),
             ("postgres://host?x=/y", "host:5432"),
         ] {
-            let base = Base::parse(url).expect("a URL");
+            let base = Ground::parse(url).expect("a URL");
             assert_eq!(base.address().as_deref(), Some(address));
         }
     }
 
     #[test]
     fn a_broker_that_nothing_outlives_is_refused() {
-        let refused = Base::parse("memory:").expect_err("there is nothing to kill");
+        let refused = Ground::parse("memory:").expect_err("there is nothing to kill");
         assert!(refused.to_string().contains("TestBus"), "{refused}");
     }
 }

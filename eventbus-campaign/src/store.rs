@@ -91,7 +91,6 @@ impl Outbox {
     }
 
     /// What publishes what was committed.
-    #[must_use]
     pub fn relay(&self) -> Relay {
         match self {
             Self::Sqlite(outbox) => outbox.relay(),

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::report::{Environment, Report};
 use crate::round::{self, Outcome, Setting};
 use crate::scenario::{self, Amount, RunsOn, Scenario};
-use crate::site::Base;
+use crate::site::Ground;
 use crate::tally::{Tally, percentile};
 
 /// A round that has less time than this is not begun.
@@ -98,7 +98,7 @@ fn list() {
 struct Run {
     args: VerifyArgs,
     seed: u64,
-    parts: Vec<(Scenario, Base)>,
+    parts: Vec<(Scenario, Ground)>,
     total: Duration,
 }
 
@@ -106,14 +106,14 @@ impl Run {
     fn new(args: VerifyArgs) -> anyhow::Result<Self> {
         let mut bases = Vec::new();
         for broker in &args.broker {
-            bases.push(Base::parse(broker)?);
+            bases.push(Ground::parse(broker)?);
         }
         if bases.is_empty() {
-            bases.push(Base::Sqlite);
-            bases.extend(std::env::var(POSTGRES).ok().map(Base::Postgres));
+            bases.push(Ground::Sqlite);
+            bases.extend(std::env::var(POSTGRES).ok().map(Ground::Postgres));
         }
         let scenarios = scenarios(&args.scenario)?;
-        let parts: Vec<(Scenario, Base)> = scenarios
+        let parts: Vec<(Scenario, Ground)> = scenarios
             .iter()
             .flat_map(|scenario| bases.iter().map(|base| (*scenario, base.clone())))
             .filter(|(scenario, base)| scenario.can_run_on(base))
@@ -168,7 +168,7 @@ impl Run {
         let Some(file) = self.args.report.clone().or(usual) else {
             return Ok(());
         };
-        let mut bases: Vec<&Base> = self.parts.iter().map(|(_, base)| base).collect();
+        let mut bases: Vec<&Ground> = self.parts.iter().map(|(_, base)| base).collect();
         bases.dedup();
         let command = self.command();
         let report = Report {
@@ -212,7 +212,7 @@ impl Run {
         &self,
         index: usize,
         scenario: &Scenario,
-        base: &Base,
+        base: &Ground,
         time: Duration,
         enough: Option<u64>,
     ) -> Tally {
@@ -252,7 +252,12 @@ impl Run {
     }
 
     /// For how long a scenario runs, and how many messages are enough.
-    fn amount(&self, scenario: &Scenario, base: &Base, share: Duration) -> (Duration, Option<u64>) {
+    fn amount(
+        &self,
+        scenario: &Scenario,
+        base: &Ground,
+        share: Duration,
+    ) -> (Duration, Option<u64>) {
         match (self.args.full, scenario.full_on(base)) {
             (false, _) => (share, self.args.messages),
             (true, Amount::Messages(messages)) => (LONGEST, Some(messages)),
@@ -277,7 +282,7 @@ impl Run {
     async fn round(
         &self,
         scenario: &Scenario,
-        base: &Base,
+        base: &Ground,
         (number, seed): (u32, u64),
         deadline: Instant,
         enough: Option<u64>,
@@ -367,10 +372,10 @@ fn scenarios(names: &[String]) -> anyhow::Result<Vec<Scenario>> {
 }
 
 /// The command that does the same again.
-fn again(scenario: &Scenario, base: &Base, seed: u64) -> String {
+fn again(scenario: &Scenario, base: &Ground, seed: u64) -> String {
     let broker = match base {
-        Base::Sqlite => "sqlite".to_owned(),
-        Base::Postgres(_) => format!("\"${POSTGRES}\""),
+        Ground::Sqlite => "sqlite".to_owned(),
+        Ground::Postgres(_) => format!("\"${POSTGRES}\""),
     };
     let name = scenario.name;
     format!("again: dev/verify --scenario {name} --broker {broker} --seed {seed}")

@@ -96,7 +96,7 @@ fn is_marked(stamp: Stamp, rest: u32) -> bool {
 
 fn poison(stamp: Stamp, attempt: u32) -> Result<(), BoxError> {
     if is_poison(stamp) {
-        assert!(stamp.key % 2 == 0, "a handler that panics");
+        assert!(stamp.key.is_multiple_of(2), "a handler that panics");
         return Err("a handler that always fails".into());
     }
     match is_marked(stamp, 5) && attempt == 1 {

@@ -1,5 +1,6 @@
 //! The tried process that publishes what was committed.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -35,7 +36,7 @@ pub async fn run(args: RelayArgs) -> anyhow::Result<()> {
     let store = Store::connect(&args.store).await?;
     let relay = store.outbox(&child.bus).relay();
     let relay = relay.batch(args.batch).lease_ttl(args.lease);
-    let (handle, messages) = (relay.handle(), child.messages.clone());
+    let (handle, messages) = (relay.handle(), Arc::clone(&child.messages));
     tokio::spawn(async move {
         loop {
             messages.store(handle.status().published, Ordering::Relaxed);

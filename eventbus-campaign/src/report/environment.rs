@@ -5,7 +5,7 @@ use std::process::Command;
 
 use sqlx::{Connection as _, PgConnection};
 
-use crate::site::Base;
+use crate::site::Ground;
 
 /// On what a run ran.
 #[derive(Clone, Debug, Default)]
@@ -16,7 +16,7 @@ pub struct Environment {
 
 impl Environment {
     /// Looks around. What does not answer is left out.
-    pub async fn look(bases: &[&Base]) -> Self {
+    pub async fn look(bases: &[&Ground]) -> Self {
         let mut versions = Vec::new();
         let mut add = |name, version: Option<String>| {
             versions.extend(version.map(|version| (name, version)));
@@ -27,7 +27,7 @@ impl Environment {
         add("processors", processors());
         add("SQLite", sqlite().await);
         for base in bases {
-            if let Base::Postgres(url) = base {
+            if let Ground::Postgres(url) = base {
                 add("PostgreSQL", postgres(url).await);
             }
         }

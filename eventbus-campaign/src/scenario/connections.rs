@@ -5,7 +5,7 @@ use eventbus_verify::Bounds;
 use super::{Amount, RunsOn, Scenario};
 use crate::plan::{Harm, Plan};
 use crate::process::Role;
-use crate::site::Base;
+use crate::site::Ground;
 
 pub const SCENARIO: Scenario = Scenario {
     name: "connections",
@@ -17,7 +17,7 @@ pub const SCENARIO: Scenario = Scenario {
     plan,
 };
 
-fn plan(_: &Base) -> Plan {
+fn plan(_: &Ground) -> Plan {
     let plan = Plan::new(&[1, 2])
         .with(2, Role::Consume(1), &[])
         .with(2, Role::Consume(2), &[])

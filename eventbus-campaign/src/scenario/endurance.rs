@@ -5,7 +5,7 @@ use eventbus_verify::Bounds;
 use super::{Amount, RunsOn, Scenario};
 use crate::plan::{Harm, Plan};
 use crate::process::Role;
-use crate::site::Base;
+use crate::site::Ground;
 
 pub const SCENARIO: Scenario = Scenario {
     name: "endurance",
@@ -17,8 +17,8 @@ pub const SCENARIO: Scenario = Scenario {
     plan,
 };
 
-fn plan(base: &Base) -> Plan {
-    let has_wire = *base != Base::Sqlite;
+fn plan(base: &Ground) -> Plan {
+    let has_wire = *base != Ground::Sqlite;
     let plan = Plan::new(&[1])
         .with(2, Role::Consume(1), &[])
         .with(2, Role::Relay, &[])

@@ -5,7 +5,7 @@ use eventbus_verify::Bounds;
 use super::{Amount, RunsOn, Scenario};
 use crate::plan::{Harm, Plan};
 use crate::process::Role;
-use crate::site::Base;
+use crate::site::Ground;
 
 pub const SCENARIO: Scenario = Scenario {
     name: "shutdown",
@@ -17,7 +17,7 @@ pub const SCENARIO: Scenario = Scenario {
     plan,
 };
 
-fn plan(base: &Base) -> Plan {
+fn plan(base: &Ground) -> Plan {
     const MANY: &[&str] = &["--in-flight", "10000", "--shutdown", "5s"];
     let plan = Plan::new(&[1, 2])
         .with(2, Role::Consume(1), MANY)
@@ -31,7 +31,7 @@ fn plan(base: &Base) -> Plan {
         ]);
     Plan {
         messages: 200_000,
-        has_wire: *base != Base::Sqlite,
+        has_wire: *base != Ground::Sqlite,
         bounds: Bounds::default().with_attempts_max(3),
         ..plan
     }

@@ -5,7 +5,7 @@ use eventbus_verify::Bounds;
 use super::{Amount, RunsOn, Scenario};
 use crate::plan::{Harm, Plan};
 use crate::process::Role;
-use crate::site::Base;
+use crate::site::Ground;
 
 pub const SCENARIO: Scenario = Scenario {
     name: "slow",
@@ -17,7 +17,7 @@ pub const SCENARIO: Scenario = Scenario {
     plan,
 };
 
-fn plan(_: &Base) -> Plan {
+fn plan(_: &Ground) -> Plan {
     const SLOW: &[&str] = &["--manner", "slow", "--group-max", "1", "--in-flight", "500"];
     const UNEVEN: &[&str] = &[
         "--manner",
@@ -33,7 +33,7 @@ fn plan(_: &Base) -> Plan {
         .with(
             1,
             Role::Produce,
-            &["--keys", "200", "--batch", "50", "--lag-max", "5000"],
+            &["--keys", "200", "--batch", "50", "--lag-max", "1000"],
         )
         .harmed_by(&[
             (Harm::Join, 3),
