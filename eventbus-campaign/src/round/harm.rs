@@ -1,5 +1,6 @@
 //! What is done to the tried system, one thing at a time, and how it is healed.
 
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -207,9 +208,17 @@ impl Round {
             self.complaints.push(format!("{error:#}"));
         }
         let mut process = self.start(&spec, Some(&point))?;
-        let is_reached = process.ended(STEP_WITHIN).await.is_ok();
-        if !is_reached {
-            process.kill().await?;
+        let ended = process.ended(STEP_WITHIN).await.ok();
+        let is_reached = ended.is_some_and(|status| status.signal().is_some());
+        match ended {
+            Some(status) if !is_reached => {
+                let log = process.log.display();
+                let complaint =
+                    format!("on its way to {point} a process ended with {status}: see {log}");
+                self.complaints.push(complaint);
+            }
+            Some(_) => {}
+            None => process.kill().await?,
         }
         let ended = std::mem::replace(&mut self.processes[index], process);
         self.note_end(&ended);

@@ -1,5 +1,7 @@
 //! Everything is there before anybody handles it, and is handed out in large pieces that come back when a member is killed.
 
+use std::time::Duration;
+
 use eventbus_verify::{Bounds, Sample};
 
 use super::{Amount, RunsOn, Scenario};
@@ -30,6 +32,8 @@ fn plan(_: &Ground) -> Plan {
         messages: 300_000,
         is_backlog: true,
         gap: 500..3000,
+        // Whatever is asked waits behind all of it.
+        recovery_max: Duration::from_secs(900),
         bounds: Bounds::default()
             .with_in_flight_max(60_000)
             .with_sample(Sample::ResidentBytes, 512 << 20)
