@@ -121,7 +121,8 @@ async fn play(role: RoleCommand) -> anyhow::Result<()> {
 
 /// Logs to stderr; `RUST_LOG` overrides what.
 fn start_logging(crash_at: Option<CrashPoint>) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("warn,sqlx::query=error"));
     let log = tracing_subscriber::fmt::layer()
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)

@@ -48,6 +48,8 @@ pub struct Setting {
     pub deadline: Instant,
     /// Tells the rounds of this harness apart on a server that they share.
     pub number: u32,
+    /// Whether handlers have a bug, to see that it is found.
+    pub has_bug: bool,
 }
 
 /// What a round came to.
@@ -333,6 +335,9 @@ impl Round {
                 args.extend(["--group".to_owned(), group.to_string()]);
                 args.extend(["--effects".to_owned(), self.reached.effects(group)]);
                 args.extend(self.tools.consumer_args());
+                if self.setting.has_bug {
+                    args.extend(["--manner", "forgetful"].map(str::to_owned));
+                }
             }
         }
         if spec.role.is_source() {

@@ -54,6 +54,9 @@ pub struct VerifyArgs {
     /// How many messages each round has [default: what its scenario says]
     #[arg(long, value_name = "MESSAGES")]
     round: Option<u64>,
+    /// Plants a bug, and so has to fail: handlers of `embedded` and `outbox` forget to write now and then
+    #[arg(long)]
+    plant: bool,
     /// Scenarios that cannot run on this machine are no failure
     #[arg(long)]
     allow_missing: bool,
@@ -302,6 +305,7 @@ impl Run {
             seed,
             deadline,
             number,
+            has_bug: self.args.plant,
         };
         let (done, harmed) = (tally.messages.total(), tally.faults_total());
         let progress = |messages, faults| {

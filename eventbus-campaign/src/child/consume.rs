@@ -59,6 +59,8 @@ pub enum Manner {
     Slow,
     /// They take up to twenty milliseconds, by chance.
     Uneven,
+    /// They forget to write now and then: a bug, to see that it is found.
+    Forgetful,
 }
 
 /// How often a message is tried.
@@ -74,13 +76,19 @@ impl Manner {
     /// Does what comes before the write.
     async fn act(self, stamp: Stamp, attempt: u32) -> Result<(), BoxError> {
         match self {
-            Self::Plain => {}
+            Self::Plain | Self::Forgetful => {}
             Self::Poison => return poison(stamp, attempt),
             Self::Slow if stamp.key == SLOW_KEY && is_marked(stamp, 7) => sleep(SLOW).await,
             Self::Slow => sleep(Duration::from_millis(10)).await,
             Self::Uneven => sleep(Duration::from_millis(fastrand::u64(0..20))).await,
         }
         Ok(())
+    }
+}
+
+impl Manner {
+    fn forgets(self, stamp: Stamp) -> bool {
+        self == Self::Forgetful && stamp.key.is_multiple_of(100) && is_marked(stamp, 9)
     }
 }
 
@@ -246,6 +254,9 @@ async fn handle_in_sqlite(
     let (run, payload) = books.begin(&event, cx.attempt())?;
     let outcome = async {
         books.manner.act(payload.stamp, cx.attempt()).await?;
+        if books.manner.forgets(payload.stamp) {
+            return Ok(());
+        }
         let (stamp, id, attempt) = (
             payload.stamp,
             message_id(&cx.id().to_string())?,
@@ -284,6 +295,9 @@ async fn handle_in_postgres(
     let (run, payload) = books.begin(&event, cx.attempt())?;
     let outcome = async {
         books.manner.act(payload.stamp, cx.attempt()).await?;
+        if books.manner.forgets(payload.stamp) {
+            return Ok(());
+        }
         let (stamp, id, attempt) = (
             payload.stamp,
             message_id(&cx.id().to_string())?,

@@ -4,7 +4,7 @@ use super::postgres::Session;
 
 /// What passes over a wire.
 ///
-/// Kafka, AMQP and RESP come with their adapters, as variants here and a [`Watch`] each.
+/// Kafka, AMQP and RESP come with their adapters, as variants here and a `Watch` each.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub enum Protocol {
