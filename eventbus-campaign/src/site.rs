@@ -12,8 +12,9 @@ use crate::store::{self, own_schema};
 
 /// How many partitions the tried topic has.
 pub const PARTITIONS: u32 = 8;
-/// How long a member that says nothing keeps what it has.
-pub const LEASE: Duration = Duration::from_secs(3);
+/// How long a member that says nothing keeps what it has. A store that does not answer within a third
+/// of it counts as away, and so it has to do on a machine with more processes than processors.
+pub const LEASE: Duration = Duration::from_secs(5);
 
 /// On what everything runs.
 #[derive(Clone, Debug, PartialEq, Eq)]

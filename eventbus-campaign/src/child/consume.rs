@@ -55,7 +55,7 @@ pub enum Manner {
     Plain,
     /// They fail each time at some messages, panic at others, and fail once at yet others.
     Poison,
-    /// They take ten milliseconds each, and four seconds at some messages of one key.
+    /// They take ten milliseconds each, and six seconds at some messages of one key.
     Slow,
     /// They take up to twenty milliseconds, by chance.
     Uneven,
@@ -68,7 +68,7 @@ pub const ATTEMPTS: u32 = 3;
 /// The messages with these rests of key and number are poison.
 /// The key whose handlers take longer than a lease now and then.
 const SLOW_KEY: u32 = 7;
-const SLOW: Duration = Duration::from_secs(4);
+const SLOW: Duration = Duration::from_secs(6);
 const POISON_KEYS: u32 = 25;
 const POISON_NUMBERS: u32 = 40;
 

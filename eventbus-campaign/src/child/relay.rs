@@ -22,7 +22,7 @@ pub struct RelayArgs {
     #[arg(long, default_value_t = 500)]
     batch: usize,
     /// After how long others take over from one that says nothing
-    #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "5s", value_parser = humantime::parse_duration)]
     lease: Duration,
 }
 

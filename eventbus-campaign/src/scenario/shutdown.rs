@@ -1,5 +1,7 @@
 //! Members that are told to stop with much in flight, twice, or while the broker is away.
 
+use std::time::Duration;
+
 use eventbus_verify::Bounds;
 
 use super::{Amount, RunsOn, Scenario};
@@ -22,7 +24,7 @@ fn plan(base: &Ground) -> Plan {
     let plan = Plan::new(&[1, 2])
         .with(2, Role::Consume(1), MANY)
         .with(2, Role::Consume(2), MANY)
-        .with(2, Role::Produce, &["--lag-max", "20000"])
+        .with(2, Role::Produce, &["--lag-max", "15000"])
         .harmed_by(&[
             (Harm::Terminate, 4),
             (Harm::TerminateTwice, 3),
@@ -31,6 +33,8 @@ fn plan(base: &Ground) -> Plan {
         ]);
     Plan {
         messages: 200_000,
+        // Probes wait behind what is in flight, which is handed out again after each fault.
+        recovery_max: Duration::from_secs(300),
         has_wire: *base != Ground::Sqlite,
         bounds: Bounds::default().with_attempts_max(3),
         ..plan
