@@ -283,9 +283,11 @@ impl Keeper {
         }
         let member = self.shared.lock().member;
         let left = self.store.leave(&self.config.group, member);
-        timeout(self.config.patience(), left)
-            .await
-            .unwrap_or_else(|_| Err(self.late("leave group")))
+        // Until then others wait for its time to be over anyway, so that nothing is won by giving up.
+        timeout(self.config.ttl, left).await.unwrap_or_else(|_| {
+            let what = "the store of leases did not answer within `ttl`: others wait until what this member held is over";
+            Err(self.late("leave group", what))
+        })
     }
 
     async fn renew(&self) {
@@ -343,7 +345,10 @@ impl Keeper {
     async fn exchange(&self, request: &LeaseRequest) -> Result<LeaseReply> {
         timeout(self.config.patience(), self.store.exchange(request))
             .await
-            .unwrap_or_else(|_| Err(self.late("renew leases")))
+            .unwrap_or_else(|_| {
+                let what = "the store of leases did not answer within a third of `ttl`: set it higher, or look at the store";
+                Err(self.late("renew leases", what))
+            })
     }
 
     /// Takes a reply in; true when there is more to ask for at once.
@@ -377,13 +382,8 @@ impl Keeper {
         }
     }
 
-    fn late(&self, operation: &'static str) -> Error {
-        Error::new(
-            ErrorKind::Timeout,
-            operation,
-            "the store of leases did not answer within a third of `ttl`: set it higher, or look at the store",
-        )
-        .with("group", &self.config.group)
+    fn late(&self, operation: &'static str, what: &str) -> Error {
+        Error::new(ErrorKind::Timeout, operation, what).with("group", &self.config.group)
     }
 }
 

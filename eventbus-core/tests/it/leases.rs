@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use eventbus_core::{
-    ErrorKind, Group, HeldLeases, Lease, LeaseConfig, LeaseSignal, LeaseStore, LeaseTopic,
-    Leaseholder, MemoryLeases, Result, Topic, TopicPartition,
+    ErrorKind, Group, HeldLeases, Lease, LeaseConfig, LeaseReply, LeaseRequest, LeaseSignal,
+    LeaseStore, LeaseTopic, Leaseholder, MemberId, MemoryLeases, Result, Topic, TopicPartition,
 };
 use eventbus_testkit::{LeaseHarness, within};
 use futures_util::FutureExt;
@@ -84,6 +84,40 @@ impl Owner {
     async fn crash(self) {
         self.task.abort();
         assert!(self.task.await.expect_err("it is aborted").is_cancelled());
+    }
+}
+
+/// A store that takes its time to hear that somebody leaves.
+#[derive(Debug)]
+struct SlowToLeave(MemoryLeases, Duration);
+
+#[async_trait]
+impl LeaseStore for SlowToLeave {
+    async fn exchange(&self, request: &LeaseRequest) -> Result<LeaseReply> {
+        self.0.exchange(request).await
+    }
+
+    async fn leave(&self, group: &Group, member: MemberId) -> Result<()> {
+        sleep(self.1).await;
+        self.0.leave(group, member).await
+    }
+
+    async fn changed(&self, group: &Group) {
+        self.0.changed(group).await;
+    }
+}
+
+/// `connections` and `endurance` of dev/verify, on a machine with many times more to do than it can:
+/// members ended with an error and left their lanes to time, though the store was only slow.
+#[tokio::test(start_paused = true)]
+async fn a_member_waits_for_a_slow_store_to_hear_that_it_leaves() {
+    for (slow, leaves) in [(TTL / 2, true), (2 * TTL, false)] {
+        let store = SlowToLeave(MemoryLeases::new(), slow);
+        let leaseholder = Leaseholder::join(Arc::new(store), config(1));
+        sleep(MOMENT).await;
+        let left = leaseholder.close().await;
+        assert_eq!(left.is_ok(), leaves, "{left:?}");
+        assert!(left.is_ok() || left.is_err_and(|error| error.kind() == ErrorKind::Timeout));
     }
 }
 
