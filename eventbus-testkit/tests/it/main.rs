@@ -1,6 +1,6 @@
-//! What of the testkit needs a machine: sockets.
+//! Tests of the testkit itself.
 
 mod faults;
+mod proxy;
 mod simulation;
 mod wrong_broker;
-mod proxy;
