@@ -104,6 +104,19 @@ impl FaultPlan {
         }
     }
 
+    /// With this fault at the `nth` call of a kind, from 1.
+    #[must_use]
+    pub fn with(mut self, call: Call, nth: u64, fault: Fault) -> Self {
+        let number = self.faults.len();
+        self.faults.push(PlannedFault {
+            number,
+            call,
+            nth,
+            fault,
+        });
+        self
+    }
+
     /// Of the plan of this seed, the faults with these numbers.
     #[must_use]
     pub fn only(seed: u64, numbers: &[usize]) -> Self {

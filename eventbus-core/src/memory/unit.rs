@@ -13,6 +13,7 @@ use crate::envelope::EventId;
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::header;
 use crate::message::{Group, Message};
+use crate::sending::{Turns, repeats_a_key};
 use crate::unit_of_work::{Committed, InboxEntry, Unit, UnitOfWork, Work};
 
 /// A database in memory, as a unit of work sees it: the state `T` that handlers change through
@@ -192,7 +193,7 @@ impl<T: Send + 'static> Shared<T> {
             return Ok(());
         }
         let count = batch.len();
-        let result = self.broker.publish(batch).await;
+        let result = self.publish(batch).await;
         // Messages leave the outbox only now: a dropped future has lost none.
         let outbox = &mut self.store.lock().await.outbox;
         outbox.drain(..count);
@@ -201,6 +202,23 @@ impl<T: Send + 'static> Shared<T> {
             outbox.push_front(unpublished.message.clone());
         }
         Err(error)
+    }
+
+    /// Publishes so that what has to be sent again does not come behind a later message of its key.
+    async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
+        if self.broker.capabilities().ordered_pipelining || !repeats_a_key(&batch) {
+            return self.broker.publish(batch).await;
+        }
+        let mut turns = Turns::new(batch);
+        loop {
+            let turn = turns.next();
+            if turn.is_empty() {
+                return turns.end();
+            }
+            if let Err(error) = self.broker.publish(turn).await {
+                turns.failed(error);
+            }
+        }
     }
 }
 

@@ -9,10 +9,11 @@ use std::sync::Mutex;
 use async_trait::async_trait;
 use eventbus_core::{
     BoxError, CommitFault, Committed, ConsumerBuilder, ConsumerState, Context, Error, ErrorKind,
-    Group, InboxEntry, MemoryUnit, Message, Outgoing, Replay, Result, RetryPolicy, Start, Unit,
-    UnitOfWork, Work,
+    EventBus, Group, InboxEntry, MemoryBroker, MemoryConfig, MemoryProfile, MemoryUnit, Message,
+    Outgoing, Replay, Result, RetryPolicy, Start, Topic, Unit, UnitOfWork, Until, Work,
 };
-use eventbus_testkit::TestBus;
+use eventbus_testkit::faults::{Call, Fault as Broken};
+use eventbus_testkit::{FaultPlan, FaultyBroker, TestBus};
 
 use crate::failures::lag;
 use crate::fixtures::{
@@ -218,6 +219,33 @@ async fn what_was_committed_is_sent_when_the_broker_is_back() {
     assert_eq!(calls.attempts(1), [1]);
     assert_eq!(test.published::<OrderPaid>().await.len(), 1);
     assert_eq!(unit.state().await, Effects::from([(1, 1)]));
+}
+
+/// Found by the simulation (scenario 47, for a unit in memory): of two events of a key the second was
+/// taken, and the first sent again behind it.
+#[tokio::test]
+async fn what_a_broker_takes_in_part_is_sent_again_in_the_order_of_its_key() {
+    let server = MemoryBroker::with(MemoryConfig::default().like(MemoryProfile::Kafka));
+    let plan = FaultPlan::none()
+        .with(Call::Publish, 1, Broken::Partly)
+        .with(Call::Publish, 2, Broken::Partly);
+    let unit = MemoryUnit::new(FaultyBroker::new(server.clone(), plan), ());
+    let topic = Topic::from_static("numbers");
+    let message = |number: u8| Message::new(topic.clone(), vec![number]).with_key("one");
+    let work = unit.begin(&Group::from_static("billing"), &[]).await;
+    let committed = work.unwrap().commit((0..4).map(message).collect()).await;
+    assert!(committed.unwrap_err().is_retryable());
+    while unit.outbox_len().await > 0 {
+        drop(unit.flush().await);
+    }
+    let bus = EventBus::new(server);
+    let reader = bus.read(&[topic], Start::Earliest, Some(Until::Now)).await;
+    let mut reader = reader.unwrap();
+    let mut numbers = Vec::new();
+    while let Some(record) = reader.next().await.unwrap() {
+        numbers.extend_from_slice(&record.message.payload);
+    }
+    assert_eq!(numbers, [0, 1, 2, 3]);
 }
 
 #[tokio::test]
