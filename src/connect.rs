@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result, Topic};
+use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result, Topic, redacted_url};
 
-use crate::config::{EventBusConfig, redacted};
+use crate::config::EventBusConfig;
 
 /// Every scheme there is, and the feature that brings it.
 const SCHEMES: &[(&str, &str)] = &[
@@ -125,7 +125,7 @@ fn unknown(scheme: &str, url: &str) -> Error {
             "connect",
             format!("this build leaves {scheme} out: add `features = [\"{feature}\"]` to the dependency on eventbus"),
         )
-        .with("url", redacted(url));
+        .with("url", redacted_url(url));
     }
     let known: Vec<_> = SCHEMES
         .iter()
@@ -139,5 +139,5 @@ fn unknown(scheme: &str, url: &str) -> Error {
             known.join(", ")
         ),
     )
-    .with("url", format_args!("{:?}", redacted(url)))
+    .with("url", format_args!("{:?}", redacted_url(url)))
 }

@@ -11,8 +11,9 @@ pub use eventbus_core::{
 };
 pub use eventbus_core::{ClaimEvents, DuplicateStore, EventClaim, MemoryDuplicates};
 pub use eventbus_core::{
-    HeldLeases, Lease, LeaseConfig, LeaseMember, LeaseReply, LeaseRequest, LeaseSignal, LeaseStore,
-    LeaseTopic, Leaseholder, MemberId, MemoryLeases, ProcessId, TopicPartition,
+    HeldLeases, LEASE_PARTITIONS_MAX, Lease, LeaseConfig, LeaseMember, LeaseReply, LeaseRequest,
+    LeaseSignal, LeaseStore, LeaseTopic, Leaseholder, MemberId, MemoryLeases, ProcessId,
+    TopicPartition,
 };
 pub use eventbus_core::{
     MemoryOutbox, OUTBOX_BYTES_MIN, OUTBOX_LANES, OutboxDepth, OutboxMessage, OutboxStore,

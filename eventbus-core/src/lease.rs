@@ -226,6 +226,60 @@ pub struct LeaseTopic {
     pub partitions: u32,
 }
 
+/// Most partitions of one topic that are shared out: each member makes a list of all of them.
+pub const LEASE_PARTITIONS_MAX: u32 = 65_536;
+
+impl LeaseTopic {
+    /// Checks that members can share it out; a store does, before it keeps what a member reads.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when it has more than [`LEASE_PARTITIONS_MAX`].
+    pub fn check(&self) -> Result<()> {
+        if self.partitions <= LEASE_PARTITIONS_MAX {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::InvalidInput,
+            "renew leases",
+            format!("a topic with leases has at most {LEASE_PARTITIONS_MAX} partitions"),
+        )
+        .with("topic", &self.name)
+        .with("partitions", self.partitions))
+    }
+}
+
+/// As stores keep it: name and count with a space between them.
+impl fmt::Display for LeaseTopic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.partitions)
+    }
+}
+
+impl FromStr for LeaseTopic {
+    type Err = Error;
+
+    /// Reads what `Display` writes, and refuses what [`check`](Self::check) does.
+    fn from_str(text: &str) -> Result<Self> {
+        let parse = || {
+            let (name, partitions) = text.split_once(' ')?;
+            let topic = Self {
+                name: Topic::new(name).ok()?,
+                partitions: partitions.parse().ok()?,
+            };
+            topic.check().ok().map(|()| topic)
+        };
+        parse().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Codec,
+                "read lease topic",
+                "it is no topic with a count of partitions that can be shared out",
+            )
+            .with("topic", format_args!("{text:?}"))
+        })
+    }
+}
+
 /// One life of a member: a member that comes back is another one. Later ones sort later.
 ///
 /// # Examples
@@ -269,5 +323,40 @@ impl FromStr for MemberId {
                 .with("id", format_args!("{text:?}"))
                 .with_source(error)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topic_that_nobody_can_list_is_neither_kept_nor_read() {
+        let most = LeaseTopic {
+            name: Topic::from_static("orders"),
+            partitions: LEASE_PARTITIONS_MAX,
+        };
+        most.check().expect("so many are shared out");
+        assert_eq!(
+            most.to_string().parse::<LeaseTopic>().ok(),
+            Some(most.clone())
+        );
+        let more = LeaseTopic {
+            partitions: u32::MAX,
+            ..most
+        };
+        let error = more.check().expect_err("too many");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        for text in [
+            &more.to_string(),
+            "orders",
+            "orders -1",
+            "or ders 1",
+            " 1",
+            "",
+        ] {
+            let error = text.parse::<LeaseTopic>().expect_err(text);
+            assert_eq!(error.kind(), ErrorKind::Codec, "{text}");
+        }
     }
 }

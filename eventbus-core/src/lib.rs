@@ -38,6 +38,7 @@ mod sending;
 mod service;
 mod topic;
 mod unit_of_work;
+mod url;
 mod whereabouts;
 
 pub use activity::Activity;
@@ -67,8 +68,8 @@ pub use key_state::{
 };
 pub use lane_table::{LaneTable, Settled};
 pub use lease::{
-    HeldLeases, Lease, LeaseConfig, LeaseMember, LeaseReply, LeaseRequest, LeaseSignal, LeaseStore,
-    LeaseTopic, Leaseholder, MemberId, ProcessId,
+    HeldLeases, LEASE_PARTITIONS_MAX, Lease, LeaseConfig, LeaseMember, LeaseReply, LeaseRequest,
+    LeaseSignal, LeaseStore, LeaseTopic, Leaseholder, MemberId, ProcessId,
 };
 pub use memory::{
     CommitFault, MemoryBroker, MemoryConfig, MemoryDuplicates, MemoryKeyState, MemoryLeases,
@@ -116,4 +117,5 @@ pub use service::{
     BrokerHealth, ConsumerHealth, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping,
 };
 pub use unit_of_work::{Committed, InboxEntry, NoUnit, Unit, UnitOfWork, Work};
+pub use url::{redacted_option, redacted_url};
 pub use whereabouts::{EventPlace, GroupProgress, HeldFor, Lookup, Progress, Unknown, Whereabouts};

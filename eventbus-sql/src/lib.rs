@@ -5,6 +5,8 @@
 mod duration;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod log;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod option;
 #[cfg(feature = "postgres")]
 mod postgres;
 #[cfg(feature = "sqlite")]

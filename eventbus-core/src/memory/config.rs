@@ -7,6 +7,7 @@ use crate::broker::{Capabilities, Durability};
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::message::Topic;
+use crate::url::{redacted_option, redacted_url};
 
 /// Most partitions a topic may have on this broker.
 pub(super) const PARTITIONS_MAX: u32 = 4096;
@@ -101,7 +102,8 @@ impl MemoryConfig {
     /// `InvalidInput` when the scheme, an option or a value is unknown; it says what is allowed.
     pub fn from_url(url: &str) -> Result<Self> {
         let refuse = |message: &str| {
-            Error::new(ErrorKind::InvalidInput, "read broker url", message).with("url", url)
+            Error::new(ErrorKind::InvalidInput, "read broker url", message)
+                .with("url", redacted_url(url))
         };
         let (address, options) = url.split_once('?').unwrap_or((url, ""));
         if !address.starts_with("memory:") {
@@ -116,7 +118,7 @@ impl MemoryConfig {
                 "like" => {
                     config.profile = MemoryProfile::named(value).ok_or_else(|| {
                         refuse("`like` is one of memory, kafka, rabbitmq, redis")
-                            .with("like", value)
+                            .with("like", redacted_option(url, value))
                     })?;
                 }
                 "partitions" => {
@@ -126,7 +128,7 @@ impl MemoryConfig {
                         .filter(|count| (1..=PARTITIONS_MAX).contains(count))
                         .ok_or_else(|| {
                             refuse("`partitions` is a number from 1 to 4096")
-                                .with("partitions", value)
+                                .with("partitions", redacted_option(url, value))
                         })?;
                 }
                 "bytes" => {
@@ -135,13 +137,13 @@ impl MemoryConfig {
                         .ok()
                         .filter(|bytes| *bytes >= 4096)
                         .ok_or_else(|| {
-                            refuse("`bytes` is a number of at least 4096").with("bytes", value)
+                            refuse("`bytes` is a number of at least 4096")
+                                .with("bytes", redacted_option(url, value))
                         })?;
                 }
                 _ => {
-                    return Err(
-                        refuse("the options are like, partitions and bytes").with("option", name)
-                    );
+                    return Err(refuse("the options are like, partitions and bytes")
+                        .with("option", redacted_option(url, name)));
                 }
             }
         }
@@ -274,6 +276,19 @@ mod tests {
             let error = MemoryConfig::from_url(url).expect_err(url);
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{url}");
             assert!(error.to_string().contains(allowed), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_may_be_a_password_is_in_no_error() {
+        for url in [
+            "kafka://me:secret@host/?partitions=2",
+            "memory://me:secret@host?size=1",
+            "memory:?password=secret",
+            "memory:me:1?partitions=secret@host",
+        ] {
+            let error = MemoryConfig::from_url(url).expect_err(url);
+            assert!(!error.to_string().contains("secret"), "{error}");
         }
     }
 

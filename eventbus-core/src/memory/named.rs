@@ -6,14 +6,22 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use super::{MemoryBroker, MemoryConfig, Server};
 use crate::error::{Error, ErrorKind, Result};
 use crate::message::Group;
+use crate::url::redacted_url;
 
 /// Every named server that still has a client.
 static SERVERS: Mutex<BTreeMap<String, Weak<Server>>> = Mutex::new(BTreeMap::new());
 
 /// A client of the server called `name`, which is started if there is none.
 pub(super) fn client(name: &str, config: MemoryConfig) -> Result<MemoryBroker> {
-    // A name is written like every other one.
-    Group::new(name)?;
+    // A name is written like every other one. What is none may be a URL, with a password.
+    if Group::new(name).is_err() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "read broker url",
+            "the name of an in-memory server has 1 to 200 characters of A-Z a-z 0-9 . _ -",
+        )
+        .with("name", format_args!("{:?}", redacted_url(name))));
+    }
     let mut servers = SERVERS.lock().unwrap_or_else(PoisonError::into_inner);
     servers.retain(|_, server| server.strong_count() > 0);
     let Some(server) = servers.get(name).and_then(Weak::upgrade) else {
@@ -56,5 +64,8 @@ mod tests {
             &another.client.server
         ));
         assert!(MemoryBroker::from_url("memory:no spaces").is_err());
+        let url = "memory:kafka://me:secret@host";
+        let error = MemoryBroker::from_url(url).expect_err("no name");
+        assert!(!error.to_string().contains("secret"), "{error}");
     }
 }

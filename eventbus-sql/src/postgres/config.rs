@@ -3,12 +3,13 @@
 use std::fmt;
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Result};
+use eventbus_core::{Error, ErrorKind, Result, redacted_option};
 use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use super::tables::{SCHEMA_RULE, is_schema};
 use crate::duration::{DAY, duration};
+use crate::option::misread;
 
 /// Most partitions a topic may have on this broker.
 pub(super) const PARTITIONS_MAX: u32 = 4096;
@@ -185,20 +186,30 @@ impl PostgresConfig {
         if !address.starts_with("postgres://") && !address.starts_with("postgresql://") {
             return Err(refuse(ADDRESS));
         }
+        // A password with a `/` or a `?` would become a part of the database's name, or of an option.
+        let path = address.splitn(4, '/').nth(3).unwrap_or_default();
+        if path.contains('@') {
+            return Err(refuse(ADDRESS));
+        }
         let options = options.split('&').filter(|option| !option.is_empty());
         let (native, own): (Vec<&str>, Vec<&str>) = options.partition(|option| {
             let name = option.split('=').next();
             name.is_some_and(|name| NATIVE.contains(&name))
         });
-        let connect: PgConnectOptions = format!("{address}?{}", native.join("&"))
-            .parse()
-            .map_err(|error: sqlx::Error| refuse(ADDRESS).with_source(error))?;
+        let connect: PgConnectOptions =
+            format!("{address}?{}", native.join("&"))
+                .parse()
+                .map_err(|error: sqlx::Error| {
+                    // As text, and no source: the driver may cite an option.
+                    let reason = error.to_string();
+                    refuse(ADDRESS).with("reason", redacted_option(url, &reason))
+                })?;
         let mut config = Self::new(named(connect));
         for option in own {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
             config
                 .set(name, value)
-                .map_err(|reason| refuse(reason).with("option", name).with("value", value))?;
+                .map_err(|reason| misread(refuse(reason), url, (name, value), reason != OPTIONS))?;
         }
         Ok(config)
     }
@@ -307,6 +318,11 @@ mod tests {
             ("postgres://me:secret@h/db?lease=5", "with a unit"),
             ("postgres://me:secret@h/db?timeout=5ms", "at least 100ms"),
             ("postgres://me:secret@h/db?sslmode=maybe", "postgres://USER"),
+            ("postgres://me:se/secret@h/db", "%-codes"),
+            ("postgres://me/secret@h/db", "%-codes"),
+            ("postgres://me:1?secret@h/db", "the options are schema"),
+            ("postgres://h/db?user=me&password=secret", "option: user"),
+            ("postgres://h/db?password=secret", "the options are schema"),
         ];
         for (url, allowed) in cases {
             let error = PostgresConfig::from_url(url).expect_err(url);

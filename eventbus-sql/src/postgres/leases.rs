@@ -100,6 +100,7 @@ impl LeaseStore for PostgresLeases {
             let message = "the member has left";
             return Err(Error::new(ErrorKind::Closed, EXCHANGE, message));
         }
+        request.topics.iter().try_for_each(LeaseTopic::check)?;
         let tables = &self.database.tables;
         let mut session = self.database.begin(EXCHANGE).await?;
         let group = meet_group(tables, &request.group, &mut session).await?;
@@ -199,9 +200,7 @@ impl Exchange<'_> {
     async fn join(&self, session: &mut Session) -> Result<bool> {
         let LeaseRequest { member, ttl, .. } = self.request;
         let topics = self.request.topics.iter();
-        let topics: Vec<String> = topics
-            .map(|topic| format!("{} {}", topic.name, topic.partitions))
-            .collect();
+        let topics: Vec<String> = topics.map(ToString::to_string).collect();
         let join = sqlx::query(self.tables.sql(JOIN))
             .bind(member.to_string())
             .bind(self.group)
@@ -386,17 +385,7 @@ pub(super) async fn members(
 fn read_member(session: &Session, row: &PgRow) -> Result<LeaseMember> {
     let text = |index| session.column::<String>(row, index);
     let topics = text(2)?;
-    let topics = topics.lines().map(|line| {
-        let (name, partitions) = line.split_once(' ')?;
-        Some(LeaseTopic {
-            name: Topic::new(name).ok()?,
-            partitions: partitions.parse().ok()?,
-        })
-    });
-    let topics = topics.collect::<Option<Vec<_>>>().ok_or_else(|| {
-        let message = "a member's topics are not what the broker wrote";
-        Error::new(ErrorKind::Codec, EXCHANGE, message)
-    })?;
+    let topics = topics.lines().map(str::parse).collect::<Result<_>>()?;
     Ok(LeaseMember::new(
         text(0)?.parse()?,
         text(1)?.parse()?,

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use eventbus_core::{Clock, Error, ErrorKind, Result, SystemClock};
+use eventbus_core::{Clock, Error, ErrorKind, Result, SystemClock, redacted_url};
 
 use super::tables::Tables;
 use crate::duration::{DAY, duration};
+use crate::option::misread;
 
 /// Most partitions a topic may have on this broker.
 pub(super) const PARTITIONS_MAX: u32 = 4096;
@@ -151,7 +152,8 @@ impl SqliteConfig {
     /// database in memory; it says what is allowed.
     pub fn from_url(url: &str) -> Result<Self> {
         let refuse = |message: &str| {
-            Error::new(ErrorKind::InvalidInput, "read broker url", message).with("url", url)
+            Error::new(ErrorKind::InvalidInput, "read broker url", message)
+                .with("url", redacted_url(url))
         };
         let (address, options) = url.split_once('?').unwrap_or((url, ""));
         let Some(path) = address.strip_prefix("sqlite:") else {
@@ -164,7 +166,7 @@ impl SqliteConfig {
                 "read broker url",
                 "a SQLite database in memory is seen by one connection and outlives nothing: use `memory:`, or name a file",
             )
-            .with("url", url));
+            .with("url", redacted_url(url)));
         }
         let path = unescaped(path)
             .filter(|path| !path.is_empty())
@@ -174,7 +176,7 @@ impl SqliteConfig {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
             config
                 .set(name, value)
-                .map_err(|reason| refuse(reason).with("option", name).with("value", value))?;
+                .map_err(|reason| misread(refuse(reason), url, (name, value), reason != OPTIONS))?;
         }
         Ok(config)
     }
@@ -213,9 +215,7 @@ impl SqliteConfig {
                     interval.ok_or("`retention_interval` is at least 10ms")?;
             }
             _ => {
-                return Err(
-                    "the options are prefix, partitions, busy_timeout, lease, group_expiry, inbox_retention, transaction_limit and retention_interval",
-                );
+                return Err(OPTIONS);
             }
         }
         Ok(())
@@ -272,6 +272,7 @@ impl SqliteConfig {
     }
 }
 
+const OPTIONS: &str = "the options are prefix, partitions, busy_timeout, lease, group_expiry, inbox_retention, transaction_limit and retention_interval";
 const TRANSACTION_LIMIT: Duration = Duration::from_secs(3);
 const LEASE_MIN: Duration = Duration::from_millis(100);
 const INTERVAL_MIN: Duration = Duration::from_millis(10);
@@ -345,6 +346,20 @@ mod tests {
             let error = SqliteConfig::from_url(url).expect_err(url);
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{url}");
             assert!(error.to_string().contains("use `memory:`"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_may_be_a_password_is_in_no_error() {
+        for url in [
+            "kafka://me:secret@host/",
+            "sqlite://me:secret@host/a.db?mode=rwc",
+            "sqlite://a.db?key=secret",
+            "sqlite://me:1?lease=secret@host",
+            "sqlite::memory:?key=secret",
+        ] {
+            let error = SqliteConfig::from_url(url).expect_err(url);
+            assert!(!error.to_string().contains("secret"), "{error}");
         }
     }
 

@@ -171,6 +171,7 @@ pub(super) struct Exchange {
 impl Exchange {
     /// Serves it inside the next commit.
     pub(super) async fn run(self: Arc<Self>, database: &Database) -> Result<LeaseReply> {
+        self.request.topics.iter().try_for_each(LeaseTopic::check)?;
         let group = self.group;
         let answer = database.writer.run(EXCHANGE, move |connection| {
             let exchange = Arc::clone(&self);
@@ -214,9 +215,7 @@ impl Exchange {
         let LeaseRequest { member, ttl, .. } = &self.request;
         let ttl = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX);
         let topics = self.request.topics.iter();
-        let topics: Vec<String> = topics
-            .map(|topic| format!("{} {}", topic.name, topic.partitions))
-            .collect();
+        let topics: Vec<String> = topics.map(ToString::to_string).collect();
         let joined = sqlx::query(self.tables.sql(JOIN))
             .bind(member.to_string())
             .bind(self.group)
@@ -355,15 +354,7 @@ async fn touch(
 fn read_member(row: &SqliteRow) -> Result<LeaseMember> {
     let text = |index: usize| row.try_get::<String, _>(index).map_err(native);
     let topics = text(2)?;
-    let topics = topics.lines().map(|line| {
-        let (name, partitions) = line.split_once(' ')?;
-        Some(LeaseTopic {
-            name: Topic::new(name).ok()?,
-            partitions: partitions.parse().ok()?,
-        })
-    });
-    let topics = topics.collect::<Option<Vec<_>>>();
-    let topics = topics.ok_or_else(|| native(sqlx::Error::Decode("a member's topics".into())))?;
+    let topics = topics.lines().map(str::parse).collect::<Result<_>>()?;
     Ok(LeaseMember::new(
         text(0)?.parse()?,
         text(1)?.parse()?,

@@ -1,0 +1,74 @@
+//! URLs of brokers as they may be shown: without what may be a password. Nothing is read here.
+
+/// A URL without its user, password and options.
+///
+/// Whatever stands before the last `@` counts as secret: a password in a URL may hold any character,
+/// if somebody forgot to escape it, and this is for messages about URLs that are wrong.
+///
+/// # Examples
+///
+/// ```
+/// use eventbus_core::redacted_url;
+///
+/// assert_eq!(redacted_url("kafka://ann:pa?ss@host:9092/?acks=all"), "kafka://***@host:9092/");
+/// assert_eq!(redacted_url("sqlite://shop.db?lease=5s"), "sqlite://shop.db");
+/// ```
+#[must_use]
+pub fn redacted_url(url: &str) -> String {
+    let without_options = |text: &str| text.split('?').next().unwrap_or_default().to_owned();
+    let Some((user, host)) = url.rsplit_once('@') else {
+        return without_options(url);
+    };
+    let host = without_options(host);
+    match user.split_once(':') {
+        Some((scheme, _)) if is_scheme(scheme) => format!("{scheme}://***@{host}"),
+        _ => format!("***@{host}"),
+    }
+}
+
+/// The name of an option of `url`, for a message about it: hidden where it may be a part of a
+/// password that has a `?`.
+#[must_use]
+pub fn redacted_option<'o>(url: &str, option: &'o str) -> &'o str {
+    let is_behind = url
+        .split_once('?')
+        .is_some_and(|(_, behind)| behind.contains('@'));
+    if is_behind { "***" } else { option }
+}
+
+fn is_scheme(text: &str) -> bool {
+    let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'.' | b'-');
+    !text.is_empty() && text.bytes().all(is_letter)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_is_not_shown_whatever_characters_it_has() {
+        for url in [
+            "kafka://user:secret@broker:9092/?sasl.password=secret",
+            "amqp://u:p@ss:secret@host/%2f",
+            "redis://:secret@host:6379/0?password=secret",
+            "kafka:user:secret@host",
+            "kafka::/user:secret@host/",
+            "kafka://user:se?secret@host",
+            "kafka://user:1/secret?secret@host",
+            "user secret@host",
+        ] {
+            assert!(!redacted_url(url).contains("secret"), "{url}");
+        }
+        assert_eq!(redacted_url("memory:?like=kafka"), "memory:");
+        assert_eq!(redacted_url("kafka://host/"), "kafka://host/");
+    }
+
+    #[test]
+    fn an_option_is_named_unless_it_may_be_a_part_of_a_password() {
+        assert_eq!(redacted_option("kafka://host/?leese=5s", "leese"), "leese");
+        assert_eq!(
+            redacted_option("kafka://u:a?secret&b@host", "secret"),
+            "***"
+        );
+    }
+}
