@@ -165,8 +165,12 @@ impl Formats {
     /// As [`read`](Self::read).
     pub fn envelope(&self, message: &Message, fallback: (EventId, Timestamp)) -> Result<Envelope> {
         let known = KnownHeaders::of(&message.headers);
-        let (format, _) = self.read(message, &known)?;
-        format.envelope(message, &known, fallback)
+        let (format, reading) = self.read(message, &known)?;
+        let mut envelope = format.envelope(message, &known, fallback)?;
+        // As its handler is found: headers and body of a foreign message may say different things.
+        envelope.event_type = reading.event_type.into_owned();
+        envelope.version = reading.version;
+        Ok(envelope)
     }
 }
 

@@ -1,9 +1,11 @@
 //! The data with one more member `event_type`: what services without an envelope exchange.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::{Format, Reading, envelope_from_headers, envelope_headers, require_json};
 use crate::clock::Timestamp;
@@ -14,8 +16,9 @@ use crate::message::{Headers, Message};
 
 /// `{"event_type":"OrderCreated","order_id":123,"amount":250}`.
 ///
-/// Reading needs no headers: a message without an id gets one from its place in the topic, where
-/// the broker has positions. Writing adds the envelope as headers, which foreign readers ignore.
+/// Reading needs no headers, unless the event has members `eventType` and `data` of its own, which
+/// are an envelope's: a message without an id gets one from its place in the topic, where the broker
+/// has positions. Writing adds the envelope as headers, which foreign readers ignore.
 #[derive(Clone, Copy, Debug, Default)]
 #[allow(clippy::exhaustive_structs, reason = "it has nothing to add")]
 pub struct FlatFormat;
@@ -67,7 +70,7 @@ impl Format for FlatFormat {
         let mut payload = Vec::with_capacity(data.len() + event_type.len() + 16);
         payload.extend_from_slice(b"{\"event_type\":");
         payload.extend_from_slice(event_type.as_bytes());
-        if members != b"}" {
+        if !members.trim_ascii_start().starts_with(b"}") {
             payload.push(b',');
         }
         payload.extend_from_slice(members);
@@ -128,13 +131,10 @@ impl Format for FlatFormat {
 
 /// Whether the data have a member of the name that the format adds.
 fn names_event_type(data: &[u8]) -> bool {
-    #[derive(Deserialize)]
-    struct Named {
-        #[serde(rename = "event_type")]
-        _event_type: serde::de::IgnoredAny,
-    }
     const NAME: &[u8] = br#""event_type""#;
-    // Parsed only when the name stands anywhere in it.
-    data.windows(NAME.len()).any(|part| part == NAME)
-        && serde_json::from_slice::<Named>(data).is_ok()
+    // Parsed only when the name may stand in it: as it is, or with letters that are escaped.
+    let may_stand = data.windows(NAME.len()).any(|part| part == NAME)
+        || data.windows(2).any(|part| part == br"\u");
+    let members = || serde_json::from_slice::<BTreeMap<Cow<'_, str>, IgnoredAny>>(data);
+    may_stand && members().is_ok_and(|members| members.contains_key("event_type"))
 }

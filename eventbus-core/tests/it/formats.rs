@@ -245,3 +245,52 @@ proptest! {
         let _ = Formats::default().envelope(&message, fallback());
     }
 }
+
+// ---- what fuzzing found
+
+#[test]
+fn a_flat_event_without_members_is_json_however_it_is_spaced() {
+    for data in [&b"{}"[..], b"{ }", b"{\n}"] {
+        let written = FlatFormat.write(&envelope(), "application/json", data);
+        let (_, payload) = written.expect("an object");
+        let read: serde_json::Value = serde_json::from_slice(&payload).expect("JSON");
+        assert_eq!(read, serde_json::json!({"event_type": "OrderCreated"}));
+    }
+}
+
+#[test]
+fn a_member_event_type_is_seen_also_with_escaped_letters_and_twice() {
+    for data in [
+        &br#"{"\u0065vent_type":"Other"}"#[..],
+        br#"{"event_type":"Other","event_type":"Other"}"#,
+    ] {
+        let written = FlatFormat.write(&envelope(), "application/json", data);
+        let error = written.expect_err("nobody could read a second member of the name");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+}
+
+#[test]
+fn an_envelope_is_of_the_type_and_version_by_which_its_handler_is_found() {
+    let headers = Headers::builder()
+        .push(header::FORMAT, "envelope")
+        .and_then(|headers| headers.push(header::TYPE, "OrderCreated"))
+        .and_then(|headers| headers.push(header::VERSION, "2"));
+    let headers = headers.expect("within limits").build();
+    let foreign = message(
+        headers,
+        r#"{"eventType":"OrderPaid","eventVersion":1,"data":{}}"#,
+    );
+    let read = Formats::default().envelope(&foreign, fallback());
+    let read = read.expect("an envelope");
+    assert_eq!(
+        (read.event_type.as_str(), read.version),
+        ("OrderCreated", 2)
+    );
+
+    let headers = Headers::builder().push(header::VERSION, "3");
+    let headers = headers.expect("within limits").build();
+    let flat = message(headers, r#"{"event_type":"OrderCreated"}"#);
+    let read = Formats::default().envelope(&flat, fallback());
+    assert_eq!(read.expect("an envelope").version, 3);
+}
