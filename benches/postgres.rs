@@ -371,7 +371,7 @@ async fn raw_relay(place: &Place) -> Duration {
             let topic = Topic::new(row.get(1)).expect("it is one");
             let headers = Bytes::copy_from_slice(row.get(3));
             let mut message = Message::new(topic, Bytes::copy_from_slice(row.get(4)))
-                .with_headers(Headers::from_packed(headers));
+                .with_headers(Headers::from_packed(headers).expect("they were written whole"));
             message.key = row.get::<Option<&str>, _>(2).map(Key::from);
             batch.push(message);
         }

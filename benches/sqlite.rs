@@ -329,6 +329,7 @@ async fn raw_consume(file: &Path, messages: &[Message]) -> f64 {
         for row in &rows {
             last = row.get(0);
             let headers = Headers::from_packed(row.get::<Vec<u8>, _>(2).into());
+            let headers = headers.expect("they were written whole");
             let payload = Bytes::from(row.get::<Vec<u8>, _>(3));
             let mut message = Message::new(OrderCreated::TOPIC, payload).with_headers(headers);
             message.key = row.get::<Option<Vec<u8>>, _>(1).map(Key::new);

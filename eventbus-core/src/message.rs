@@ -255,11 +255,27 @@ impl Headers {
         }
     }
 
-    /// Takes headers as [`packed`](Self::packed) gave them, so that a store keeps one value; what is
-    /// cut off ends the iteration.
-    #[must_use]
-    pub fn from_packed(packed: Bytes) -> Self {
-        Self(packed)
+    /// Takes headers as [`packed`](Self::packed) gave them, so that a store keeps one value.
+    ///
+    /// # Errors
+    ///
+    /// `Codec` when they are not whole: they end within a header, or a name is none of 1 to 255 bytes
+    /// of text. A message with a part of its headers would be another message.
+    pub fn from_packed(packed: Bytes) -> Result<Self> {
+        let mut headers = PackedIter { rest: &packed };
+        let are_named =
+            headers.all(|(name, _)| !name.is_empty() && std::str::from_utf8(name).is_ok());
+        if are_named && headers.rest.is_empty() {
+            return Ok(Self(packed));
+        }
+        let at = packed.len() - headers.rest.len();
+        Err(Error::new(
+            ErrorKind::Codec,
+            "read headers",
+            "the packed headers are damaged",
+        )
+        .with("bytes", packed.len())
+        .with("at", at))
     }
 
     /// The headers as one value, for [`from_packed`](Self::from_packed).
@@ -326,7 +342,7 @@ impl<'a> Iterator for HeadersIter<'a> {
     }
 }
 
-/// Iterates over packed headers as bytes; ends where they are cut.
+/// Iterates over packed headers as bytes; ends where they are cut, which those of a message are not.
 #[derive(Clone, Debug)]
 pub(crate) struct PackedIter<'a> {
     rest: &'a [u8],
@@ -502,6 +518,32 @@ mod tests {
     use super::*;
 
     #[test]
+    fn packed_headers_that_are_not_whole_are_refused() {
+        let headers = Headers::builder()
+            .push("name", "value")
+            .and_then(|headers| headers.push("other", ""));
+        let headers = headers.expect("within limits").build();
+        let first = HEADER_PREFIX + 9;
+        for length in 0..headers.packed_len() {
+            let cut = headers.packed().slice(..length);
+            let is_whole = length == 0 || length == first;
+            assert_eq!(
+                Headers::from_packed(cut).is_ok(),
+                is_whole,
+                "{length} bytes"
+            );
+        }
+        for packed in [
+            &b"\0\0\0\0\0"[..],
+            b"\x01\0\0\0\0\xff",
+            b"\x01\xff\xff\xff\xffa",
+        ] {
+            let error = Headers::from_packed(Bytes::from_static(packed)).expect_err("damaged");
+            assert_eq!(error.kind(), ErrorKind::Codec);
+        }
+    }
+
+    #[test]
     fn headers_keep_order_repetition_and_bytes() {
         let headers = Headers::builder()
             .push("a", [0u8, 255, 10])
@@ -520,7 +562,8 @@ mod tests {
         );
         assert_eq!(headers.get("a"), Some(&[0u8, 255, 10][..]));
         assert_eq!(headers.to_builder().build(), headers);
-        assert_eq!(Headers::from_packed(headers.packed().clone()), headers);
+        let again = Headers::from_packed(headers.packed().clone());
+        assert_eq!(again.expect("they are whole"), headers);
     }
 
     #[test]

@@ -408,7 +408,8 @@ impl DeadLetters {
     }
 
     fn directed(&self, letter: &DeadLetter, message: Message) -> Result<Message> {
-        let count = redrives(&letter.message.headers) + 1;
+        // A foreign header may say as many as there can be.
+        let count = redrives(&letter.message.headers).saturating_add(1);
         let headers = without(&message.headers, &[header::TO_GROUP, header::REDRIVES])?
             .push(header::TO_GROUP, letter.group.as_str())?
             .push(header::REDRIVES, count.to_string())?

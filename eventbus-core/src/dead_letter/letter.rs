@@ -1,5 +1,6 @@
 //! A dead letter as an operator sees it, and what was decided about it.
 
+use super::desk::DEAD_LETTERS_BYTES_MAX;
 use super::fingerprint::fingerprint;
 use super::log::Place;
 use super::record::Note;
@@ -89,7 +90,9 @@ impl DeadLetter {
 
     /// What it counts towards the size of a page.
     pub(super) fn weight(&self) -> usize {
-        let bytes = self.whole.unwrap_or(0).max(self.message.size());
+        // It says so itself: more than a page holds is as good as a page.
+        let whole = self.whole.unwrap_or(0).min(DEAD_LETTERS_BYTES_MAX);
+        let bytes = whole.max(self.message.size());
         size_of::<Self>() + self.error.len() + bytes
     }
 }

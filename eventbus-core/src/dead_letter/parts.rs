@@ -106,7 +106,12 @@ pub(super) struct Parts(BTreeMap<usize, Bytes>);
 
 impl Parts {
     pub(super) fn add(&mut self, offset: usize, bytes: Bytes) {
-        self.0.insert(offset, bytes);
+        let part = self.0.entry(offset).or_default();
+        // Of two attempts the shorter part would leave a hole, where the other parts are those of
+        // the longer one.
+        if bytes.len() > part.len() {
+            *part = bytes;
+        }
     }
 
     /// Gives `letter` the key, headers and payload that it was published with.
@@ -149,7 +154,7 @@ fn unpack(mut bytes: Bytes) -> Option<(Option<Key>, Headers, Bytes)> {
         length => Some(Key::new(field(&mut bytes, length)?)),
     };
     let length = length(&mut bytes)?;
-    let headers = Headers::from_packed(field(&mut bytes, length)?);
+    let headers = Headers::from_packed(field(&mut bytes, length)?).ok()?;
     Some((key, headers, bytes))
 }
 
@@ -213,6 +218,24 @@ mod tests {
                 some.remove(missing);
                 assert!(joined(&some, total).is_none(), "without {missing}");
             }
+        }
+    }
+
+    #[test]
+    fn a_shorter_part_of_another_attempt_leaves_no_hole() {
+        let letter = letter(Some(Key::from("k")), 1000);
+        let whole = split(&letter, 333).expect("it can be split");
+        let begun = split(&letter, 200).expect("it can be split");
+        let (last, parts) = whole.split_last().expect("there is a letter");
+        let total = last.headers.get_str(WHOLE).expect("it says how many");
+        let total = total.parse().expect("a number");
+        // The other attempt ended after its first part.
+        for all in [
+            parts.iter().chain(&begun[..1]).collect::<Vec<_>>(),
+            begun[..1].iter().chain(parts).collect(),
+        ] {
+            let (_, _, payload) = joined(&all, total).expect("all is there");
+            assert_eq!(payload, letter.payload);
         }
     }
 

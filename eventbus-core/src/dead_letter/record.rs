@@ -181,7 +181,16 @@ fn note(status: &str, headers: &Headers) -> Result<Note> {
         EDITED => DeskAction::Edited {
             new_id: EventId::parse(headers.get_str(NEW_ID).unwrap_or_default())?,
         },
-        _ => DeskAction::Discarded,
+        DISCARDED => DeskAction::Discarded,
+        // What a later version decides is not for this one to guess: the letter stays open.
+        _ => {
+            return Err(Error::new(
+                ErrorKind::Codec,
+                "read dead letter",
+                "a note says what this version does not know",
+            )
+            .with("status", format_args!("{status:?}")));
+        }
     };
     Ok(Note {
         action,

@@ -680,3 +680,69 @@ async fn letters_without_a_key_are_dealt_with_once_also_on_several_partitions() 
         assert_eq!(calls.attempts(number), [1, 1], "order {number}");
     }
 }
+
+// ---- what others wrote on a topic of dead letters
+
+/// A record on the topic of dead letters of `billing`, with these headers.
+fn foreign(headers: &[(&str, &str)], payload: &str) -> Message {
+    let mut built = Headers::builder();
+    for (name, value) in headers {
+        built = built.push(name, value).expect("within limits");
+    }
+    let topic = Topic::new(&format!("{}.billing.dlq", OrderCreated::TOPIC)).expect("a topic");
+    Message::new(topic, payload.to_owned())
+        .with_key("k")
+        .with_headers(built.build())
+}
+
+fn foreign_letter(id: &str, more: &[(&str, &str)]) -> Message {
+    const TOPIC: Topic = OrderCreated::TOPIC;
+    let time = "2026-01-01T00:00:00Z";
+    let topic = TOPIC.to_string();
+    let mut headers = vec![
+        ("eb-dlq-id", id),
+        ("eb-dlq-topic", topic.as_str()),
+        ("eb-dlq-group", "billing"),
+        ("eb-dlq-first-failed-at", time),
+        ("eb-dlq-failed-at", time),
+    ];
+    headers.extend(more);
+    foreign(&headers, "x")
+}
+
+async fn desk_over(records: Vec<Message>) -> (TestBus, DeadLetters) {
+    let test = TestBus::new();
+    let taken = test.broker().publish(records).await;
+    taken.expect("they are taken");
+    let desk = test.bus().dead_letters("billing", &[OrderCreated::TOPIC]);
+    (test, desk.expect("the names are sound"))
+}
+
+#[tokio::test]
+async fn a_letter_that_says_it_is_endless_is_listed_and_counts_as_a_page() {
+    let endless = [("eb-dlq-whole", "18446744073709551615")];
+    let letters = ["1", "2"].map(|id| foreign_letter(id, &endless));
+    let (_test, desk) = desk_over(letters.into()).await;
+    // Its parts are missing: it is left out, and said in the log.
+    assert!(desk.list().await.expect("it can be read").is_empty());
+}
+
+#[tokio::test]
+async fn a_note_of_a_later_version_leaves_the_letter_open() {
+    let note = [
+        ("eb-dlq-id", "1"),
+        ("eb-dlq-group", "billing"),
+        ("eb-dlq-status", "postponed"),
+        ("eb-dlq-at", "2026-01-01T00:00:00Z"),
+    ];
+    let (_test, desk) = desk_over(vec![foreign_letter("1", &[]), foreign(&note, "")]).await;
+    assert_eq!(desk.list().await.expect("it can be read").len(), 1);
+}
+
+#[tokio::test]
+async fn an_event_that_says_it_was_redriven_as_often_as_can_be_is_redriven_again() {
+    let redriven = [("eb-redrives", "4294967295")];
+    let (_test, desk) = desk_over(vec![foreign_letter("1", &redriven)]).await;
+    let report = desk.redrive(Redrive::all()).await.expect("it is answered");
+    assert_eq!(report.done, 1);
+}

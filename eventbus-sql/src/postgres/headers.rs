@@ -1,7 +1,7 @@
 //! A message as values of a row, and back. Pure: no database is touched here.
 
 use bytes::{Bytes, BytesMut};
-use eventbus_core::{Headers, Key, Message, Timestamp, Topic};
+use eventbus_core::{Headers, Key, Message, Result, Timestamp, Topic};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
@@ -101,17 +101,20 @@ impl Packed {
         self.position
     }
 
-    pub(super) fn unpack(&self, topic: &Topic, page: &Bytes) -> Unpacked {
+    pub(super) fn unpack(&self, topic: &Topic, page: &Bytes) -> Result<Unpacked> {
         let headers = self.key.unwrap_or(self.start)..self.headers;
+        let headers = Headers::from_packed(page.slice(headers)).map_err(|error| {
+            let error = error.with("topic", topic);
+            error.with("position", self.position)
+        })?;
         let payload = page.slice(self.headers..self.payload);
-        let mut message = Message::new(topic.clone(), payload)
-            .with_headers(Headers::from_packed(page.slice(headers)));
+        let mut message = Message::new(topic.clone(), payload).with_headers(headers);
         message.key = self.key.map(|end| Key::new(page.slice(self.start..end)));
-        Unpacked {
+        Ok(Unpacked {
             position: self.position,
             time: self.time,
             size: self.payload - self.start,
             message,
-        }
+        })
     }
 }

@@ -459,7 +459,7 @@ fn read(position: i64, row: &PgRow) -> Result<OutboxMessage> {
     let topic = Topic::new(text(3)?.unwrap_or_default())?;
     let key = bytes(4)?.map_or_else(|| bytes(5), |key| Ok(Some(key)))?;
     let key = key.map(|key| Key::new(Bytes::copy_from_slice(key)));
-    let headers = Headers::from_packed(Bytes::copy_from_slice(bytes(6)?.unwrap_or_default()));
+    let headers = Headers::from_packed(Bytes::copy_from_slice(bytes(6)?.unwrap_or_default()))?;
     let payload = Bytes::copy_from_slice(bytes(7)?.unwrap_or_default());
     let mut message = Message::new(topic, payload).with_headers(headers);
     message.key = key;

@@ -3,11 +3,12 @@
 
 use std::collections::HashMap;
 
+use bytes::Bytes;
 use eventbus_core::{Error, ErrorKind, Position, Result, Start, Timestamp};
 
 use super::database::Database;
 use super::headers::{Packed, Packer};
-use crate::log::{PAGE_ROWS, Page, Wanted};
+use crate::log::{PAGE_ROWS, Page, Unpacked, Wanted};
 
 /// Bytes of all pages of a question, after which nothing is added; the first page has at least one
 /// message.
@@ -111,11 +112,7 @@ impl Database {
                 // There was no room for it: its turn comes.
                 [] if full => Page::Messages(Vec::new()),
                 [] => self.missing(wanted).await?,
-                mine => Page::Messages(
-                    mine.iter()
-                        .map(|row| row.unpack(&wanted.topic.name, &bytes))
-                        .collect(),
-                ),
+                mine => Page::Messages(sound(mine, wanted, &bytes)?),
             });
         }
         Ok(pages)
@@ -233,6 +230,21 @@ impl Database {
         let locked = self.query(READ, || sqlx::query(sql.clone()).bind(&ids));
         locked.await.map(|_| ())
     }
+}
+
+/// The messages of these rows up to one that is damaged, which is an error where it is the first.
+fn sound(rows: &[Packed], wanted: &Wanted, bytes: &Bytes) -> Result<Vec<Unpacked>> {
+    let mut messages = Vec::with_capacity(rows.len());
+    for row in rows {
+        match row.unpack(&wanted.topic.name, bytes) {
+            Ok(message) => messages.push(message),
+            Err(error) if messages.is_empty() => {
+                return Err(error.with("partition", wanted.row - wanted.topic.first_lane));
+            }
+            Err(_) => break,
+        }
+    }
+    Ok(messages)
 }
 
 /// How many of the first rows are the page: of its lane, from where it is wanted, without a hole.

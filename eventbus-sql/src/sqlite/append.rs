@@ -163,7 +163,7 @@ impl Appender {
             let mut bytes = 0;
             for message in messages {
                 let id = id_of(lane, new.next);
-                let (head, payload) = message.row(id, new.newest);
+                let (head, payload) = message.row(id, &[], new.newest);
                 self.rows.push((id, head, payload));
                 new.next += 1;
                 bytes += message.size;

@@ -7,9 +7,10 @@
 //! payload = payload
 //! ```
 //!
-//! Numbers are little endian. The checksum (CRC-32) covers everything behind it, the payload, and
-//! the id, so that a row is neither changed nor moved without notice. The lengths let rows that
-//! were read as one value be told apart.
+//! Numbers are little endian. The checksum (CRC-32) covers everything behind it, the payload, the
+//! id, and the names that stand in columns beside it, such as the topic of a message in the outbox, so
+//! that a row is neither changed nor moved without notice. The lengths let rows that were read as one
+//! value be told apart.
 
 use bytes::Bytes;
 use crc32fast::Hasher;
@@ -75,15 +76,14 @@ impl Packed {
         }
     }
 
-    /// The two values of its row at this place.
-    pub(super) fn row(&self, id: i64, time: Timestamp) -> (Vec<u8>, Vec<u8>) {
+    /// The two values of its row at this place, with these names beside it.
+    pub(super) fn row(&self, id: i64, names: &[&str], time: Timestamp) -> (Vec<u8>, Vec<u8>) {
         let mut head = self.head.clone();
         head[CHECKSUM..CHECKSUM + TIME].copy_from_slice(&time.as_micros().to_le_bytes());
         let mut hasher = Hasher::new();
         hasher.update(&head[CHECKSUM..]);
         hasher.update(&self.payload);
-        hasher.update(&id.to_le_bytes());
-        let checksum = hasher.finalize();
+        let checksum = finished(hasher, id, names);
         head[..CHECKSUM].copy_from_slice(&checksum.to_le_bytes());
         (head, self.payload.to_vec())
     }
@@ -94,20 +94,23 @@ impl Packed {
 pub(super) fn unpack(
     topic: &Topic,
     place: (u32, u64),
+    names: &[&str],
     rows: &mut Bytes,
 ) -> Result<Unpacked, Error> {
     let (lane, position) = place;
-    let unpacked = Lengths::read(rows).and_then(|lengths| {
+    let is_place = lane < LANE_END && position < POSITION_END;
+    let lengths = Lengths::read(rows).filter(|_| is_place);
+    let unpacked = lengths.and_then(|lengths| {
         let total = lengths.total()?;
         let row = (total <= rows.len()).then(|| rows.split_to(total))?;
         let (sum, covered) = row.split_at_checked(CHECKSUM)?;
         let sum = u32::from_le_bytes(sum.try_into().ok()?);
-        if sum != checksum(id_of(lane, position), covered) {
+        if sum != checksum(id_of(lane, position), names, covered) {
             return None;
         }
         let headers_at = HEAD_FIXED + lengths.key.unwrap_or(0);
         let payload_at = headers_at + lengths.headers;
-        let headers = Headers::from_packed(row.slice(headers_at..payload_at));
+        let headers = Headers::from_packed(row.slice(headers_at..payload_at)).ok()?;
         let mut message =
             Message::new(topic.clone(), row.slice(payload_at..)).with_headers(headers);
         message.key = lengths
@@ -132,7 +135,8 @@ pub(super) fn peek(topic: &Topic, head: Bytes) -> Message {
     };
     let headers_at = HEAD_FIXED + key.unwrap_or(0);
     if headers_at <= head.len() {
-        message = message.with_headers(Headers::from_packed(head.slice(headers_at..)));
+        let headers = Headers::from_packed(head.slice(headers_at..));
+        message = message.with_headers(headers.unwrap_or_default());
         message.key = key.map(|_| Key::new(head.slice(HEAD_FIXED..headers_at)));
     }
     message
@@ -192,11 +196,21 @@ pub(super) fn seal<const N: usize>(numbers: [i64; N]) -> i64 {
     i64::from(hasher.finalize())
 }
 
-/// The checksum of a row's bytes behind the checksum, at this place.
-fn checksum(id: i64, row: &[u8]) -> u32 {
+/// The checksum of a row's bytes behind the checksum, at this place and with these names.
+fn checksum(id: i64, names: &[&str], row: &[u8]) -> u32 {
     let mut hasher = Hasher::new();
     hasher.update(row);
+    finished(hasher, id, names)
+}
+
+/// The checksum of a row whose bytes were gone through.
+fn finished(mut hasher: Hasher, id: i64, names: &[&str]) -> u32 {
     hasher.update(&id.to_le_bytes());
+    for name in names {
+        // With its length, so that no two lists of names run together.
+        hasher.update(&(name.len() as u64).to_le_bytes());
+        hasher.update(name.as_bytes());
+    }
     hasher.finalize()
 }
 
@@ -216,7 +230,7 @@ mod tests {
 
     fn read(place: (u32, u64), head: &[u8], payload: &[u8]) -> Result<Unpacked, Error> {
         let mut row = Bytes::from([head, payload].concat());
-        let unpacked = unpack(&Topic::from_static("orders"), place, &mut row);
+        let unpacked = unpack(&Topic::from_static("orders"), place, &[], &mut row);
         assert!(unpacked.is_err() || row.is_empty());
         unpacked
     }
@@ -226,7 +240,7 @@ mod tests {
         let plain = Message::new(Topic::from_static("orders"), "");
         for message in [message(), plain.clone(), plain.with_key("")] {
             let time = Timestamp::from_micros(-7);
-            let (head, payload) = Packed::new(3, &message).row(id_of(3, 9), time);
+            let (head, payload) = Packed::new(3, &message).row(id_of(3, 9), &[], time);
             let read = read((3, 9), &head, &payload).expect("it is sound");
             assert_eq!(read.size, message.size());
             assert_eq!((read.message, read.time, read.position), (message, time, 9));
@@ -237,7 +251,7 @@ mod tests {
     #[test]
     fn a_flipped_bit_or_another_place_is_found() {
         let (head, payload) =
-            Packed::new(3, &message()).row(id_of(3, 9), Timestamp::from_micros(1));
+            Packed::new(3, &message()).row(id_of(3, 9), &[], Timestamp::from_micros(1));
         for bit in 0..head.len() * 8 {
             let mut flipped = head.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
@@ -266,6 +280,67 @@ mod tests {
             error.to_string().contains("topic: orders, position: 9"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_is_damage() {
+        let (head, payload) =
+            Packed::new(3, &message()).row(id_of(3, 9), &[], Timestamp::from_micros(1));
+        for place in [
+            (LANE_END, 9),
+            (u32::MAX, 9),
+            (3, POSITION_END),
+            (3, u64::MAX),
+        ] {
+            assert!(read(place, &head, &payload).is_err(), "{place:?}");
+        }
+    }
+
+    #[test]
+    fn names_beside_a_message_are_covered_each_by_itself() {
+        let time = Timestamp::from_micros(1);
+        let (head, payload) = Packed::new(0, &message()).row(id_of(0, 9), &["7", "orders"], time);
+        let read = |names: &[&str]| {
+            let mut row = Bytes::from([&head[..], &payload].concat());
+            unpack(&Topic::from_static("orders"), (0, 9), names, &mut row)
+        };
+        assert!(read(&["7", "orders"]).is_ok());
+        for names in [&[][..], &["7"], &["7", "ordert"], &["7o", "rders"]] {
+            assert!(read(names).is_err(), "{names:?}");
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_damage_or_a_message() {
+        let mut random = fastrand::Rng::with_seed(7);
+        let (head, payload) =
+            Packed::new(3, &message()).row(id_of(3, 9), &[], Timestamp::from_micros(1));
+        let sound = [&head[..], &payload].concat();
+        for _ in 0..10_000 {
+            let mut row = sound.clone();
+            for _ in 0..random.usize(1..8) {
+                let at = random.usize(..row.len());
+                row[at] = random.u8(..);
+            }
+            row.truncate(random.usize(..=row.len()));
+            // Lengths and names are looked at behind the checksum, too.
+            if row.len() > CHECKSUM {
+                let sum = checksum(id_of(3, 9), &[], &row[CHECKSUM..]);
+                row[..CHECKSUM].copy_from_slice(&sum.to_le_bytes());
+            }
+            if let Ok(unpacked) = read((3, 9), &row, b"") {
+                assert_eq!(unpacked.message.size(), unpacked.size);
+                let headers = unpacked.message.headers;
+                assert_eq!(
+                    headers
+                        .iter()
+                        .map(|(name, value)| 5 + name.len() + value.len())
+                        .sum::<usize>(),
+                    headers.packed_len()
+                );
+            }
+            drop(peek(&Topic::from_static("orders"), row.into()));
+        }
     }
 
     #[test]

@@ -105,9 +105,11 @@ fn bind(
 ) -> sqlx::Result<()> {
     let headers = &message.headers;
     let lane = outbox_lane(message.key.as_ref(), id);
-    let (head, payload) = Packed::new(lane, message).row(id_of(lane, 0), now);
+    let id = id.to_string();
+    let names = [id.as_str(), message.topic.as_str()];
+    let (head, payload) = Packed::new(lane, message).row(id_of(lane, 0), &names, now);
     add(arguments, lane)?;
-    add(arguments, id.to_string())?;
+    add(arguments, id)?;
     add(arguments, message.topic.to_string())?;
     match message.key.as_ref().map(Key::as_bytes) {
         None => add(arguments, None::<String>)?,
@@ -239,9 +241,11 @@ fn read(position: i64, row: &SqliteRow) -> Result<OutboxMessage> {
     let text = |index: usize| row.try_get::<String, _>(index).map_err(native);
     let bytes = |index: usize| row.try_get::<&[u8], _>(index).map_err(native);
     let lane: u32 = row.try_get(1).map_err(native)?;
+    let (id, topic) = (text(2)?, text(3)?);
     let mut stored = Bytes::from([bytes(4)?, bytes(5)?].concat());
-    let message = unpack(&Topic::new(&text(3)?)?, (lane, 0), &mut stored)?.message;
-    let id = EventId::parse(&text(2)?)?;
+    let names = [id.as_str(), topic.as_str()];
+    let message = unpack(&Topic::new(&topic)?, (lane, 0), &names, &mut stored)?.message;
+    let id = EventId::parse(&id)?;
     Ok(OutboxMessage::new(position as u64, lane, id, message))
 }
 

@@ -76,7 +76,7 @@ impl Database {
     }
 
     fn unpack(&self, topic: &TopicLanes, place: (u32, u64), rows: &mut Bytes) -> Result<Unpacked> {
-        unpack(&topic.name, place, rows).map_err(|error| self.named(error, topic, place.0))
+        unpack(&topic.name, place, &[], rows).map_err(|error| self.named(error, topic, place.0))
     }
 
     fn named(&self, error: Error, topic: &TopicLanes, lane: u32) -> Error {

@@ -115,7 +115,9 @@ impl Tables {
             .fetch_all(&mut *connection)
             .await
             .map_err(|error| into_error("open database", error))?;
-        let names: Vec<String> = present.iter().map(|row| row.get(0)).collect();
+        let names = present.iter().map(|row| row.try_get(0));
+        let names = names.collect::<sqlx::Result<Vec<String>>>();
+        let names = names.map_err(|error| into_error("open database", error))?;
         let is_ours = |name: &str| {
             let full = format!("{}{name}", self.prefix);
             names.iter().any(|found| found.eq_ignore_ascii_case(&full))

@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use eventbus_core::{
-    AdminRequest, Broker, Error, ErrorKind, Message, Position, Publisher, Result, Start,
-    Subscription, Topic, TopicSpec, Until,
+    AdminRequest, Broker, Error, ErrorKind, EventId, HeldName, HoldEntry, Key, KeyStateDesk,
+    KeyStateStore, LeaseRequest, LeaseStore, LeaseTopic, MemberId, Message, OUTBOX_LANES,
+    OutboxStore, Position, Publisher, Result, ScheduleStore, Scheduled, Start, Subscription,
+    TakeScheduled, Timestamp, Topic, TopicPartition, TopicSpec, Until, Wait,
 };
 use eventbus_sql::{SqliteBroker, SqliteConfig};
 use eventbus_testkit::{Probe, text_of, within};
 use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{AssertSqlSafe, ConnectOptions};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use crate::place::{Place, crash_image};
 
@@ -232,4 +234,164 @@ async fn a_torn_log_keeps_what_was_committed_before() {
         assert!(error.is_none(), "{error:?}");
         assert_eq!(texts, ["first"], "cut at {cut} of {all}");
     }
+}
+
+// ---- columns that another program wrote
+
+/// A database with a held key, a scheduled message and one in the outbox, opened again after `text`.
+async fn changed(place: &Place, text: &str) -> SqliteBroker {
+    let file = place.file("changed.db");
+    let broker = open(&file).await.expect("it opens");
+    let store = broker.key_state();
+    let (claim, _) = store
+        .claim(&GROUP, &held_place())
+        .await
+        .expect("it is free");
+    let message = Message::new(TOPIC, "held").with_key("k");
+    let position = Some(Position(7));
+    let entry = HoldEntry::new(held_name(), message.clone(), position, Wait::nothing());
+    store.hold(&claim, &[entry]).await.expect("it is held");
+    let due = Timestamp::from_micros(1);
+    let scheduled = Scheduled::new(EventId::from_name("1"), due, message.clone());
+    let added = broker.schedule().add(&[scheduled]).await;
+    added.expect("it is added");
+    let mut connection = SqliteConnectOptions::new()
+        .filename(&file)
+        .connect()
+        .await
+        .expect("it is a database");
+    let messages = [(EventId::from_name("1"), message)];
+    let mut transaction = connection.begin().await.expect("it begins");
+    let appended = store.append(&mut transaction, &messages).await;
+    appended.expect("it is appended");
+    transaction.commit().await.expect("it commits");
+    broker.close().await.expect("it closes");
+    sql(&file, text).await;
+    open(&file).await.expect("it opens")
+}
+
+fn held_place() -> TopicPartition {
+    TopicPartition::new(TOPIC, 0)
+}
+
+fn held_name() -> HeldName {
+    HeldName::Key(Key::from("k"))
+}
+
+async fn take(broker: &SqliteBroker) -> Result<Vec<Scheduled>> {
+    let now = Timestamp::from_micros(2);
+    let request = TakeScheduled::new(MemberId::random(), now, LIMIT);
+    Ok(broker.schedule().take(&request).await?.messages)
+}
+
+#[tokio::test]
+async fn a_number_that_no_held_message_has_is_damage() {
+    for number in ["9223372036854775807", "-1", "17592186044416"] {
+        let place = Place::new();
+        let text = format!("UPDATE eventbus_held_names SET next_number = {number}");
+        let broker = changed(&place, &text).await;
+        let store = broker.key_state();
+        let (claim, _) = store.claim(&GROUP, &held_place()).await.expect("a claim");
+        let message = Message::new(TOPIC, "more").with_key("k");
+        let entry = HoldEntry::new(held_name(), message, None, Wait::nothing());
+        let error = store.hold(&claim, &[entry]).await.expect_err(number);
+        assert_eq!(error.kind(), ErrorKind::Codec, "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_held_name_of_no_kind_and_a_position_of_no_length_are_damage() {
+    for text in [
+        "UPDATE eventbus_held_names SET kind = 7",
+        "UPDATE eventbus_held_names SET kind = 1, name = x'ff'",
+    ] {
+        let place = Place::new();
+        let store = changed(&place, text).await.key_state();
+        let error = store.list(&GROUP, None, 10).await.expect_err(text);
+        assert_eq!(error.kind(), ErrorKind::Codec, "{error}");
+    }
+    let place = Place::new();
+    let text = "UPDATE eventbus_held_messages SET position = x'07'";
+    let store = changed(&place, text).await.key_state();
+    let (claim, _) = store.claim(&GROUP, &held_place()).await.expect("a claim");
+    let first = store.advance(&claim, &held_name(), None).await;
+    assert_eq!(first.expect_err(text).kind(), ErrorKind::Codec);
+}
+
+#[tokio::test]
+async fn a_number_that_no_scheduled_message_has_is_damage_and_ends_nothing() {
+    for number in ["9223372036854775807", "17592186044417"] {
+        let place = Place::new();
+        let text = format!("UPDATE eventbus_scheduled SET number = {number}");
+        let broker = changed(&place, &text).await;
+        assert!(take(&broker).await.expect("it is put off").is_empty());
+        let message = Message::new(TOPIC, "more");
+        let more = Scheduled::new(EventId::from_name("2"), Timestamp::from_micros(1), message);
+        let error = broker.schedule().add(&[more]).await.expect_err(number);
+        assert_eq!(error.kind(), ErrorKind::Codec, "{error}");
+        assert!(broker.schedule().list(None, 10).await.is_ok());
+    }
+}
+
+#[tokio::test]
+async fn another_topic_or_id_beside_a_message_is_found() {
+    for column in ["topic = 'stocks'", "event_id = '7'"] {
+        let place = Place::new();
+        let broker = changed(&place, &format!("UPDATE eventbus_scheduled SET {column}")).await;
+        assert!(take(&broker).await.expect("it is put off").is_empty());
+    }
+    for column in [
+        "aggregatetype = 'stocks'",
+        "id = '7'",
+        "lane = (lane + 1) % 16",
+    ] {
+        let place = Place::new();
+        let broker = changed(&place, &format!("UPDATE eventbus_outbox SET {column}")).await;
+        let lanes: Vec<u32> = (0..OUTBOX_LANES).collect();
+        let waiting = broker.key_state().next(&lanes, 10, &[]).await;
+        assert!(waiting.expect("it is put aside").is_empty(), "{column}");
+    }
+    let place = Place::new();
+    let broker = changed(&place, "SELECT 1").await;
+    assert_eq!(take(&broker).await.expect("it is due").len(), 1);
+}
+
+#[tokio::test]
+async fn a_member_that_says_it_reads_endless_partitions_is_damage() {
+    let place = Place::new();
+    let broker = changed(&place, "SELECT 1").await;
+    let store = broker.key_state();
+    let topics = vec![LeaseTopic {
+        name: TOPIC,
+        partitions: 4,
+    }];
+    let request = LeaseRequest::new(GROUP, MemberId::random(), topics.clone(), LIMIT);
+    store.exchange(&request).await.expect("it joins");
+    let endless = "UPDATE eventbus_members SET topics = 'orders 4294967295'";
+    sql(&place.file("changed.db"), endless).await;
+    let other = LeaseRequest::new(GROUP, MemberId::random(), topics, LIMIT);
+    let error = store
+        .exchange(&other)
+        .await
+        .expect_err("nobody can share that out");
+    assert_eq!(error.kind(), ErrorKind::Codec, "{error}");
+    let mut many = other.clone();
+    many.topics[0].partitions = u32::MAX;
+    let error = store.exchange(&many).await.expect_err("it is not kept");
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+}
+
+#[tokio::test]
+async fn a_table_whose_name_is_no_text_is_no_panic() {
+    let place = Place::new();
+    let file = filled(&place).await;
+    let mut bytes = std::fs::read(&file).expect("it can be read");
+    let marker = b"eventbus_messageseventbus_messages";
+    let at = bytes
+        .windows(marker.len())
+        .position(|window| window == marker);
+    bytes[at.expect("the schema is in the file") + 16] = 0xff;
+    std::fs::write(&file, &bytes).expect("it can be written");
+    let (texts, error) = read(&file).await;
+    assert!(error.is_some() || texts.len() == MESSAGES);
 }

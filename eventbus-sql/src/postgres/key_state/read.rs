@@ -23,9 +23,14 @@ pub(super) fn stored_name(name: &HeldName) -> (i32, Vec<u8>) {
 pub(super) fn read_name(kind: i32, name: Vec<u8>) -> Result<HeldName> {
     match kind {
         0 => Ok(HeldName::Key(Key::new(name))),
-        _ => Ok(HeldName::Message(EventId::parse(
-            &String::from_utf8_lossy(&name),
-        )?)),
+        1 => {
+            let name = String::from_utf8(name);
+            let name = name.map_err(|error| native(sqlx::Error::Decode(error.into())))?;
+            Ok(HeldName::Message(EventId::parse(&name)?))
+        }
+        kind => Err(native(sqlx::Error::Decode(
+            format!("a held name is of no kind {kind}").into(),
+        ))),
     }
 }
 
@@ -67,6 +72,14 @@ fn read_decision(row: &PgRow) -> Result<Option<KeyDecision>, sqlx::Error> {
     Ok(Some(KeyDecision::new(action, by, because, at)))
 }
 
+fn read_position(position: Vec<u8>) -> Result<Position, sqlx::Error> {
+    let bytes = position.try_into().map_err(|position: Vec<u8>| {
+        let reason = format!("a held message's position has {} bytes", position.len());
+        sqlx::Error::Decode(reason.into())
+    })?;
+    Ok(Position(u128::from_be_bytes(bytes)))
+}
+
 /// Reads a message; how it fared is known of the first of a name.
 pub(super) fn read_message(topic: &Topic, row: &PgRow, is_first: bool) -> Result<HeldMessage> {
     let read = || -> Result<HeldMessage, sqlx::Error> {
@@ -74,11 +87,11 @@ pub(super) fn read_message(topic: &Topic, row: &PgRow, is_first: bool) -> Result
         let headers: Vec<u8> = row.try_get(3)?;
         let payload: Vec<u8> = row.try_get(4)?;
         let headers = Headers::from_packed(Bytes::from(headers));
+        let headers = headers.map_err(|error| sqlx::Error::Decode(error.into()))?;
         let mut message = Message::new(topic.clone(), payload).with_headers(headers);
         message.key = key.map(Key::new);
         let position: Option<Vec<u8>> = row.try_get(1)?;
-        let position = position.and_then(|position| position.try_into().ok());
-        let position = position.map(|position| Position(u128::from_be_bytes(position)));
+        let position = position.map(read_position).transpose()?;
         let number: i64 = row.try_get(0)?;
         let mut held = HeldMessage::new(number as u64, message, position);
         if is_first {

@@ -238,7 +238,7 @@ fn read_scheduled(row: &PgRow) -> Result<Scheduled> {
 
 /// A message without its payload.
 pub(super) fn message_head(topic: &str, key: Option<&[u8]>, headers: &[u8]) -> Result<Message> {
-    let headers = Headers::from_packed(Bytes::copy_from_slice(headers));
+    let headers = Headers::from_packed(Bytes::copy_from_slice(headers))?;
     let mut message = Message::new(Topic::new(topic)?, Bytes::new()).with_headers(headers);
     message.key = key.map(|key| Key::new(Bytes::copy_from_slice(key)));
     Ok(message)

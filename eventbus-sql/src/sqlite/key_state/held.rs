@@ -14,7 +14,7 @@ use super::statements::{
     ADD_MESSAGE, ADD_NAME, COUNT_NAMES, FIND_NAME, NOTE_ADDED, NOTE_ADVANCED, REMOVE_FIRST,
     REMOVE_NAME, SELECT_FENCE, SELECT_FIRST,
 };
-use crate::sqlite::headers::{Packed, id_of};
+use crate::sqlite::headers::{POSITION_END, Packed, id_of};
 use crate::sqlite::tables::Tables;
 
 /// What is held under one claim, inside a commit.
@@ -22,6 +22,16 @@ pub(super) struct Held {
     pub(super) tables: Tables,
     pub(super) claim: Claim,
     pub(super) now: Timestamp,
+}
+
+/// The number of a held message, if it can be one.
+fn read_number(number: i64) -> sqlx::Result<i64> {
+    if (0..POSITION_END as i64).contains(&number) {
+        return Ok(number);
+    }
+    Err(sqlx::Error::Decode(
+        format!("the next message of a key has the number {number}").into(),
+    ))
 }
 
 /// A statement about one name, with the name bound to its first five parameters.
@@ -87,7 +97,7 @@ impl Held {
         let found = |row: SqliteRow| {
             Ok(Found {
                 id: row.try_get(0)?,
-                next_number: row.try_get(1)?,
+                next_number: read_number(row.try_get(1)?)?,
                 last_position: row.try_get(2)?,
             })
         };
@@ -149,7 +159,7 @@ impl Held {
             return Ok(());
         }
         let (head, payload) =
-            Packed::new(0, &entry.message).row(id_of(0, found.next_number as u64), self.now);
+            Packed::new(0, &entry.message).row(id_of(0, found.next_number as u64), &[], self.now);
         sqlx::query(self.tables.sql(ADD_MESSAGE))
             .bind(found.id)
             .bind(found.next_number)

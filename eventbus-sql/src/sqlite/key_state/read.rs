@@ -24,9 +24,14 @@ pub(super) fn stored_name(name: &HeldName) -> (i64, Vec<u8>) {
 pub(super) fn read_name(kind: i64, name: Vec<u8>) -> Result<HeldName> {
     match kind {
         0 => Ok(HeldName::Key(Key::new(name))),
-        _ => Ok(HeldName::Message(EventId::parse(
-            &String::from_utf8_lossy(&name),
-        )?)),
+        1 => {
+            let name = String::from_utf8(name);
+            let name = name.map_err(|error| native(sqlx::Error::Decode(error.into())))?;
+            Ok(HeldName::Message(EventId::parse(&name)?))
+        }
+        kind => Err(native(sqlx::Error::Decode(
+            format!("a held name is of no kind {kind}").into(),
+        ))),
     }
 }
 
@@ -66,6 +71,14 @@ pub(super) fn read_decision(row: &SqliteRow) -> Result<Option<KeyDecision>, sqlx
     Ok(Some(KeyDecision::new(action, by, because, at)))
 }
 
+fn read_position(position: Vec<u8>) -> Result<Position, sqlx::Error> {
+    let bytes = position.try_into().map_err(|position: Vec<u8>| {
+        let reason = format!("a held message's position has {} bytes", position.len());
+        sqlx::Error::Decode(reason.into())
+    })?;
+    Ok(Position(u128::from_be_bytes(bytes)))
+}
+
 /// Reads a message; how it fared is known of the first of a name.
 pub(super) fn read_message(topic: &Topic, row: &SqliteRow, is_first: bool) -> Result<HeldMessage> {
     let number: i64 = row.try_get(0).map_err(native)?;
@@ -75,9 +88,8 @@ pub(super) fn read_message(topic: &Topic, row: &SqliteRow, is_first: bool) -> Re
         row.try_get(3).map_err(native)?,
     );
     let mut stored = Bytes::from([head, payload].concat());
-    let message = unpack(topic, (0, number as u64), &mut stored)?.message;
-    let position = position.and_then(|position| position.try_into().ok());
-    let position = position.map(|position| Position(u128::from_be_bytes(position)));
+    let message = unpack(topic, (0, number as u64), &[], &mut stored)?.message;
+    let position = position.map(read_position).transpose().map_err(native)?;
     let mut held = HeldMessage::new(number as u64, message, position);
     if is_first {
         held.attempts = row.try_get(4).map_err(native)?;

@@ -17,7 +17,7 @@ use super::statements::{
     ADD, CANCEL, CLAIM, COUNT, END_CLAIM, MARK_TAKEN, POSTPONE, REMOVE, SELECT_DUE,
     SELECT_EARLIEST, SELECT_SIZES, SELECT_STATE,
 };
-use crate::sqlite::headers::{HEAD_FIXED, Packed, id_of, unpack};
+use crate::sqlite::headers::{HEAD_FIXED, POSITION_END, Packed, id_of, unpack};
 use crate::sqlite::leases::machine_clock;
 use crate::sqlite::tables::Tables;
 
@@ -50,6 +50,7 @@ impl Writing<'_> {
         let row = self.row(self.sql(SELECT_EARLIEST)).await?;
         let before: Option<i64> = row.try_get(0).map_err(native)?;
         let last: i64 = row.try_get(1).map_err(native)?;
+        check_number(last.saturating_add(messages.len() as i64))?;
         let (mut added, mut earliest) = (0, before.unwrap_or(i64::MAX));
         for scheduled in messages {
             if self.add_one(last + added + 1, scheduled).await? {
@@ -73,11 +74,13 @@ impl Writing<'_> {
     async fn add_one(&mut self, number: i64, scheduled: &Scheduled) -> Result<bool> {
         let message = &scheduled.message;
         let place = id_of(0, number as u64);
-        let (head, payload) = Packed::new(0, message).row(place, scheduled.not_before);
+        let id = scheduled.id.to_string();
+        let names = [id.as_str(), message.topic.as_str()];
+        let (head, payload) = Packed::new(0, message).row(place, &names, scheduled.not_before);
         let query = self
             .sql(ADD)
             .bind(number)
-            .bind(scheduled.id.to_string())
+            .bind(id)
             .bind(message.topic.to_string())
             .bind(scheduled.not_before.as_micros())
             .bind(head)
@@ -207,6 +210,15 @@ impl Writing<'_> {
     }
 }
 
+/// Refuses a number that no message can have, and that a row has that somebody else wrote.
+fn check_number(number: i64) -> Result<()> {
+    if (0..POSITION_END as i64).contains(&number) {
+        return Ok(());
+    }
+    let reason = format!("a scheduled message has the number {number}");
+    Err(native(sqlx::Error::Decode(reason.into())))
+}
+
 /// Reads the row of `SELECT_STATE`, and whether there is something to take.
 pub(super) fn read_state(row: &SqliteRow, request: &TakeScheduled) -> Result<(Taken, bool)> {
     let waiting: i64 = row.try_get(4).map_err(native)?;
@@ -257,9 +269,14 @@ fn read_scheduled(number: i64, row: &SqliteRow) -> Result<Scheduled> {
         row.try_get(3).map_err(native)?,
         row.try_get(4).map_err(native)?,
     );
-    let topic = Topic::new(&topic)?;
+    let names = [id.as_str(), topic.as_str()];
     let mut stored = Bytes::from([head, payload].concat());
-    let unpacked = unpack(&topic, (0, number as u64), &mut stored)?;
+    let unpacked = unpack(
+        &Topic::new(&topic)?,
+        (0, number as u64),
+        &names,
+        &mut stored,
+    )?;
     Ok(Scheduled::new(
         EventId::parse(&id)?,
         unpacked.time,
