@@ -45,6 +45,16 @@ fn time(text: &str) -> Option<SystemTime> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::{prop_assert, proptest};
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_place_or_is_told_what_is(text in "([0-9]{1,40}[a-z]{0,4}|[-0-9TZ:.+]{0,40}|.*)") {
+            for refused in [start(&text).err(), until(&text).err()].into_iter().flatten() {
+                prop_assert!(refused.contains("15m"));
+            }
+        }
+    }
 
     #[test]
     fn every_way_to_say_a_place_is_read() {

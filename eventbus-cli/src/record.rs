@@ -176,9 +176,28 @@ fn envelope(message: &Message) -> eventbus::Result<Envelope> {
 
 #[cfg(test)]
 mod tests {
-    use eventbus::Topic;
+    use eventbus::{Headers, Topic};
+    use proptest::prelude::{any, prop, prop_assert, proptest};
 
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_message_is_shown_as_json(
+            headers in prop::collection::vec(("(eb-[a-z-]{2,14}|[a-z]{1,9})", any::<Vec<u8>>()), 0..9),
+            payload in prop::collection::vec(any::<u8>(), 0..99),
+        ) {
+            let mut built = Headers::builder();
+            for (name, value) in &headers {
+                built = built.push(name, value).expect("within limits");
+            }
+            let message = Message::new(Topic::from_static("orders"), payload);
+            let shown = ShownEvent::of(&message.with_headers(built.build()));
+            drop((shown.headline(), shown.data_text().len()));
+            let json = serde_json::to_string(&shown).expect("it has a JSON form");
+            prop_assert!(serde_json::from_str::<serde_json::Value>(&json).is_ok());
+        }
+    }
 
     #[test]
     fn what_a_foreign_publisher_left_out_is_not_made_up() {

@@ -34,7 +34,23 @@ fn without_secrets(url: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::{prop_assert, proptest};
+
     use super::hidden;
+
+    proptest! {
+        #[test]
+        fn no_text_shows_what_stands_in_a_url_before_its_host(
+            before in ".*",
+            user in "[a-z0-9:@?/%#&=]*",
+            option in "[a-z]*",
+        ) {
+            let text = format!("{before} kafka://{user}:hunter2@host/?{option}=hunter2");
+            prop_assert!(before.contains("hunter2") || !hidden(&text).contains("hunter2"));
+            // Whatever it is, it has an end.
+            drop(hidden(&before));
+        }
+    }
 
     #[test]
     fn credentials_and_options_are_hidden_and_the_rest_is_kept() {

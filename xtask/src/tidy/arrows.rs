@@ -24,6 +24,8 @@ enum Role {
     Program,
     /// The program that harms services and judges what they did by its ledger.
     Campaign,
+    /// The fuzz targets: they reach whatever reads bytes.
+    Fuzz,
     /// This crate.
     Xtask,
 }
@@ -39,6 +41,7 @@ const ROLES: &[(&str, Role)] = &[
     ("eventbus-campaign", Role::Campaign),
     ("eventbus-cli", Role::Program),
     ("ecommerce", Role::Program),
+    ("eventbus-fuzz", Role::Fuzz),
     ("xtask", Role::Xtask),
 ];
 
@@ -64,6 +67,11 @@ const ARROWS: &[(Role, &[Role], &[Role])] = &[
     (
         Role::Campaign,
         &[Role::Facade, Role::Trial, Role::Testkit],
+        &[],
+    ),
+    (
+        Role::Fuzz,
+        &[Role::Facade, Role::Part, Role::Trial, Role::Core, Role::Testkit],
         &[],
     ),
     (Role::Xtask, &[], &[]),

@@ -1,0 +1,5 @@
+//! The target `configuration`, guided by libFuzzer.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| eventbus_fuzz::run("configuration", data));

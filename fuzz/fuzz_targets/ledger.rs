@@ -1,0 +1,5 @@
+//! The target `ledger`, guided by libFuzzer.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| eventbus_fuzz::run("ledger", data));

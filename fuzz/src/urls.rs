@@ -1,0 +1,122 @@
+//! URLs of brokers: read or refused, and what is secret in them never shown.
+//!
+//! Secret is what stands between a user's `:` and the last `@`, and the value of an option that is
+//! called a password.
+
+use eventbus::{Connect, EventBus, EventBusConfig, MemoryConfig, PostgresConfig, SqliteConfig};
+use eventbus_core::{Error, ErrorKind, Result, error_chain};
+
+use crate::{Target, message, runtime};
+
+pub(crate) const TARGET: Target = Target {
+    name: "urls",
+    run,
+    words: &[
+        "memory:",
+        "memory:shop",
+        "sqlite://shop.db",
+        "sqlite:///tmp/shop.db",
+        "postgres://",
+        "postgresql://",
+        "kafka://",
+        "amqp://",
+        "redis://",
+        "user:hunter2@",
+        "hunter2",
+        "password=hunter2",
+        "sslpassword=hunter2",
+        "@host:5432/shop",
+        "?like=kafka",
+        "&partitions=8",
+        "&bytes=65536",
+        "&schema=bus",
+        "&prefix=bus_",
+        "&lease=5s",
+        "&busy_timeout=500ms",
+        "&transaction_limit=18446744073709551615d",
+        "&connections=5",
+        "&sslmode=verify-full",
+        "&host=/tmp",
+        "&application_name=shop",
+        "%2f",
+        "%",
+        "%ff",
+        "#",
+        "?",
+        "&",
+        "=",
+        "://",
+    ],
+    cost: 2,
+};
+
+/// What is looked for in everything that is shown.
+pub(crate) const SECRET: &str = "hunter2";
+
+fn run(data: &[u8]) {
+    let Ok(url) = std::str::from_utf8(data) else {
+        return;
+    };
+    let has_secret = has_secret(url);
+    let check = |shown: String| {
+        assert!(!has_secret || !shown.contains(SECRET), "{shown}");
+    };
+    if let Some(error) = refused(MemoryConfig::from_url(url)) {
+        check(error);
+    }
+    if let Some(error) = refused(SqliteConfig::from_url(url)) {
+        check(error);
+    }
+    match PostgresConfig::from_url(url) {
+        Ok(config) => check(format!("{config:?}")),
+        Err(error) => check(text_of(&error)),
+    }
+    check(format!("{:?}", EventBusConfig::new(url)));
+    // Those that would open a file or a socket are only read.
+    let opens = ["sqlite:", "postgres:", "postgresql:"];
+    if !opens.iter().any(|scheme| url.starts_with(scheme)) {
+        let connected = runtime().block_on(EventBus::connect(url));
+        if let Some(error) = refused(connected) {
+            check(error);
+        }
+    }
+}
+
+/// The text of the error, which is one of those that say what is wrong with a URL.
+fn refused<T>(read: Result<T>) -> Option<String> {
+    let error = read.err()?;
+    let kinds = [
+        ErrorKind::InvalidInput,
+        ErrorKind::Unsupported,
+        ErrorKind::Conflict,
+    ];
+    assert!(kinds.contains(&error.kind()), "{error}");
+    Some(text_of(&error))
+}
+
+fn text_of(error: &Error) -> String {
+    format!("{error} {error:?} {}", error_chain(error))
+}
+
+/// Whether what is looked for is somewhere secret, and nowhere else: neither before the scheme's
+/// end, nor in a host, a path, or the value of an option that is no password.
+fn has_secret(url: &str) -> bool {
+    let Some(address) = message::find(url.as_bytes(), b"://").map(|end| &url[end + 3..]) else {
+        return false;
+    };
+    let begins = &url[..url.len() - address.len()];
+    let (user, host) = address.rsplit_once('@').unwrap_or(("", address));
+    let (host, options) = host.split_once('?').unwrap_or((host, ""));
+    let is_open = |option: &str| {
+        let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        let is_secret = name.contains("password") && !name.contains(SECRET);
+        option.contains(SECRET) && !(is_secret && value.contains(SECRET))
+    };
+    let (name, password) = user.split_once(':').unwrap_or((user, ""));
+    let is_shown = begins.contains(SECRET)
+        || name.contains(SECRET)
+        || host.contains(SECRET)
+        || options.split('&').any(is_open);
+    let is_secret = password.contains(SECRET) || options.contains(SECRET);
+    is_secret && !is_shown
+}
