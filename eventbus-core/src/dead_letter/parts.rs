@@ -14,10 +14,9 @@ use std::collections::BTreeMap;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::letter::DeadLetter;
-use super::record::{LETTER, PART, STATUS, WHOLE, original_key};
+use super::record::{LETTER, PART, STATUS, WHOLE, original_key, original_name};
 use crate::broker::{Outcome, PublishError};
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::DEAD_LETTER_PREFIX;
 use crate::message::{Headers, Key, Message};
 
 const NO_KEY: u32 = u32::MAX;
@@ -49,9 +48,9 @@ fn split(letter: &Message, message_bytes_max: usize) -> Option<Vec<Message>> {
     }
     let (mut original, mut own) = (Headers::builder().unlimited(), Headers::builder());
     for (name, value) in letter.headers.iter() {
-        match name.starts_with(DEAD_LETTER_PREFIX) {
-            true => own = own.push(name, value).ok()?,
-            false => original = original.push(name, value).ok()?,
+        match original_name(name) {
+            None => own = own.push(name, value).ok()?,
+            Some(name) => original = original.push(&name, value).ok()?,
         }
     }
     let mut bytes = whole(original_key(letter), &original.build(), &letter.payload)?;

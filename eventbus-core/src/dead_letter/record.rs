@@ -1,5 +1,7 @@
 //! What stands on a dead-letter topic, header by header: letters, and what was decided about them.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 
 use super::cause::Diagnosis;
@@ -12,8 +14,8 @@ use crate::consumer::scope::Scope;
 use crate::delivery::Position;
 use crate::envelope::EventId;
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::{DEAD_LETTER_PREFIX, KnownHeaders};
-use crate::message::{Group, HEADER_BYTES_MAX, Headers, Key, Message, Topic};
+use crate::header::{DEAD_LETTER_PREFIX, HEADERS_LEFT_OUT, KnownHeaders};
+use crate::message::{Group, HEADER_BYTES_MAX, Headers, HeadersBuilder, Key, Message, Topic};
 
 pub(super) const LETTER: &str = "eb-dlq-id";
 const CAUSE: &str = "eb-dlq-cause";
@@ -43,11 +45,17 @@ const UNTIL: &str = "eb-dlq-until";
 /// On a note that the event was edited: the new event's id.
 const NEW_ID: &str = "eb-dlq-new-id";
 
+/// Stands in the place of [`DEAD_LETTER_PREFIX`] before the name of a header that the event itself
+/// has: somebody may have published a letter's record as an event.
+const KEPT: &str = "eb-dlq-kept-";
+
 const CLAIMED: &str = "claimed";
 const REDRIVEN: &str = "redriven";
 const EDITED: &str = "edited";
 const DISCARDED: &str = "discarded";
 
+/// Longest name of a header.
+const NAME_BYTES_MAX: usize = 255;
 /// Longest text of an error that is kept; the beginning says what happened.
 const ERROR_BYTES_MAX: usize = HEADER_BYTES_MAX / 2;
 
@@ -62,10 +70,7 @@ pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Messa
     // The text leaves room for the rest of a letter on brokers of small messages, too.
     let room = scope.runtime().bus.capabilities().message_bytes_max / 8;
     error.truncate(error.floor_char_boundary(ERROR_BYTES_MAX.min(room)));
-    let headers = original
-        .headers
-        .to_builder()
-        .unlimited()
+    let headers = kept(&original.headers)?
         .push(LETTER, id.to_string())?
         .push(CAUSE, diagnosis.cause.name())?
         .push(ERROR, error)?
@@ -91,6 +96,39 @@ pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Messa
     .with_headers(headers);
     letter.key = Some(original.key.clone().unwrap_or_else(|| Key::display(&id)));
     Ok(letter)
+}
+
+/// The headers of an event as its letter has them.
+fn kept(headers: &Headers) -> Result<HeadersBuilder> {
+    let is_like_ours = |(name, _): (&str, &[u8])| name.starts_with(DEAD_LETTER_PREFIX);
+    if !headers.iter().any(is_like_ours) {
+        return Ok(headers.to_builder().unlimited());
+    }
+    let mut kept = Headers::builder().unlimited();
+    let mut left_out = 0;
+    for (name, value) in headers.iter() {
+        kept = match name.strip_prefix(DEAD_LETTER_PREFIX) {
+            None => kept.push(name, value)?,
+            Some(rest) if KEPT.len() + rest.len() <= NAME_BYTES_MAX => {
+                kept.push(&format!("{KEPT}{rest}"), value)?
+            }
+            Some(_) => {
+                left_out += 1;
+                kept
+            }
+        };
+    }
+    let left_out = (left_out > 0).then(|| left_out.to_string());
+    kept.push_some(HEADERS_LEFT_OUT, left_out)
+}
+
+/// The name of a letter's header as the event has it; nothing where it is the letter's own.
+pub(super) fn original_name(name: &str) -> Option<Cow<'_, str>> {
+    match name.strip_prefix(KEPT) {
+        Some(rest) => Some(Cow::Owned(format!("{DEAD_LETTER_PREFIX}{rest}"))),
+        None if name.starts_with(DEAD_LETTER_PREFIX) => None,
+        None => Some(Cow::Borrowed(name)),
+    }
 }
 
 pub(super) fn redrives(headers: &Headers) -> u32 {
@@ -224,8 +262,8 @@ fn parse(id: EventId, group: &Group, letter: &Message) -> Result<DeadLetter> {
     let text = |name: &str| headers.get_str(name).unwrap_or_default().to_owned();
     let mut original = Headers::builder().unlimited();
     for (name, value) in headers.iter() {
-        if !name.starts_with(DEAD_LETTER_PREFIX) {
-            original = original.push(name, value)?;
+        if let Some(name) = original_name(name) {
+            original = original.push(&name, value)?;
         }
     }
     let mut message = Message::new(Topic::new(&text(TOPIC))?, letter.payload.clone())

@@ -746,3 +746,24 @@ async fn an_event_that_says_it_was_redriven_as_often_as_can_be_is_redriven_again
     let report = desk.redrive(Redrive::all()).await.expect("it is answered");
     assert_eq!(report.done, 1);
 }
+
+#[tokio::test]
+async fn a_letter_published_as_an_event_has_a_dead_letter_of_its_own() {
+    let test = TestBus::like(MemoryProfile::Kafka);
+    let (_consumer, _) = billing(&test).await;
+    let copied = foreign_letter(
+        "1",
+        &[("eb-dlq-status", "discarded"), ("eb-dlq-kept-x", "y")],
+    );
+    let whole = Message::new(OrderCreated::TOPIC, "x").with_headers(copied.headers.clone());
+    // This one is stored in parts.
+    let large = largest(&test, None, copied.headers);
+    let taken = test.broker().publish(vec![whole.clone(), large.clone()]);
+    taken.await.expect("they are taken");
+    test.run_out().await;
+    let letters = test.dead_letters().await;
+    assert_eq!(letters.len(), 2);
+    for original in [whole, large] {
+        assert!(letters.iter().any(|letter| letter.message == original));
+    }
+}
