@@ -71,7 +71,13 @@ const ARROWS: &[(Role, &[Role], &[Role])] = &[
     ),
     (
         Role::Fuzz,
-        &[Role::Facade, Role::Part, Role::Trial, Role::Core, Role::Testkit],
+        &[
+            Role::Facade,
+            Role::Part,
+            Role::Trial,
+            Role::Core,
+            Role::Testkit,
+        ],
         &[],
     ),
     (Role::Xtask, &[], &[]),
