@@ -33,7 +33,8 @@ pub struct Breaker {
     pub samples_min: u32,
     /// How long to wait before the first probe; doubled after each that fails.
     pub probe_after: Duration,
-    /// The longest wait before a probe.
+    /// The longest wait before a probe; where something that attempts need is away, two seconds, or
+    /// `probe_after` if that is longer.
     pub probe_after_max: Duration,
 }
 
@@ -128,6 +129,9 @@ struct Held {
 }
 
 const WINDOW_MAX: u64 = 200;
+
+/// The longest wait before what is away is asked for again, as everywhere else in the SDK.
+const AWAY_MAX: Duration = Duration::from_secs(2);
 
 /// How much later than another a worker may probe that has probed more recently: otherwise one
 /// whose messages all fail would take every probe, and nobody would learn that others' do not.
@@ -245,7 +249,7 @@ impl Gate {
                 }
                 (Probed::Away, _) | (Probed::HandlerFailed, true) => {
                     held.probing = false;
-                    held.interval = (held.interval * 2).min(self.breaker.probe_after_max);
+                    held.interval = (held.interval * 2).min(self.longest(held.is_for_failures));
                     held.probe_at = Instant::now() + held.interval;
                 }
                 (Probed::Reached, true) | (Probed::Nothing, _) => held.probing = false,
@@ -253,6 +257,20 @@ impl Gate {
         }
         drop(state);
         self.wake();
+    }
+
+    /// The longest wait between two probes. To ask for something that is away costs little, and how soon
+    /// a consumer goes on afterwards depends on it.
+    fn longest(&self, is_for_failures: bool) -> Duration {
+        let Breaker {
+            probe_after,
+            probe_after_max,
+            ..
+        } = self.breaker;
+        match is_for_failures {
+            true => probe_after_max,
+            false => probe_after_max.min(AWAY_MAX.max(probe_after)),
+        }
     }
 
     /// What counts as seen when the gate opens. One good probe may have been luck: after a hold for
@@ -374,6 +392,24 @@ mod tests {
         assert_eq!(gate.admit(0), Admission::Probe);
         gate.probed(Probed::Handled);
         assert_eq!(gate.admit(0), Admission::Yes);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_away_is_asked_for_every_two_seconds() {
+        let gate = gate(1);
+        gate.hold(|| "away".to_owned());
+        let mut waits = Vec::new();
+        for _ in 0..4 {
+            let Admission::Wait(Some(due)) = gate.admit(0) else {
+                panic!("it probes too early");
+            };
+            let wait = due - Instant::now();
+            waits.push(wait.as_secs());
+            tokio::time::advance(wait).await;
+            assert_eq!(gate.admit(0), Admission::Probe);
+            gate.probed(Probed::Away);
+        }
+        assert_eq!(waits, [1, 2, 2, 2]);
     }
 
     #[test]
