@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 /// How long must be watched before anything is said.
 const WATCHED_MIN: Duration = Duration::from_secs(300);
 /// What comes before is warming up.
@@ -14,7 +16,7 @@ const RESIDENT_NOISE: u64 = 8 << 20;
 const COUNT_NOISE: u64 = 8;
 
 /// What a process takes at a moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Taken {
     /// Bytes of memory that are resident.
     pub resident: u64,
@@ -61,7 +63,7 @@ impl Default for Meter {
 }
 
 /// What a process took in the first and the last quarter of the time, each as the median.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Drift {
     /// Its name.
     pub name: String,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use eventbus_verify::Fault;
 use indicatif::HumanCount;
 
+use crate::results::Results;
 use crate::tally::{Tally, percentile};
 
 mod environment;
@@ -18,13 +19,9 @@ pub use environment::Environment;
 #[derive(Debug)]
 pub struct Report<'a> {
     /// What each scenario came to.
-    pub tallies: &'a [Tally],
+    pub results: &'a Results,
     /// On what it ran.
     pub environment: &'a Environment,
-    /// The command that does the same again.
-    pub command: &'a str,
-    /// How long all of it took.
-    pub lasted: Duration,
 }
 
 impl Report<'_> {
@@ -34,8 +31,12 @@ impl Report<'_> {
         self.to_string()
     }
 
+    fn tallies(&self) -> impl Iterator<Item = &Tally> + Clone {
+        self.results.parts.iter().map(|part| &part.tally)
+    }
+
     fn total(&self, of: impl Fn(&Tally) -> u64) -> u64 {
-        self.tallies.iter().map(of).sum()
+        self.tallies().map(of).sum()
     }
 
     fn write_summary(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -56,7 +57,11 @@ impl Report<'_> {
             f,
             "**{messages} messages** were checked under **{faults} faults**: **{violations} violations**, and \
              {complaints} other complaints. They had {effects} effects in {deliveries} deliveries; it took {}.",
-            hours(self.lasted)
+            hours(
+                self.tallies()
+                    .map(|tally| tally.lasted + tally.drained)
+                    .sum()
+            )
         )?;
         writeln!(
             f,
@@ -75,7 +80,7 @@ impl Report<'_> {
             f,
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
         )?;
-        for tally in self.tallies {
+        for tally in self.tallies() {
             let Tally { scenario, base, .. } = tally;
             if let Some(why) = &tally.missing {
                 writeln!(f, "| {scenario} | {base} | not run: {why} | | | | | | | |")?;
@@ -115,7 +120,7 @@ impl Report<'_> {
     }
 
     fn passing(&self) -> Vec<Duration> {
-        let each = self.tallies.iter();
+        let each = self.tallies();
         each.flat_map(|tally| tally.passing.iter().copied())
             .collect()
     }
@@ -127,7 +132,7 @@ impl Report<'_> {
             "| scenario | on | ok | surely failed | unknown | dead letters and parked |"
         )?;
         writeln!(f, "| --- | --- | ---: | ---: | ---: | ---: |")?;
-        for tally in self.tallies.iter().filter(|tally| tally.missing.is_none()) {
+        for tally in self.tallies().filter(|tally| tally.missing.is_none()) {
             let Tally { scenario, base, .. } = tally;
             writeln!(
                 f,
@@ -147,7 +152,7 @@ impl Report<'_> {
 
     fn write_faults(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut kinds: BTreeMap<Fault, BTreeMap<&str, u64>> = BTreeMap::new();
-        for tally in self.tallies {
+        for tally in self.tallies() {
             for (fault, count) in &tally.faults {
                 let of_base = kinds.entry(*fault).or_default();
                 *of_base.entry(&tally.base).or_default() += count;
@@ -162,7 +167,7 @@ impl Report<'_> {
             writeln!(f, "| {} | {} |", name_of(fault), counts.join(" | "))?;
         }
         let mut steps: BTreeMap<&str, u64> = BTreeMap::new();
-        for (step, count) in self.tallies.iter().flat_map(|tally| &tally.steps) {
+        for (step, count) in self.tallies().flat_map(|tally| &tally.steps) {
             *steps.entry(step).or_default() += count;
         }
         if steps.is_empty() {
@@ -180,7 +185,7 @@ impl Report<'_> {
 
     fn write_drifts(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\n## What processes took\n")?;
-        let mut drifts = self.tallies.iter().flat_map(|tally| {
+        let mut drifts = self.tallies().flat_map(|tally| {
             let each = tally.drifts.iter();
             each.map(move |drift| (tally, drift))
         });
@@ -224,10 +229,32 @@ impl Report<'_> {
         Ok(())
     }
 
+    fn write_simulated(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(simulated) = &self.results.simulated else {
+            return Ok(());
+        };
+        writeln!(f, "\n## In virtual time\n\n{}\n", simulated.line())?;
+        writeln!(
+            f,
+            "Each seed decides a run of consumers, relays, leases, held keys, schedules and units of work on a broker \
+             and a database in memory that are late, away, or do not answer, with members and relays that come, go and \
+             die, checked by the same checker (`eventbus-simulation`). Each of these bugs was planted in a wrapper, and \
+             has to be found:\n"
+        )?;
+        writeln!(f, "| it … | found with seed |\n| --- | ---: |")?;
+        for (what, seed) in &simulated.plants {
+            let seed = seed.map_or_else(|| "**not found**".to_owned(), |seed| seed.to_string());
+            writeln!(f, "| {what} | {seed} |")?;
+        }
+        for broken in simulated.broken.iter().take(5) {
+            writeln!(f, "\n```text\n{broken}\n```")?;
+        }
+        Ok(())
+    }
+
     fn write_wrong(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let wrong: Vec<&Tally> = self
-            .tallies
-            .iter()
+            .tallies()
             .filter(|tally| !tally.shown.is_empty())
             .collect();
         if wrong.is_empty() {
@@ -245,13 +272,22 @@ impl Report<'_> {
     }
 
     fn write_again(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "\n## Again\n\n```sh\n{}\n```\n", self.command)?;
+        writeln!(f, "\n## Again\n\n```sh")?;
+        let mut said: Vec<(&str, &str)> = Vec::new();
+        for part in &self.results.parts {
+            let command = (part.command.as_str(), part.commit.as_str());
+            if !said.contains(&command) {
+                said.push(command);
+                writeln!(f, "{} # on commit {}", part.command, part.commit)?;
+            }
+        }
+        writeln!(f, "```\n")?;
         writeln!(
             f,
             "A seed decides what is published, who is harmed, when and how; the machine decides the rest, so that a \
              seed repeats a schedule and no execution. Each round has a seed of its own, the first that of the command:\n"
         )?;
-        for tally in self.tallies.iter().filter(|tally| !tally.seeds.is_empty()) {
+        for tally in self.tallies().filter(|tally| !tally.seeds.is_empty()) {
             let seeds: Vec<String> = tally.seeds.iter().map(ToString::to_string).collect();
             let (scenario, base) = (&tally.scenario, &tally.base);
             writeln!(f, "- {scenario} on {base}: {}", seeds.join(", "))?;
@@ -284,8 +320,9 @@ impl fmt::Display for Report<'_> {
         self.write_messages(f)?;
         self.write_faults(f)?;
         self.write_drifts(f)?;
+        self.write_simulated(f)?;
         self.write_wrong(f)?;
-        f.write_str(&failures::table(self.tallies))?;
+        f.write_str(&failures::table(self.tallies()))?;
         f.write_str(NOT_PROMISED)?;
         write!(f, "{}", self.environment)?;
         self.write_again(f)
@@ -346,7 +383,8 @@ fn name_of(fault: Fault) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Environment, Report, hours};
+    use super::{Environment, Report, Results, hours};
+    use crate::results::Part;
     use crate::tally::Tally;
     use std::time::Duration;
 
@@ -357,11 +395,17 @@ mod tests {
         tried.messages.ok = 1_234_567;
         let mut missing = Tally::new("disk-full", "SQLite");
         missing.missing = Some("only root may mount a disk".to_owned());
+        let mut results = Results::default();
+        for tally in [tried, missing] {
+            results.add(Part {
+                tally,
+                command: "dev/verify --seed 7".to_owned(),
+                commit: "0123456789ab".to_owned(),
+            });
+        }
         let report = Report {
-            tallies: &[tried, missing],
+            results: &results,
             environment: &Environment::default(),
-            command: "dev/verify --seed 7",
-            lasted: Duration::from_secs(100),
         };
         let text = report.to_markdown();
         for part in [

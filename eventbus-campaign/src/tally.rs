@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use eventbus_verify::{Fault, Messages};
+use serde::{Deserialize, Serialize};
 
 use crate::meter::Drift;
 use crate::round::{Outcome, shown};
@@ -12,7 +13,7 @@ use crate::round::{Outcome, shown};
 const SHOWN: usize = 20;
 
 /// What the rounds of a scenario on one broker come to.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Tally {
     /// The scenario.
     pub scenario: String,
@@ -21,6 +22,7 @@ pub struct Tally {
     /// The seeds of its rounds.
     pub seeds: Vec<u64>,
     /// Messages by what became of the tries to bring them in.
+    #[serde(with = "crate::results::messages")]
     pub messages: Messages,
     /// How many effects there were.
     pub effects: u64,
@@ -31,6 +33,7 @@ pub struct Tally {
     /// Records of dead letters and of what was parked.
     pub kept: u64,
     /// Faults by kind.
+    #[serde(with = "crate::results::faults")]
     pub faults: BTreeMap<Fault, u64>,
     /// At which named steps processes were ended.
     pub steps: BTreeMap<String, u64>,

@@ -11,8 +11,10 @@ use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use tempfile::TempDir;
 
 use crate::report::{Environment, Report};
+use crate::results::{Part, Results};
 use crate::round::{self, Outcome, Setting};
 use crate::scenario::{self, Amount, RunsOn, Scenario};
+use crate::simulated::Simulated;
 use crate::site::Ground;
 use crate::tally::{Tally, percentile};
 
@@ -48,6 +50,14 @@ pub struct VerifyArgs {
     /// Writes a report to this file
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Keeps what each scenario comes to in this file, with what is there of others, of which the
+    /// report is made: so a full run need not be one run
+    #[arg(long, value_name = "FILE")]
+    results: Option<PathBuf>,
+    /// Runs so many seeds of the simulation besides, and looks for every planted bug [default: 0, or
+    /// 100000 with --full]
+    #[arg(long, value_name = "SEEDS")]
+    simulated: Option<u64>,
     /// Where the files of the rounds lie [default: the machine's directory for temporary files]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
@@ -138,7 +148,17 @@ impl Run {
     async fn go(self) -> anyhow::Result<ExitCode> {
         eprintln!("seed {}", self.seed);
         let begun = Instant::now();
-        let mut tallies = Vec::new();
+        let mut results = match &self.args.results {
+            Some(file) => Results::read(file)?,
+            None => Results::default(),
+        };
+        let commit = Environment::commit();
+        let mut is_fine = true;
+        if let Some(simulated) = self.simulate().await? {
+            println!("{}", simulated.line());
+            is_fine &= simulated.passed();
+            results.simulated = Some(simulated);
+        }
         let mut left = self.total;
         let mut shares: u32 = self.parts.iter().map(|(scenario, _)| scenario.share).sum();
         for (index, (scenario, base)) in self.parts.iter().enumerate() {
@@ -152,18 +172,37 @@ impl Run {
             for text in &tally.shown {
                 println!("  {}", text.replace('\n', "\n  "));
             }
-            tallies.push(tally);
+            is_fine &= tally.passed() || (self.args.allow_missing && tally.missing.is_some());
+            results.add(Part {
+                tally,
+                command: self.command(),
+                commit: commit.clone(),
+            });
+            // At once: what is known is not lost with what comes after it.
+            if let Some(file) = &self.args.results {
+                results.write(file)?;
+            }
         }
-        self.write_report(&tallies, begun.elapsed()).await?;
-        let is_fine =
-            |tally: &Tally| tally.passed() || (self.args.allow_missing && tally.missing.is_some());
-        match tallies.iter().all(is_fine) {
+        self.write_report(&results).await?;
+        match is_fine {
             true => Ok(ExitCode::SUCCESS),
             false => Ok(ExitCode::FAILURE),
         }
     }
 
-    async fn write_report(&self, tallies: &[Tally], lasted: Duration) -> anyhow::Result<()> {
+    /// Runs the simulation, where it is asked for.
+    async fn simulate(&self) -> anyhow::Result<Option<Simulated>> {
+        let usual = if self.args.full { 100_000 } else { 0 };
+        let seeds = self.args.simulated.unwrap_or(usual);
+        if seeds == 0 {
+            return Ok(None);
+        }
+        let from = self.seed.wrapping_mul(1_000_000);
+        let run = tokio::task::spawn_blocking(move || Simulated::run(from, seeds));
+        Ok(Some(run.await.context("the simulation panicked")?))
+    }
+
+    async fn write_report(&self, results: &Results) -> anyhow::Result<()> {
         let usual = self
             .args
             .full
@@ -173,12 +212,9 @@ impl Run {
         };
         let mut bases: Vec<&Ground> = self.parts.iter().map(|(_, base)| base).collect();
         bases.dedup();
-        let command = self.command();
         let report = Report {
-            tallies,
+            results,
             environment: &Environment::look(&bases).await,
-            command: &command,
-            lasted,
         };
         std::fs::write(&file, report.to_markdown())
             .with_context(|| format!("write {}", file.display()))
@@ -206,6 +242,10 @@ impl Run {
         for scenario in &self.args.scenario {
             add("scenario", Some(scenario.clone()));
         }
+        add(
+            "simulated",
+            self.args.simulated.map(|seeds| seeds.to_string()),
+        );
         add("seed", Some(self.seed.to_string()));
         command
     }

@@ -21,7 +21,6 @@ impl Environment {
         let mut add = |name, version: Option<String>| {
             versions.extend(version.map(|version| (name, version)));
         };
-        add("commit", commit());
         add("rustc", said("rustc", &["--version"]));
         add("kernel", said("uname", &["-srm"]));
         add("processors", processors());
@@ -32,6 +31,12 @@ impl Environment {
             }
         }
         Self { versions }
+    }
+
+    /// What is tried, as git names it.
+    #[must_use]
+    pub fn commit() -> String {
+        commit().unwrap_or_else(|| "unknown".to_owned())
     }
 }
 

@@ -184,14 +184,14 @@ const FAILURES: &[Failure] = &[
 ];
 
 /// Where each failure is tried; a scenario counts only if it ran here and passed.
-pub(super) fn table(tallies: &[Tally]) -> String {
+pub(super) fn table<'a>(tallies: impl Iterator<Item = &'a Tally> + Clone) -> String {
     let mut text = String::from(
         "\n## The failures\n\nBy their numbers in the specification of the SDK's reliability: 25 to 36, 41 to 52 and \
          60 to 62. A scenario counts where it ran in this report and passed; tests run in `dev/test`.\n\n\
          | # | what goes wrong | scenarios | tests | |\n| ---: | --- | --- | --- | --- |\n",
     );
     for failure in FAILURES {
-        let scenarios = covering(failure.number, tallies);
+        let scenarios = covering(failure.number, tallies.clone());
         let tests: Vec<String> = failure
             .tests
             .iter()
@@ -210,14 +210,14 @@ pub(super) fn table(tallies: &[Tally]) -> String {
     text
 }
 
-fn covering(number: u32, tallies: &[Tally]) -> String {
+fn covering<'a>(number: u32, tallies: impl Iterator<Item = &'a Tally> + Clone) -> String {
     let mut found = Vec::new();
     let covering = scenario::ALL
         .iter()
         .filter(|scenario| scenario.covers.contains(&number));
     for scenario in covering {
         let bases: Vec<&str> = tallies
-            .iter()
+            .clone()
             .filter(|tally| tally.scenario == scenario.name && tally.passed())
             .map(|tally| tally.base.as_str())
             .collect();
