@@ -269,16 +269,15 @@ impl Run {
         let mut rounds = self.rounds(index);
         loop {
             let (number, seed) = rounds.next();
-            let round = self.round(
+            let turn = Turn {
                 scenario,
                 base,
-                (number, seed),
+                number,
+                seed,
                 deadline,
-                enough,
-                &tally,
-                &bar,
-            );
-            match round.await {
+                missing: enough.map(|enough| enough.saturating_sub(tally.messages.total())),
+            };
+            match self.round(turn, &tally, &bar).await {
                 Ok(outcome) => tally.add(seed, &outcome),
                 Err(error) => {
                     tally.fail(seed, &error);
@@ -318,24 +317,23 @@ impl Run {
     }
 
     /// One round; its files are kept if something went wrong.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "each is another thing, and it is called once"
-    )]
     async fn round(
         &self,
-        scenario: &Scenario,
-        base: &Ground,
-        (number, seed): (u32, u64),
-        deadline: Instant,
-        enough: Option<u64>,
+        turn: Turn<'_>,
         tally: &Tally,
         bar: &ProgressBar,
     ) -> anyhow::Result<Outcome> {
+        let Turn {
+            scenario,
+            base,
+            number,
+            seed,
+            deadline,
+            missing,
+        } = turn;
         let mut plan = (scenario.plan)(base);
         plan.messages = self.args.round.unwrap_or(plan.messages);
-        if let Some(enough) = enough {
-            let missing = enough.saturating_sub(tally.messages.total());
+        if let Some(missing) = missing {
             plan.messages = plan.messages.min(missing);
         }
         let place = self.place()?;
@@ -379,6 +377,18 @@ impl Run {
         }
         .context("make a directory for the files of a round")
     }
+}
+
+/// The next round of a scenario.
+#[derive(Clone, Copy)]
+struct Turn<'a> {
+    scenario: &'a Scenario,
+    base: &'a Ground,
+    number: u32,
+    seed: u64,
+    deadline: Instant,
+    /// How many messages are enough, with those before.
+    missing: Option<u64>,
 }
 
 /// Numbers the rounds of a scenario, and gives each a seed.
