@@ -25,6 +25,9 @@ use crate::topic::TopicPartition;
 /// Most held names that one consumer works on at once; each has one message in memory.
 const IN_WORK_MAX: usize = 256;
 
+/// How long is waited before a lane is claimed again that somebody else has claimed.
+pub(crate) const RECLAIM: Duration = Duration::from_millis(100);
+
 /// The tag of receipts that the broker knows nothing of.
 const NO_TAG: u64 = u64::MAX;
 
@@ -378,8 +381,14 @@ impl Keeper {
                 self.held.free(lane, &name);
                 return Ok(());
             }
-            // The next owner brings it.
-            Err(error) if error.kind() == ErrorKind::Conflict => return Ok(()),
+            // The next owner brings it; or we do, where a member that had the lane before us claimed
+            // it too late.
+            Err(error) if error.kind() == ErrorKind::Conflict => {
+                self.held.rest(lane, &name);
+                self.held.reclaim(lane);
+                tokio::time::sleep(RECLAIM).await;
+                return Ok(());
+            }
             Err(error) => {
                 self.held.rest(lane, &name);
                 return Err(error);

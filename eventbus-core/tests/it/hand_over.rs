@@ -3,7 +3,9 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use eventbus_core::{BoxError, Consumer, Context, EventBus, MemoryBroker, MemoryConfig, Start};
+use eventbus_core::{
+    BoxError, Consumer, Context, EventBus, Limits, MemoryBroker, MemoryConfig, Start,
+};
 use tokio::sync::watch;
 
 use crate::fixtures::{OrderCreated, amount};
@@ -73,6 +75,8 @@ async fn join(broker: &MemoryBroker, handled: &Arc<Handled>) -> Consumer {
         .start(Start::Earliest)
         .concurrency(64)
         .workers(4)
+        // Nothing here is about how long a hand-over may take, and a machine may be busy.
+        .limits(Limits::default().with_revoke_timeout(PATIENCE))
         .on(handle)
         .spawn()
         .await

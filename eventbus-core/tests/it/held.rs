@@ -433,6 +433,8 @@ struct Later {
     away: AtomicU32,
     /// How late it answers that it holds something.
     holds_late: Duration,
+    /// Somebody else claims the lane before so many looks at what is first of a name.
+    claimed: AtomicU32,
 }
 
 #[async_trait]
@@ -462,6 +464,11 @@ impl KeyStateStore for Later {
         done: Option<u64>,
     ) -> Result<Option<HeldMessage>> {
         tokio::task::yield_now().await;
+        let left = self.claimed.load(Ordering::SeqCst);
+        if left > 0 && done.is_none() {
+            self.claimed.store(left - 1, Ordering::SeqCst);
+            self.store.claim(&claim.group, &claim.place).await?;
+        }
         self.store.advance(claim, name, done).await
     }
 
@@ -646,6 +653,40 @@ async fn a_decision_before_the_key_is_known_to_be_held_lets_nothing_overtake() {
     assert!(held.retry(&parked.held, "ann", "mended").await.unwrap());
     tokio::time::sleep(MINUTE).await;
     assert_eq!(calls.amounts(1), [1, 1, 2, 3]);
+    assert_eq!(consumer.status().held, 0);
+    consumer.shutdown().await.unwrap();
+}
+
+/// Found by the simulation (scenario 23, with answers of the store lost): a member that had the lane
+/// before claimed it after its new owner, who then never looked at the key again.
+#[tokio::test(start_paused = true)]
+async fn a_key_whose_lane_an_earlier_owner_claimed_late_is_brought_all_the_same() {
+    let bus = EventBus::builder(MemoryBroker::new())
+        .key_state(Arc::new(Later {
+            claimed: AtomicU32::new(1),
+            ..Later::default()
+        }))
+        .build();
+    let calls = Calls::new();
+    calls.break_order(1);
+    let consumer = bus
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .on(noting)
+        .retry(RetryPolicy::none())
+        .spawn()
+        .await
+        .unwrap();
+    for step in 1..=2 {
+        bus.publish(amount(1, step)).await.unwrap();
+    }
+    tokio::time::sleep(SECOND).await;
+    calls.mend_all();
+    let held = bus.held_keys("billing").unwrap();
+    let parked = held.list().await.unwrap().remove(0);
+    assert!(held.retry(&parked.held, "ann", "mended").await.unwrap());
+    tokio::time::sleep(MINUTE).await;
+    assert_eq!(calls.amounts(1), [1, 1, 2]);
     assert_eq!(consumer.status().held, 0);
     consumer.shutdown().await.unwrap();
 }

@@ -10,6 +10,7 @@ use super::{Nodes, Running, Worker};
 use crate::consumer::OnPoison;
 use crate::consumer::dispatch::Layers;
 use crate::consumer::gate::Probed;
+use crate::consumer::held::RECLAIM;
 use crate::consumer::keys::{NodeId, NodeState, Stage};
 use crate::consumer::run::{Ended, Ending, Outcome};
 use crate::consumer::scope::Scope;
@@ -17,9 +18,6 @@ use crate::consumer::slots::{Caught, panic_text};
 use crate::dead_letter::{Cause, Diagnosis};
 use crate::delivery::Verdict;
 use crate::retry::{NextAttempt, OnError, with_jitter};
-
-/// How long a run waits that found its lane claimed by somebody else.
-const RECLAIM: Duration = Duration::from_millis(100);
 
 impl<V: Layers> Worker<V> {
     pub(super) fn conclude(&mut self) {
