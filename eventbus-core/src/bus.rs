@@ -695,16 +695,8 @@ impl EventBus {
 
     /// Publishes one message of each key at a time.
     async fn send_by_turns(&self, messages: Vec<Message>) -> Result<(), PublishError> {
-        let mut turns = Turns::new(messages);
-        loop {
-            let turn = turns.next();
-            if turn.is_empty() {
-                return turns.end();
-            }
-            if let Err(error) = self.send_at_once(turn).await {
-                turns.failed(error);
-            }
-        }
+        let turns = Turns::new(messages);
+        turns.send(|turn| self.send_at_once(turn)).await
     }
 
     /// Publishes messages with one call of the broker.

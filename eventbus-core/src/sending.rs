@@ -128,8 +128,27 @@ impl Turns {
         }
     }
 
+    /// Sends all of them by `publish`, and says what became of each.
+    pub(crate) async fn send<F>(
+        mut self,
+        publish: impl Fn(Vec<Message>) -> F,
+    ) -> Result<(), PublishError>
+    where
+        F: Future<Output = Result<(), PublishError>>,
+    {
+        loop {
+            let turn = self.next();
+            if turn.is_empty() {
+                return self.end();
+            }
+            if let Err(error) = publish(turn).await {
+                self.failed(error);
+            }
+        }
+    }
+
     /// What is sent next; nothing at the end.
-    pub(crate) fn next(&mut self) -> Vec<Message> {
+    fn next(&mut self) -> Vec<Message> {
         let mut seen = HashSet::new();
         let mut messages = Vec::new();
         self.turn.clear();
@@ -150,7 +169,7 @@ impl Turns {
     }
 
     /// Notes what of the last turn was not taken.
-    pub(crate) fn failed(&mut self, error: PublishError) {
+    fn failed(&mut self, error: PublishError) {
         for mut unpublished in error.unpublished {
             unpublished.index = self.turn[unpublished.index];
             if let Some((topic, key)) = place(&unpublished.message) {
@@ -162,7 +181,7 @@ impl Turns {
     }
 
     /// What became of all of them.
-    pub(crate) fn end(mut self) -> Result<(), PublishError> {
+    fn end(mut self) -> Result<(), PublishError> {
         if self.unpublished.is_empty() {
             return Ok(());
         }

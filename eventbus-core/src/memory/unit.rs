@@ -209,16 +209,8 @@ impl<T: Send + 'static> Shared<T> {
         if self.broker.capabilities().ordered_pipelining || !repeats_a_key(&batch) {
             return self.broker.publish(batch).await;
         }
-        let mut turns = Turns::new(batch);
-        loop {
-            let turn = turns.next();
-            if turn.is_empty() {
-                return turns.end();
-            }
-            if let Err(error) = self.broker.publish(turn).await {
-                turns.failed(error);
-            }
-        }
+        let turns = Turns::new(batch);
+        turns.send(|turn| self.broker.publish(turn)).await
     }
 }
 
