@@ -1,10 +1,8 @@
 //! What is tried in virtual time besides: many seeds of the simulation, and every planted bug.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use eventbus_simulation::{Case, Plant};
+use eventbus_simulation::{Plant, Survey};
 use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 
@@ -39,44 +37,28 @@ impl Simulated {
     #[must_use]
     pub fn run(from: u64, seeds: u64) -> Self {
         let begun = Instant::now();
-        let total = Mutex::new(Self {
+        let mut broken = Vec::new();
+        let survey = Survey::run(from, seeds, None, |case, verdict| {
+            if !verdict.is_sound() {
+                let seed = case.seed;
+                let again = format!("eventbus-simulation --from {seed} --seeds 1");
+                broken.push(format!("seed {seed}:\n{verdict}\nagain: {again}"));
+            }
+            true
+        });
+        let plants = Plant::ALL.iter();
+        let plants = plants.map(|plant| (plant.what().to_owned(), plant.found_by(0..PLANT_SEEDS)));
+        Self {
             from,
-            ..Self::default()
-        });
-        let next = AtomicU64::new(0);
-        let work = || {
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= seeds {
-                    return;
-                }
-                let case = Case::of_seed(from + index);
-                let verdict = case.run(None);
-                let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
-                total.seeds += 1;
-                total.messages += verdict.messages;
-                total.effects += verdict.effects;
-                total.faults += verdict.faults;
-                total.happenings += case.happenings.len() as u64;
-                if !verdict.is_sound() {
-                    let seed = case.seed;
-                    let again = format!("eventbus-simulation --from {seed} --seeds 1");
-                    total
-                        .broken
-                        .push(format!("seed {seed}:\n{verdict}\nagain: {again}"));
-                }
-            }
-        };
-        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        std::thread::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(work);
-            }
-        });
-        let mut total = total.into_inner().unwrap_or_else(PoisonError::into_inner);
-        total.lasted = begun.elapsed();
-        total.plants = Plant::ALL.iter().map(|plant| found(*plant)).collect();
-        total
+            seeds: survey.seeds,
+            messages: survey.messages,
+            effects: survey.effects,
+            faults: survey.faults,
+            happenings: survey.happenings,
+            lasted: begun.elapsed(),
+            plants: plants.collect(),
+            broken,
+        }
     }
 
     /// What it came to, in a line.
@@ -109,9 +91,4 @@ impl Simulated {
     pub fn passed(&self) -> bool {
         self.broken.is_empty() && self.plants.iter().all(|(_, seed)| seed.is_some())
     }
-}
-
-fn found(plant: Plant) -> (String, Option<u64>) {
-    let finds = |seed: &u64| !Case::of_seed(*seed).run(Some(plant)).is_sound();
-    (plant.what().to_owned(), (0..PLANT_SEEDS).find(finds))
 }

@@ -230,10 +230,10 @@ impl Case {
             .collect()
     }
 
-    /// What was planned for a message.
-    pub(crate) fn planned(&self, stamp: Stamp) -> Option<&Planned> {
-        let index = self.stamps().iter().position(|found| *found == stamp)?;
-        self.messages.get(index)
+    /// What was planned for each of them.
+    pub(crate) fn planned(&self) -> HashMap<Stamp, Planned> {
+        let messages = self.messages.iter().copied();
+        self.stamps().into_iter().zip(messages).collect()
     }
 
     /// Whether nothing goes wrong, so that nothing is handed out twice.

@@ -18,8 +18,7 @@
 //!
 //! let sound = (0..20).map(|seed| Case::of_seed(seed).run(None));
 //! assert!(sound.into_iter().all(|verdict| verdict.is_sound()));
-//! let found = (0..200).any(|seed| !Case::of_seed(seed).run(Some(Plant::DropsDelivered)).is_sound());
-//! assert!(found);
+//! assert!(Plant::DropsDelivered.found_by(0..200).is_some());
 //! ```
 
 #![warn(clippy::unwrap_used, clippy::print_stdout)]
@@ -30,8 +29,10 @@ mod journal;
 mod plant;
 mod recording;
 mod stores;
+mod survey;
 mod world;
 
 pub use case::{Case, Happening, Once, Planned, Setting, Source};
 pub use plant::Plant;
+pub use survey::Survey;
 pub use world::Verdict;

@@ -6,6 +6,7 @@ mod members;
 mod producers;
 mod verdict;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -15,10 +16,10 @@ use eventbus_core::{
     Timestamp,
 };
 use eventbus_testkit::FaultyBroker;
-use eventbus_verify::{Effect, Entry, Fault, Operation, Phase};
+use eventbus_verify::{Effect, Entry, Fault, Operation, Phase, Stamp};
 use tokio::time::{Instant, sleep_until};
 
-use crate::case::{Case, Happening, Once};
+use crate::case::{Case, Happening, Once, Planned};
 use crate::journal::Journal;
 use crate::plant::{Bed, Plant, PlantedBroker, PlantedDuplicates, PlantedStores, PlantedUnit};
 use crate::recording::Recording;
@@ -83,7 +84,9 @@ impl Clock for VirtualClock {
 /// Everything that outlives those who take part.
 #[derive(Debug)]
 pub(crate) struct World {
-    case: Arc<Case>,
+    case: Case,
+    /// What the handler of each message does.
+    planned: Arc<HashMap<Stamp, Planned>>,
     bed: Bed,
     books: Books,
     clock: Arc<dyn Clock>,
@@ -124,7 +127,8 @@ impl World {
             followed: unit(1),
             duplicates: PlantedDuplicates::new(bed.clone()),
             stores: Stores::new(Arc::clone(&clock), books.clone()),
-            case: Arc::new(case),
+            planned: Arc::new(case.planned()),
+            case,
             bed,
             books,
             clock,

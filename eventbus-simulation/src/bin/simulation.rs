@@ -2,13 +2,11 @@
 
 use std::io::Write as _;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Parser;
-use eventbus_simulation::{Case, Plant, Verdict};
+use eventbus_simulation::{Case, Plant, Survey, Verdict};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// How often a seed that failed once is run again to find it: where tasks are ready at one moment,
@@ -39,7 +37,7 @@ struct Arguments {
     minutes: Option<u64>,
     /// Threads; by default one a processor
     #[arg(long)]
-    threads: Option<usize>,
+    threads: Option<std::num::NonZero<usize>>,
     /// Plant every known bug, and show which seed finds it; one that none finds is a failure
     #[arg(long)]
     plants: bool,
@@ -65,74 +63,25 @@ fn print(text: &str) -> anyhow::Result<()> {
     writeln!(std::io::stdout(), "{text}").context("write to stdout")
 }
 
-/// What all runs came to.
-#[derive(Debug, Default)]
-struct Total {
-    seeds: u64,
-    messages: u64,
-    effects: u64,
-    faults: u64,
-    happenings: u64,
-}
-
-impl Total {
-    fn add(&mut self, case: &Case, verdict: &Verdict) {
-        self.seeds += 1;
-        self.messages += verdict.messages;
-        self.effects += verdict.effects;
-        self.faults += verdict.faults;
-        self.happenings += case.happenings.len() as u64;
-    }
-}
-
 /// Runs seeds until one breaks a promise, all are done, or the time is up.
 fn run_seeds(arguments: &Arguments) -> anyhow::Result<bool> {
     let begun = Instant::now();
     let limit = arguments
         .minutes
         .map(|minutes| Duration::from_secs(60 * minutes));
-    let (next, total, broken) = (
-        AtomicU64::new(0),
-        Mutex::new(Total::default()),
-        Mutex::new(None),
-    );
+    let mut broken = None;
     let bar = progress_bar(arguments.seeds);
-    let work = || {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let is_over = limit.is_some_and(|limit| begun.elapsed() > limit);
-            let is_broken = broken
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .is_some();
-            if index >= arguments.seeds || is_over || is_broken {
-                return;
-            }
-            let case = Case::of_seed(arguments.from + index);
-            let verdict = case.run(None);
-            let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
-            total.add(&case, &verdict);
-            drop(total);
-            if !verdict.is_sound() {
-                let mut broken = broken.lock().unwrap_or_else(PoisonError::into_inner);
-                broken.get_or_insert((case, verdict));
-            }
-            bar.inc(1);
+    let see = |case: &Case, verdict: &Verdict| {
+        bar.inc(1);
+        if !verdict.is_sound() {
+            broken.get_or_insert_with(|| (case.clone(), verdict.clone()));
         }
+        let is_late = limit.is_some_and(|limit| begun.elapsed() > limit);
+        broken.is_none() && !is_late
     };
-    let threads = arguments
-        .threads
-        .map_or_else(std::thread::available_parallelism, |threads| {
-            std::num::NonZero::new(threads).ok_or_else(|| std::io::Error::other("no thread"))
-        });
-    let threads = threads.context("find out how many threads to use")?;
-    std::thread::scope(|scope| {
-        for _ in 0..threads.get() {
-            scope.spawn(work);
-        }
-    });
+    let threads = arguments.threads.map(std::num::NonZero::get);
+    let total = Survey::run(arguments.from, arguments.seeds, threads, see);
     bar.finish_and_clear();
-    let total = total.into_inner().unwrap_or_else(PoisonError::into_inner);
     print(&format!(
         "{} seeds in {:.0?}: {} messages, {} effects, {} faults of the broker, {} other happenings",
         total.seeds,
@@ -142,7 +91,7 @@ fn run_seeds(arguments: &Arguments) -> anyhow::Result<bool> {
         total.faults,
         total.happenings
     ))?;
-    match broken.into_inner().unwrap_or_else(PoisonError::into_inner) {
+    match broken {
         None => {
             print("no promise was broken")?;
             Ok(true)
@@ -177,8 +126,7 @@ fn show(case: &Case, verdict: &Verdict) -> anyhow::Result<()> {
 fn find_plants(arguments: &Arguments) -> anyhow::Result<bool> {
     let mut all = true;
     for plant in Plant::ALL {
-        let mut seeds = arguments.from..arguments.from + arguments.seeds;
-        let found = seeds.find(|seed| !Case::of_seed(*seed).run(Some(*plant)).is_sound());
+        let found = plant.found_by(arguments.from..arguments.from + arguments.seeds);
         match found {
             Some(seed) => print(&format!("seed {seed:>5} finds {plant}"))?,
             None => print(&format!("NO SEED finds {plant}"))?,

@@ -1,5 +1,6 @@
 //! What handlers do, and what they note.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,7 +10,7 @@ use eventbus_verify::{Effect, Entry, Operation, Phase, Stamp};
 use tokio::time::sleep;
 
 use super::{Books, FOLLOWERS_GROUP, WORKERS_GROUP};
-use crate::case::{Case, Planned};
+use crate::case::Planned;
 use crate::event::{Numbered, RUN, checksum_of};
 use crate::plant::PlantedUnit;
 
@@ -27,7 +28,7 @@ impl Effects {
 #[derive(Clone, Debug)]
 pub(crate) struct Watch {
     pub(crate) process: u32,
-    pub(crate) case: Arc<Case>,
+    pub(crate) planned: Arc<HashMap<Stamp, Planned>>,
     pub(crate) books: Books,
     pub(crate) effects: Effects,
     pub(crate) is_healed: Arc<AtomicBool>,
@@ -118,7 +119,8 @@ pub(crate) fn following(stamp: Stamp) -> Stamp {
 
 impl Watch {
     fn planned(&self, stamp: Stamp) -> Planned {
-        *self.case.planned(stamp).expect("every message was planned")
+        let planned = self.planned.get(&stamp);
+        *planned.expect("every message was planned")
     }
 
     /// Whether this attempt fails.

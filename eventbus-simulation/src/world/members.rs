@@ -46,7 +46,7 @@ impl Members {
         let bus = world.bus(number);
         let watch = Watch {
             process: number,
-            case: Arc::clone(&world.case),
+            planned: Arc::clone(&world.planned),
             books: world.books.clone(),
             effects: world.effects.clone(),
             is_healed: Arc::clone(&world.is_healed),
