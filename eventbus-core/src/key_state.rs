@@ -82,6 +82,11 @@ pub trait KeyStateStore: KeyStateDesk {
 
     /// The names held under these claims of `group` whose time has come at `now`, or about which an operator has
     /// decided: at most `names_max`, longest due first; and when the next one's time comes.
+    ///
+    /// # Contract
+    ///
+    /// - A claim that is not the latest any more brings no names, and is told in [`Due::superseded`]:
+    ///   whoever still has the partition would otherwise wait for what can never be due under it.
     async fn due(
         &self,
         group: &Group,
@@ -300,17 +305,27 @@ pub struct Due {
     pub next: Option<Timestamp>,
     /// Changes with every decision of an operator.
     pub version: u64,
+    /// Of the claims asked about, those that somebody has claimed anew.
+    pub superseded: Vec<Claim>,
 }
 
 impl Due {
-    /// What is due, and when the next one is.
+    /// What is due, and when the next one is, under claims that are all valid.
     #[must_use]
     pub fn new(names: Vec<DueName>, next: Option<Timestamp>, version: u64) -> Self {
         Self {
             names,
             next,
             version,
+            superseded: Vec::new(),
         }
+    }
+
+    /// The same, with the claims that somebody has claimed anew.
+    #[must_use]
+    pub fn with_superseded(mut self, superseded: Vec<Claim>) -> Self {
+        self.superseded = superseded;
+        self
     }
 }
 

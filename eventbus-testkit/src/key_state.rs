@@ -46,6 +46,7 @@ macro_rules! key_state_conformance {
             held_messages_come_back_in_order_and_unchanged
             name_goes_with_its_last_message
             later_claim_fences_earlier_ones
+            looking_tells_which_claims_are_superseded
             claim_tells_what_is_held
             message_held_twice_is_there_once
             only_the_first_message_is_advanced
@@ -275,6 +276,28 @@ pub async fn later_claim_fences_earlier_ones(harness: &dyn KeyStateHarness) {
     }
     assert!(stage.due_names(&earlier, at(100)).await.is_empty());
     assert_eq!(stage.take_all(&later, &name).await, ["1"]);
+}
+
+/// Whoever asks what is due under an earlier claim hears that it is one.
+pub async fn looking_tells_which_claims_are_superseded(harness: &dyn KeyStateHarness) {
+    let stage = Stage::new(harness).await;
+    let earlier = stage.claim().await;
+    stage.hold(&earlier, &key("42"), &[1], until(1)).await;
+    let later = stage.claim().await;
+    let other = TopicPartition::new(stage.place.topic.clone(), stage.place.partition + 1);
+    let other = stage.store.claim(&stage.group, &other).await;
+    let (other, _) = other.expect("the store answers");
+
+    let claims = [other.clone(), earlier.clone()];
+    let due = stage.store.due(&stage.group, &claims, at(100), 10).await;
+    let due = due.expect("the store answers");
+    assert!(due.names.is_empty());
+    assert_eq!(due.superseded, [earlier]);
+    let claims = [other, later];
+    let due = stage.store.due(&stage.group, &claims, at(100), 10).await;
+    let due = due.expect("the store answers");
+    assert_eq!(due.names.len(), 1);
+    assert!(due.superseded.is_empty());
 }
 
 /// A claim says which names are held.

@@ -369,7 +369,23 @@ impl Keeper {
                 self.bring(*lane, claim, name).await?;
             }
         }
+        let superseded = lanes
+            .iter()
+            .filter(|(_, claim)| due.superseded.contains(claim));
+        let superseded: Vec<_> = superseded.map(|(lane, _)| *lane).collect();
+        self.reclaim(&superseded).await;
         Ok(due)
+    }
+
+    /// Has lanes claimed anew that somebody has claimed after us, unless they leave meanwhile: the
+    /// next owner, or a member that had them before us and claimed too late.
+    async fn reclaim(&self, lanes: &[Lane]) {
+        if !lanes.is_empty() {
+            for lane in lanes {
+                self.held.reclaim(*lane);
+            }
+            tokio::time::sleep(RECLAIM).await;
+        }
     }
 
     /// Brings the first message of a name to its worker.
@@ -381,12 +397,9 @@ impl Keeper {
                 self.held.free(lane, &name);
                 return Ok(());
             }
-            // The next owner brings it; or we do, where a member that had the lane before us claimed
-            // it too late.
             Err(error) if error.kind() == ErrorKind::Conflict => {
                 self.held.rest(lane, &name);
-                self.held.reclaim(lane);
-                tokio::time::sleep(RECLAIM).await;
+                self.reclaim(&[lane]).await;
                 return Ok(());
             }
             Err(error) => {

@@ -265,9 +265,10 @@ impl KeyStateStore for MemoryKeyState {
         let mut state = self.lock();
         let mut due = Vec::new();
         let mut next: Option<Timestamp> = None;
+        let mut superseded = Vec::new();
         for claim in claims {
-            // A partition that somebody else has by now has nothing due for us.
             let Ok(place) = state.claimed("look for due keys", claim) else {
+                superseded.push(claim.clone());
                 continue;
             };
             for (name, held) in &place.names {
@@ -290,11 +291,8 @@ impl KeyStateStore for MemoryKeyState {
         }
         due.sort_by_key(|(until, _)| *until);
         due.truncate(names_max);
-        Ok(Due::new(
-            due.into_iter().map(|(_, name)| name).collect(),
-            next,
-            version,
-        ))
+        let names = due.into_iter().map(|(_, name)| name).collect();
+        Ok(Due::new(names, next, version).with_superseded(superseded))
     }
 
     async fn decided(&self, _group: &Group, seen: u64) {

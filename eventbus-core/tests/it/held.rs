@@ -672,3 +672,26 @@ async fn a_key_whose_lane_an_earlier_owner_claimed_late_is_brought_all_the_same(
     assert_eq!(consumer.status().held, 0);
     consumer.shutdown().await.unwrap();
 }
+
+/// Found by the simulation (scenario 23): the earlier owner's claim came while the key was parked. The
+/// new owner, asking what is due, heard nothing under its claim, and the decision was never heard of.
+#[tokio::test(start_paused = true)]
+async fn a_key_parked_under_a_claim_that_is_superseded_later_is_brought_all_the_same() {
+    let store = MemoryKeyState::new();
+    let (bus, calls, consumer) = billing_on(Later {
+        store: store.clone(),
+        ..Later::default()
+    })
+    .await;
+    for step in 1..=2 {
+        bus.publish(amount(1, step)).await.unwrap();
+    }
+    tokio::time::sleep(SECOND).await;
+    let billing = Group::new("billing").unwrap();
+    let parked = bus.held_keys("billing").unwrap().list().await.unwrap();
+    store.claim(&billing, &parked[0].held.place).await.unwrap();
+    mend_and_retry(&bus, &calls).await;
+    assert_eq!(calls.amounts(1), [1, 1, 2]);
+    assert_eq!(consumer.status().held, 0);
+    consumer.shutdown().await.unwrap();
+}

@@ -19,7 +19,7 @@ use held::{Held, about, of_place, with_wait};
 use read::{read_held, read_message, read_name, stored_name};
 use statements::{
     ADD_GROUP, CLAIM, DECIDE, LIST, NOTE_DECIDED, SELECT_DUE, SELECT_MESSAGES, SELECT_NAMES,
-    SELECT_NEXT_DUE, SELECT_VERSION, WAIT,
+    SELECT_NEXT_DUE, SELECT_SUPERSEDED, SELECT_VERSION, WAIT,
 };
 
 const CLAIM_KEYS: &str = "claim held keys";
@@ -153,11 +153,23 @@ impl KeyStateStore for PostgresStore {
         let next = rows.await?;
         let next = next.first().map(|row| self.database.column(LOOK, row, 0));
         let next: Option<i64> = next.transpose()?.flatten();
-        Ok(Due::new(
-            names,
-            next.map(Timestamp::from_micros),
-            version as u64,
-        ))
+        // Read last: whatever a later claim has kept from the answers before is told.
+        let superseded = self.database.tables.sql(SELECT_SUPERSEDED);
+        let rows = self.database.query(LOOK, || {
+            sqlx::query(superseded.clone())
+                .bind(group.as_str())
+                .bind(&topics)
+                .bind(&partitions)
+                .bind(&fences)
+        });
+        let rows = rows.await?;
+        let superseded = rows.iter().map(|row| {
+            let at: i64 = self.database.column(LOOK, row, 0)?;
+            Ok(claims[at as usize - 1].clone())
+        });
+        let superseded = superseded.collect::<Result<Vec<_>>>()?;
+        let next = next.map(Timestamp::from_micros);
+        Ok(Due::new(names, next, version as u64).with_superseded(superseded))
     }
 
     async fn decided(&self, group: &Group, seen: u64) {

@@ -24,7 +24,7 @@ use held::{Held, about};
 use read::{read_held, read_message, read_name, stored_name};
 use statements::{
     ADD_GROUP, CLAIM, DECIDE, LIST, NOTE_DECIDED, SELECT_DUE, SELECT_MESSAGES, SELECT_NAMES,
-    SELECT_NEXT_DUE, SELECT_VERSION, WAIT,
+    SELECT_NEXT_DUE, SELECT_SUPERSEDED, SELECT_VERSION, WAIT,
 };
 
 impl SqliteStore {
@@ -193,11 +193,17 @@ impl KeyStateStore for SqliteStore {
             Some(row) => row.try_get(0).map_err(native)?,
             None => None,
         };
-        Ok(Due::new(
-            names,
-            next.map(Timestamp::from_micros),
-            version as u64,
-        ))
+        // Read last: whatever a later claim has kept from the answers before is told.
+        let superseded = sqlx::query(self.database.sql(SELECT_SUPERSEDED));
+        let superseded = superseded.bind(group.to_string()).bind(mine.clone());
+        let superseded = self.database.read(operation, superseded).await?;
+        let superseded = superseded.iter().map(|row| {
+            let at: i64 = row.try_get(0).map_err(native)?;
+            Ok(claims[at as usize].clone())
+        });
+        let superseded = superseded.collect::<Result<Vec<_>>>()?;
+        let next = next.map(Timestamp::from_micros);
+        Ok(Due::new(names, next, version as u64).with_superseded(superseded))
     }
 
     async fn decided(&self, group: &Group, seen: u64) {

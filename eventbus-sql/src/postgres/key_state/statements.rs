@@ -103,6 +103,16 @@ pub(super) const SELECT_NEXT_DUE: &str = "
         AND held.partition = mine.partition
     WHERE held.action IS NULL AND held.until > $5";
 
+/// Places in the list of claims, from 1, whose fence is not the latest.
+pub(super) const SELECT_SUPERSEDED: &str = "
+    SELECT mine.at
+    FROM unnest($2::text[], $3::int[], $4::bigint[]) WITH ORDINALITY
+        AS mine(topic, partition, fence, at)
+    LEFT JOIN {s}.claims AS claim
+        ON claim.consumer_group = $1 AND claim.topic = mine.topic
+        AND claim.partition = mine.partition
+    WHERE claim.fence IS DISTINCT FROM mine.fence";
+
 pub(super) const LIST: &str = "
     SELECT topic, partition, kind, name, until, attempts, first_failed, cause, error, action,
         decided_by, because, decided_at, since,

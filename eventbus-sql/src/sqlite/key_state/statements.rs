@@ -99,6 +99,14 @@ pub(super) const SELECT_NEXT_DUE: &str = "
         AND held.partition = mine.value->>1
     WHERE held.action IS NULL AND held.until > ?3";
 
+/// Places in the list of claims whose fence is not the latest.
+pub(super) const SELECT_SUPERSEDED: &str = "
+    SELECT mine.key
+    FROM json_each(?2) AS mine LEFT JOIN {p}claims AS claim
+        ON claim.consumer_group = ?1 AND claim.topic = mine.value->>0
+        AND claim.partition = mine.value->>1
+    WHERE claim.fence IS NOT mine.value->>2";
+
 pub(super) const LIST: &str = "
     SELECT topic, partition, kind, name, until, attempts, first_failed, cause, error, action,
         decided_by, because, decided_at, since,
