@@ -46,6 +46,8 @@ struct ClaimedLane {
     claim: Claim,
     /// Another member claimed it later, though the lane is ours: it is to be claimed anew.
     is_stale: bool,
+    /// It goes to another member: what is held stays in the store, for that one.
+    is_leaving: bool,
     /// Whether a worker has a message of the name now.
     names: HashMap<HeldName, bool>,
 }
@@ -107,10 +109,31 @@ impl HeldLanes {
             ClaimedLane {
                 claim,
                 is_stale: false,
+                is_leaving: false,
                 names,
             },
         );
         self.wake();
+    }
+
+    /// Brings nothing more of lanes that leave; called before the workers hear of it, so that none of
+    /// them gets a message of a lane that it has let go of.
+    pub(crate) fn leave(&self, leaving: &[Lane]) {
+        let mut lanes = self.lock();
+        for lane in leaving {
+            if let Some(lane) = lanes.get_mut(lane) {
+                lane.is_leaving = true;
+            }
+        }
+    }
+
+    /// Passes a held message to its worker, unless its lane leaves or is gone.
+    fn pass(&self, lane: Lane, inbox: &Inbox, item: Item) {
+        // Under the lock: a lane that leaves later does so behind this message in the inbox.
+        let lanes = self.lock();
+        if lanes.get(&lane).is_some_and(|lane| !lane.is_leaving) {
+            inbox.push(item);
+        }
     }
 
     /// Forgets lanes that are not ours any more.
@@ -210,10 +233,10 @@ impl HeldLanes {
 
     fn claims(&self) -> Vec<(Lane, Claim)> {
         let lanes = self.lock();
-        let claims = lanes
-            .iter()
-            .map(|(lane, found)| (*lane, found.claim.clone()));
-        claims.collect()
+        let staying = lanes.iter().filter(|(_, found)| !found.is_leaving);
+        staying
+            .map(|(lane, found)| (*lane, found.claim.clone()))
+            .collect()
     }
 
     fn in_work(&self) -> usize {
@@ -412,7 +435,8 @@ impl Keeper {
         item.held.cause = due.wait.cause;
         item.held.error = due.wait.error;
         let worker = self.worker_of(&item);
-        self.inboxes[worker].push(Item::Held(Box::new(item)));
+        let item = Item::Held(Box::new(item));
+        self.held.pass(lane, &self.inboxes[worker], item);
         Ok(())
     }
 

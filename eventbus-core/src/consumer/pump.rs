@@ -131,6 +131,9 @@ impl Pump {
                 let timeout = self.runtime.settings.limits.revoke_timeout;
                 let until = Instant::now() + timeout / 10 * 9;
                 self.unclaim(&lanes);
+                if let Some(held) = &self.runtime.held {
+                    held.leave(&lanes);
+                }
                 // Some workers may have ended; the others know already what they still handle.
                 let workers = if *ending { 0 } else { self.inboxes.len() };
                 let departure = Departure::until(&runtime, lanes, until, workers);
