@@ -12,12 +12,13 @@ const SCHEMES: &[(&str, &str)] = &[
     ("sqlite", "sqlite"),
     ("postgres", "postgres"),
     ("postgresql", "postgres"),
+    ("kafka", "kafka"),
 ];
 
 /// Connects an [`EventBus`]; in scope with the prelude, so that `EventBus::connect` is there.
 pub trait Connect: Sized {
     /// Connects to the broker that `url` names, such as `sqlite://shop.db`, `postgres://db.example/shop`,
-    /// `memory:`, `memory:shop` for one that several parts of a process share, or `memory:?like=kafka`.
+    /// `kafka://kafka.example:9092`, `memory:`, `memory:shop` for one that several parts of a process share, or `memory:?like=kafka`.
     ///
     /// # Errors
     ///
@@ -113,6 +114,10 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
             let builder = EventBus::builder(broker).key_state(key_state);
             Ok(builder.schedule(schedule))
         }
+        #[cfg(feature = "kafka")]
+        "kafka" => Ok(EventBus::builder(
+            eventbus_kafka::KafkaBroker::from_url(url).await?,
+        )),
         scheme => Err(unknown(scheme, url)),
     }
 }

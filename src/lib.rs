@@ -34,6 +34,8 @@ pub use eventbus_core::{
     Envelope, Event, EventId, Group, Headers, Key, Message, Metadata, Position, Timestamp, Topic,
     header,
 };
+#[cfg(feature = "kafka")]
+pub use eventbus_kafka::{KafkaBroker, KafkaConfig};
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;
 #[cfg(feature = "postgres")]

@@ -439,6 +439,24 @@ impl HeadersBuilder {
     pub fn build(self) -> Headers {
         Headers(self.packed.freeze())
     }
+
+    /// Starts an empty set that is packed into `buffer`, for adapters that read many messages into
+    /// one piece of memory. Whatever the buffer holds is dropped.
+    #[must_use]
+    pub fn on(mut buffer: BytesMut) -> Self {
+        buffer.clear();
+        Self {
+            packed: buffer,
+            count: 0,
+            unlimited: false,
+        }
+    }
+
+    /// The packed headers, and what is left of the buffer they were packed [`on`](Self::on).
+    pub fn build_with_rest(mut self) -> (Headers, BytesMut) {
+        let packed = self.packed.split().freeze();
+        (Headers(packed), self.packed)
+    }
 }
 
 /// Bytes with a destination: all a broker ever sees.

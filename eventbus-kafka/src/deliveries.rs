@@ -1,0 +1,151 @@
+//! The two halves of a member.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use eventbus_core::{
+    Deliveries, Error, ErrorKind, Lane, Receipt, Result, Settlement, Signal, Verdict,
+};
+
+use crate::client::blocking;
+use crate::start::commit;
+use crate::subscriber::Member;
+
+const SETTLE: &str = "settle";
+
+/// How long a commit is repeated before its failure is told.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The member, held by both halves; the last one to be dropped makes it leave.
+#[derive(Debug)]
+pub(crate) struct Owner(pub(crate) Arc<Member>);
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// The receiving half.
+#[derive(Debug)]
+pub(crate) struct KafkaDeliveries(pub(crate) Arc<Owner>);
+
+#[async_trait]
+impl Deliveries for KafkaDeliveries {
+    async fn next(&mut self) -> Result<Signal> {
+        let member = &self.0.0;
+        // What is there needs no waiting; others on the runtime get their turn all the same.
+        tokio::task::coop::consume_budget().await;
+        loop {
+            member.check_open("read")?;
+            let (signal, failure, astray) = {
+                let mut lanes = member.lanes();
+                let signal = lanes.next_signal();
+                let failure = match signal {
+                    Some(_) => None,
+                    None => lanes.failure.take(),
+                };
+                (signal, failure, lanes.take_astray())
+            };
+            member.lead_all(astray);
+            if let Some(signal) = signal {
+                return Ok(signal);
+            }
+            if let Some(error) = failure {
+                return Err(error);
+            }
+            member.notify.notified().await;
+        }
+    }
+
+    async fn close(self: Box<Self>) -> Result<()> {
+        let member = &self.0.0;
+        member.end();
+        member.gone().await;
+        Ok(())
+    }
+}
+
+/// The answering half.
+#[derive(Debug)]
+pub(crate) struct KafkaSettlement(pub(crate) Arc<Owner>);
+
+#[async_trait]
+impl Settlement for KafkaSettlement {
+    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+        let member = &self.0.0;
+        member.check_open(SETTLE)?;
+        if settled.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                SETTLE,
+                "Kafka hands nothing out again later: a message is done, or it is not settled",
+            ));
+        }
+        let stale = {
+            let receipts = settled.iter().map(|(receipt, _)| *receipt);
+            member.lanes().settle(receipts)
+        };
+        if stale > 0 {
+            tracing::debug!(
+                stale,
+                "receipts of partitions that are gone were passed over"
+            );
+        }
+        // There may be credit again.
+        member.notify.notify_one();
+        self.commit().await
+    }
+
+    async fn release(&mut self, lanes: &[Lane]) -> Result<()> {
+        let member = Arc::clone(&self.0.0);
+        let given_up = member.lanes().release(lanes);
+        member.notify.notify_one();
+        if let (Some(places), Some(client)) = (given_up, member.client()) {
+            blocking(move || member.give_up(&client, &places)).await?;
+        }
+        Ok(())
+    }
+}
+
+impl KafkaSettlement {
+    /// Commits what is settled and not committed, and waits for the coordinator's answer.
+    ///
+    /// While the group shares its partitions out anew, a commit may be of the generation before,
+    /// though the partition stays here: it is repeated. One that is lost has nothing to commit.
+    async fn commit(&self) -> Result<()> {
+        let member = &self.0.0;
+        if member.subscription.group.is_none() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let mut pause = Duration::from_millis(10);
+        loop {
+            let offsets = member.lanes().uncommitted();
+            if offsets.is_empty() {
+                return Ok(());
+            }
+            let Some(client) = member.client() else {
+                return member.check_open(SETTLE);
+            };
+            // librdkafka tells nobody what came of a commit that is not waited for: its callback is
+            // not an event (librdkafka 2.12, `rd_kafka_cgrp_propagate_commit_result`).
+            let answered = blocking(move || commit(SETTLE, &client, &offsets).map(|()| offsets));
+            match answered.await? {
+                Ok(offsets) => {
+                    member.lanes().committed(&offsets);
+                    return Ok(());
+                }
+                Err(error) if error.is_retryable() && Instant::now() + pause < deadline => {
+                    tracing::debug!(%error, "a commit is repeated");
+                    member.check_open(SETTLE)?;
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_millis(250));
+                }
+                // The member ended meanwhile.
+                Err(error) => return member.check_open(SETTLE).and(Err(error)),
+            }
+        }
+    }
+}

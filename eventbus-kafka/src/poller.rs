@@ -1,0 +1,140 @@
+//! The thread of a member: it serves what the client has to say, and leaves the group at the end.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use eventbus_core::{Error, ErrorKind, Result, Until};
+use rdkafka::consumer::Consumer as _;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+
+use crate::error::of_code;
+use crate::subscriber::{Client, Member};
+
+/// How long one look at the client may last; what comes ends it at once.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How long a lane may bring nothing before it is asked whether there is something.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// Starts the thread.
+pub(crate) fn spawn(member: Arc<Member>, client: Arc<Client>) -> Result<()> {
+    let thread = std::thread::Builder::new().name("eventbus-kafka".to_owned());
+    let for_thread = Arc::clone(&member);
+    let spawned = thread.spawn(move || {
+        // Whatever happens in here, those who wait for its end hear of it.
+        let gone = Gone(Arc::clone(&for_thread));
+        serve(&for_thread, &client);
+        leave(&for_thread, client);
+        drop(gone);
+    });
+    spawned.map(drop).map_err(|error| {
+        Error::new(ErrorKind::Internal, "subscribe", "no thread can be started").with_source(error)
+    })
+}
+
+struct Gone(Arc<Member>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.end();
+        self.0.set_gone();
+    }
+}
+
+fn serve(member: &Arc<Member>, client: &Arc<Client>) {
+    let mut looked = Instant::now();
+    while !member.is_ended() {
+        hear(member, client, LOOK);
+        let overdue = member.lanes().overdue(client.assignment_lost());
+        if let Some(places) = overdue {
+            member.give_up(client, &places);
+            member.notify.notify_one();
+        }
+        lead(member, client);
+        if looked.elapsed() > Duration::from_secs(1) {
+            looked = Instant::now();
+            look_after(member, client);
+        }
+    }
+}
+
+/// What the client says of itself.
+fn complain(member: &Member, error: &KafkaError) {
+    let is_fatal = matches!(error, KafkaError::MessageConsumptionFatal(_));
+    let code = error.rdkafka_error_code().unwrap_or(Code::Unknown);
+    let error = of_code("read", code);
+    match code {
+        // One connection of several: it is made anew.
+        Code::BrokerTransportFailure | Code::Resolve | Code::OperationTimedOut if !is_fatal => {
+            tracing::debug!(%error, "a connection of a consumer failed");
+        }
+        _ => {
+            let error = member.complaints.explain("read", error);
+            let retry = match is_fatal {
+                true => eventbus_core::Retry::Never,
+                false => error.retry(),
+            };
+            member.fail(error.with_retry(retry));
+        }
+    }
+}
+
+/// Leads lanes on whose place was found out, between what the coordinator says.
+fn lead(member: &Arc<Member>, client: &Arc<Client>) {
+    if !member.has_found() {
+        return;
+    }
+    hear(member, client, Duration::ZERO);
+    member.set_out(client);
+    hear(member, client, Duration::ZERO);
+    member.has_set_out();
+}
+
+/// Hears one thing that the client says.
+fn hear(member: &Member, client: &Client, wait: Duration) {
+    match client.poll(wait) {
+        None => {}
+        Some(Ok(record)) => {
+            member.lanes().take_stray(&record);
+            member.notify.notify_one();
+        }
+        Some(Err(error)) => complain(member, &error),
+    }
+}
+
+fn look_after(member: &Arc<Member>, client: &Arc<Client>) {
+    let silent = member.lanes().silent(SILENCE);
+    for (lane, place, next) in silent {
+        let bounds = client.fetch_watermarks(place.topic.as_str(), place.partition, LOOK);
+        if let Ok((_, high)) = bounds
+            && high > next
+        {
+            tracing::warn!(topic = %place.topic, partition = place.partition, next, high, "an assigned partition is silent though it has messages: it is sought anew");
+            member.lanes().lead_astray(lane);
+            member.notify.notify_one();
+        }
+    }
+    let has_come =
+        matches!(member.subscription.until, Some(Until::Time(time)) if time <= SystemTime::now());
+    if has_come
+        && member.lanes().end_time.is_some()
+        && let Err(error) = member.find_ends()
+    {
+        tracing::warn!(%error, "where a reader ends is looked for again");
+    }
+}
+
+/// Leaves the group. Nothing is committed by that.
+fn leave(member: &Member, client: Arc<Client>) {
+    let waiting = member.lanes().end();
+    if let Some(places) = waiting {
+        member.give_up(&client, &places);
+    }
+    member.take_client();
+    // Calls that have begun end soon; the last one to drop the client waits for the group.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Arc::strong_count(&client) > 1 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(client);
+}

@@ -1,0 +1,519 @@
+//! A member or a reader: joining, and what the group's coordinator says to it.
+//!
+//! ```text
+//!  coordinator ──▶ rebalance (on the poller's thread) ─┬─ assigned: queue of its own ─▶ Assigned
+//!                                                      ├─ revoked ─▶ Revoking … release ─▶ given up
+//!                                                      └─ lost ────▶ Lost, given up at once
+//! ```
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use eventbus_core::{Error, ErrorKind, Lane, Result, Start, Subscription};
+use rdkafka::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::base_consumer::PartitionQueue;
+use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, RebalanceProtocol};
+use rdkafka::error::KafkaError;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::types::RDKafkaRespErr;
+use tokio::sync::{Notify, watch};
+
+use crate::client::{ANSWER, Complaints, Context, blocking};
+use crate::config::KafkaConfig;
+use crate::error::into_error;
+use crate::lanes::{End, Lanes, Opening, Place};
+use crate::poller;
+use crate::start::{bounds, commit, committed, ends, list, places, starts};
+
+/// The client of one member.
+pub(crate) type Client = BaseConsumer<MemberContext>;
+
+const SUBSCRIBE: &str = "subscribe";
+
+/// How long joining may take: as long as members that died keep their places, and more.
+const JOIN: Duration = Duration::from_secs(60);
+
+/// What the two halves of a member, its poller and its client's callbacks share.
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) subscription: Subscription,
+    lanes: Mutex<Lanes>,
+    client: Mutex<Held>,
+    /// Wakes `next`.
+    pub(crate) notify: Arc<Notify>,
+    pub(crate) complaints: Complaints,
+    /// Where lanes go on whose place was looked for.
+    found: Mutex<Vec<Found>>,
+    /// Lanes are being led there.
+    setting_out: AtomicBool,
+    ended: AtomicBool,
+    /// Raised by the first word of the coordinator.
+    joined: watch::Sender<bool>,
+    /// Raised when the client is gone, and the group knows.
+    gone: watch::Sender<bool>,
+}
+
+/// The client until the member ends; the poller's thread drops it, for that blocks.
+#[derive(Default)]
+struct Held(Option<Arc<Client>>);
+
+impl std::fmt::Debug for Held {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Held").field(&self.0.is_some()).finish()
+    }
+}
+
+/// Where a lane goes on.
+#[derive(Debug)]
+struct Found {
+    lane: Lane,
+    place: Place,
+    start: i64,
+    /// Where it would have gone on, if that were there.
+    from: Option<i64>,
+}
+
+/// Hears what the client says.
+pub(crate) struct MemberContext {
+    context: Context,
+    member: Arc<Member>,
+}
+
+impl ClientContext for MemberContext {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.context.log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.context.error(error, reason);
+    }
+
+    fn stats_raw(&self, _statistics: &[u8]) {}
+}
+
+impl ConsumerContext for MemberContext {
+    fn rebalance(&self, client: &Client, event: RDKafkaRespErr, list: &mut TopicPartitionList) {
+        let group = self.member.subscription.group.as_ref();
+        tracing::debug!(
+            group = group.map(|group| group.as_str()),
+            ?event,
+            partitions = list.count(),
+            "partitions are shared out"
+        );
+        let done = match event {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => {
+                self.member.assigned(client, list)
+            }
+            _ => self.member.revoked(client, list),
+        };
+        if let Err(error) = done {
+            self.member.fail(into_error("share out partitions", error));
+        }
+        self.member.joined.send_replace(true);
+    }
+}
+
+impl Member {
+    fn new(subscription: Subscription, complaints: Complaints) -> Arc<Self> {
+        Arc::new(Self {
+            lanes: Mutex::new(Lanes::new(subscription.limits)),
+            subscription,
+            client: Mutex::default(),
+            notify: Arc::default(),
+            complaints,
+            found: Mutex::default(),
+            setting_out: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            joined: watch::Sender::new(false),
+            gone: watch::Sender::new(false),
+        })
+    }
+
+    pub(crate) fn lanes(&self) -> MutexGuard<'_, Lanes> {
+        // Nothing is left half done by a panic that a later call could not read.
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The client, until the member ends.
+    pub(crate) fn client(&self) -> Option<Arc<Client>> {
+        let client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        client.0.clone()
+    }
+
+    pub(crate) fn is_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Ends it: `next` and `settle` answer `Closed` from now on, and its poller leaves the group.
+    pub(crate) fn end(&self) {
+        if self.ended.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.notify.notify_one();
+    }
+
+    /// Waits until the group knows that it left.
+    pub(crate) async fn gone(&self) {
+        let mut gone = self.gone.subscribe();
+        // The sender lives as long as this member.
+        let _ = gone.wait_for(|gone| *gone).await;
+    }
+
+    pub(crate) fn set_gone(&self) {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner).0 = None;
+        self.gone.send_replace(true);
+    }
+
+    /// Takes the client away from everybody but its poller.
+    pub(crate) fn take_client(&self) {
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        client.0 = None;
+    }
+
+    /// Lets `next` fail.
+    pub(crate) fn fail(&self, error: Error) {
+        self.lanes().failure = Some(error);
+        self.notify.notify_one();
+    }
+
+    pub(crate) fn check_open(&self, operation: &'static str) -> Result<()> {
+        if self.is_ended() {
+            return Err(Error::new(
+                ErrorKind::Closed,
+                operation,
+                "the member has left or its broker handle was closed: subscribe again",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The coordinator gives partitions to this member.
+    fn assigned(&self, client: &Client, list: &TopicPartitionList) -> Result<(), KafkaError> {
+        // A member that ends takes nothing; it says so when it leaves.
+        if let Some(owner) = self.client().filter(|_| !self.is_ended()) {
+            let openings = places(list).into_iter().filter_map(|place| {
+                // Before it is assigned, so that no message comes beside its queue.
+                let queue = self.split(&owner, &place)?;
+                Some(Opening {
+                    place,
+                    queue,
+                    start: None,
+                    end: None,
+                })
+            });
+            let openings = openings.collect();
+            self.lanes().open(openings);
+            self.notify.notify_one();
+        }
+        match client.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => client.incremental_assign(list),
+            _ => client.assign(list),
+        }
+    }
+
+    /// Gives a partition a queue of its own, which wakes `next`.
+    fn split(&self, client: &Arc<Client>, place: &Place) -> Option<PartitionQueue<MemberContext>> {
+        let queue = client.split_partition_queue(place.topic.as_str(), place.partition);
+        let Some(mut queue) = queue else {
+            tracing::error!(topic = %place.topic, partition = place.partition, "a partition has no queue");
+            return None;
+        };
+        let notify = Arc::clone(&self.notify);
+        queue.set_nonempty_callback(move || notify.notify_one());
+        Some(queue)
+    }
+
+    /// The coordinator takes partitions away from this member.
+    fn revoked(&self, client: &Client, list: &TopicPartitionList) -> Result<(), KafkaError> {
+        let places = places(list);
+        // What is given up to lead lanes was taken for the answer: others may have these by now.
+        let is_gone = client.assignment_lost() || self.setting_out.load(Ordering::Acquire);
+        if is_gone || self.is_ended() {
+            self.lanes().lose(&places);
+        } else if self.lanes().revoke(places) {
+            self.notify.notify_one();
+            // They are given up when they are released.
+            return Ok(());
+        }
+        self.notify.notify_one();
+        give_up(client, list)
+    }
+
+    /// Gives up partitions that were released, or not in time.
+    pub(crate) fn give_up(&self, client: &Client, places: &[Place]) {
+        let given_up = list(places.iter().map(|place| (place, Offset::Invalid)))
+            .and_then(|list| give_up(client, &list));
+        if let Err(error) = given_up {
+            self.fail(into_error("give up partitions", error));
+        }
+    }
+
+    /// Looks for where a lane goes on whose place is not known, or not there any more; blocks.
+    fn lead(&self, lane: Lane, place: &Place, next: Option<i64>) -> Result<()> {
+        const READ: &str = "read";
+        let Some(client) = self.client() else {
+            return Ok(());
+        };
+        let deadline = Instant::now() + ANSWER;
+        let (low, high) = bounds(READ, &client, place, deadline)?;
+        let mut from = next;
+        if from.is_none() && self.subscription.group.is_some() {
+            from = committed(READ, &client, std::slice::from_ref(place))?.remove(place);
+        }
+        if let Some(from) = from.filter(|from| *from > high) {
+            tracing::error!(topic = %place.topic, partition = place.partition, from, high, "the partition was cut off or created anew: it is read from its beginning");
+        }
+        // Without a place, it is a partition that the topic has not had when the group was new: all of
+        // it is read.
+        let start = from
+            .filter(|from| (low..=high).contains(from))
+            .unwrap_or(low);
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.push(Found {
+            lane,
+            place: place.clone(),
+            start,
+            from,
+        });
+        Ok(())
+    }
+
+    /// Whether lanes can be led on.
+    pub(crate) fn has_found(&self) -> bool {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        !found.is_empty()
+    }
+
+    /// Leads lanes to where they go on. On the poller's thread, when it has heard all there is: while
+    /// the coordinator takes partitions away, what is given up here would be taken for those.
+    pub(crate) fn set_out(&self, client: &Client) {
+        if self.lanes().is_revoking() {
+            return;
+        }
+        let found = std::mem::take(&mut *self.found.lock().unwrap_or_else(PoisonError::into_inner));
+        if found.is_empty() {
+            return;
+        }
+        self.setting_out.store(true, Ordering::Release);
+        for lane in found {
+            if !self.lanes().is_astray(lane.lane) {
+                continue;
+            }
+            // A partition that has stopped for an error cannot be sought: it is assigned anew.
+            let stop = list([(&lane.place, Offset::Invalid)]);
+            let stopped = stop.and_then(|stop| client.incremental_unassign(&stop));
+            let start = list([(&lane.place, Offset::Offset(lane.start))]);
+            let started = stopped
+                .and(start)
+                .and_then(|start| client.incremental_assign(&start));
+            match started {
+                Ok(()) => self.lanes().found(lane.lane, lane.start, lane.from),
+                Err(error) => self.fail(into_error("read", error)),
+            }
+        }
+        self.notify.notify_one();
+    }
+
+    /// What was heard since [`set_out`](Self::set_out) was meant before it.
+    pub(crate) fn has_set_out(&self) {
+        self.setting_out.store(false, Ordering::Release);
+    }
+
+    /// Begins a look for where lanes start, beside the runtime.
+    pub(crate) fn lead_all(self: &Arc<Self>, astray: Vec<(Lane, Place, Option<i64>)>) {
+        for (lane, place, next) in astray {
+            let member = Arc::clone(self);
+            tokio::task::spawn_blocking(move || {
+                let mut pause = Duration::from_millis(50);
+                while !member.is_ended()
+                    && let Err(error) = member.lead(lane, &place, next)
+                {
+                    tracing::warn!(topic = %place.topic, partition = place.partition, %error, "where to read on is looked for again");
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
+            });
+        }
+    }
+
+    /// Ends a reader at a time that has come; blocks.
+    pub(crate) fn find_ends(&self) -> Result<()> {
+        let (Some(client), Some(until)) = (self.client(), self.subscription.until) else {
+            return Ok(());
+        };
+        let places = self.lanes().places();
+        let deadline = Instant::now() + ANSWER;
+        if let Some(ends) = ends("read", &client, &places, until, deadline)? {
+            self.lanes().end_at(&ends);
+            self.notify.notify_one();
+        }
+        Ok(())
+    }
+}
+
+fn give_up(client: &Client, list: &TopicPartitionList) -> Result<(), KafkaError> {
+    match client.rebalance_protocol() {
+        RebalanceProtocol::Cooperative => client.incremental_unassign(list),
+        _ => client.unassign(),
+    }
+}
+
+/// Joins a group, or opens a reader, of topics that are there, with their partitions.
+pub(crate) async fn subscribe(
+    config: &KafkaConfig,
+    complaints: &Complaints,
+    subscription: Subscription,
+    places: Vec<Place>,
+) -> Result<Arc<Member>> {
+    let is_reader = subscription.group.is_none();
+    let group = match &subscription.group {
+        Some(group) => group.as_str().to_owned(),
+        // Nobody reads as it, and nothing is committed for it.
+        None => format!("eventbus-reader-{:016x}", fastrand::u64(..)),
+    };
+    let mut settings = config.consumer(&group)?;
+    if is_reader {
+        settings.set("enable.partition.eof", "true");
+    }
+    let member = Member::new(subscription, complaints.clone());
+    let context = MemberContext {
+        context: Context {
+            complaints: complaints.clone(),
+        },
+        member: Arc::clone(&member),
+    };
+    let leaving = Leaving(Arc::clone(&member));
+    let begun = Arc::clone(&member);
+    let begin = blocking(move || {
+        let client = BaseConsumer::from_config_and_context(&settings, context);
+        let client = Arc::new(client.map_err(|error| into_error(SUBSCRIBE, error))?);
+        begun
+            .client
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .0 = Some(Arc::clone(&client));
+        let began = match is_reader {
+            true => begun.begin_reading(&client, places),
+            false => begun.begin_group(&client, &places),
+        };
+        // Also where that failed: the poller ends what has begun.
+        poller::spawn(Arc::clone(&begun), client)?;
+        began
+    });
+    begin.await??;
+    if !is_reader {
+        member.wait_joined().await?;
+    }
+    std::mem::forget(leaving);
+    Ok(member)
+}
+
+/// Lets a member leave that nobody waits for any more.
+struct Leaving(Arc<Member>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+impl Member {
+    /// Opens all lanes of a reader; blocks.
+    fn begin_reading(&self, client: &Arc<Client>, places: Vec<Place>) -> Result<()> {
+        let deadline = Instant::now() + ANSWER;
+        let starts = starts(
+            SUBSCRIBE,
+            client,
+            &places,
+            self.subscription.start,
+            deadline,
+        )?;
+        let ends: Option<Vec<(Place, End)>> = match self.subscription.until {
+            Some(until) => ends(SUBSCRIBE, client, &places, until, deadline)?,
+            None => Some(Vec::new()),
+        };
+        let mut lanes = self.lanes();
+        if let (None, Some(eventbus_core::Until::Time(time))) = (&ends, self.subscription.until) {
+            lanes.end_time = Some(crate::start::millis(time));
+        }
+        let ends = ends.unwrap_or_default();
+        let openings = starts.iter().filter_map(|(place, start)| {
+            let end = ends.iter().find(|(other, _)| other == place);
+            Some(Opening {
+                place: place.clone(),
+                queue: self.split(client, place)?,
+                start: Some(*start),
+                end: end.map(|(_, end)| *end),
+            })
+        });
+        lanes.open(openings.collect());
+        drop(lanes);
+        let offsets = starts
+            .iter()
+            .map(|(place, start)| (place, Offset::Offset(*start)));
+        let assigned = list(offsets).and_then(|list| client.assign(&list));
+        assigned.map_err(|error| into_error(SUBSCRIBE, error))
+    }
+
+    /// Says for a new group where it begins, and joins; blocks.
+    fn begin_group(&self, client: &Arc<Client>, places: &[Place]) -> Result<()> {
+        let known = committed(SUBSCRIBE, client, places)?;
+        let missing = |place: &&Place| !known.contains_key(*place);
+        let new: Vec<_> = places.iter().filter(missing).cloned().collect();
+        if !new.is_empty() {
+            // Of a topic that the group has read before, a partition without a place was added since.
+            let is_read = |place: &Place| known.keys().any(|it| it.topic == place.topic);
+            let (added, new): (Vec<_>, Vec<_>) = new.into_iter().partition(is_read);
+            let deadline = Instant::now() + ANSWER;
+            let mut begin = starts(SUBSCRIBE, client, &new, self.subscription.start, deadline)?;
+            begin.extend(starts(
+                SUBSCRIBE,
+                client,
+                &added,
+                Start::Earliest,
+                deadline,
+            )?);
+            match commit(SUBSCRIBE, client, &begin) {
+                // It has members: one of them was first.
+                Err(error) if error.is_retryable() => {
+                    tracing::debug!(%error, "the group has begun already");
+                }
+                result => result?,
+            }
+        }
+        let topics = self.subscription.topics.iter();
+        let topics: Vec<_> = topics.map(|topic| topic.as_str()).collect();
+        let subscribed = client.subscribe(&topics);
+        subscribed.map_err(|error| into_error(SUBSCRIBE, error))
+    }
+
+    /// Waits for the first word of the coordinator.
+    async fn wait_joined(&self) -> Result<()> {
+        let mut joined = self.joined.subscribe();
+        let deadline = tokio::time::Instant::now() + JOIN;
+        loop {
+            let heard = tokio::time::timeout(Duration::from_millis(100), joined.wait_for(|it| *it));
+            if heard.await.is_ok() {
+                return Ok(());
+            }
+            self.check_open(SUBSCRIBE)?;
+            let failure = self.lanes().failure.take();
+            if let Some(error) = failure.filter(|error| !error.is_retryable()) {
+                return Err(error);
+            }
+            if let Some(error) = self.complaints.hopeless(SUBSCRIBE) {
+                return Err(error);
+            }
+            if tokio::time::Instant::now() > deadline {
+                let error = Error::new(
+                    ErrorKind::Timeout,
+                    SUBSCRIBE,
+                    "the group's coordinator has not let the member in within a minute",
+                );
+                return Err(self.complaints.explain(SUBSCRIBE, error));
+            }
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! Tests against the Kafka that `dev/brokers up kafka` starts.
+
+mod conformance;
+mod errors;
+mod server;
