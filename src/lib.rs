@@ -26,8 +26,8 @@ pub use signal::shutdown_signal;
 
 // The bus: publishing, reading, asking.
 pub use eventbus_core::{
-    Capabilities, Durability, EventBus, EventBusBuilder, LaneLag, Origin, Outgoing, OutgoingBatch,
-    PartlyPublished, Reader, Record, TopicReport, TopicSpec,
+    Capabilities, Compression, Durability, EventBus, EventBusBuilder, LaneLag, Origin, Outgoing,
+    OutgoingBatch, PartlyPublished, Reader, Record, TopicReport, TopicSpec,
 };
 // Events and what is known about them.
 pub use eventbus_core::{

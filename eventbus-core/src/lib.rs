@@ -83,7 +83,7 @@ pub use schedule::{
     BusyTaker, Refused, SCHEDULED_MAX, ScheduleStore, Scheduled, ScheduledReport, TakeScheduled,
     Taken,
 };
-pub use topic::{TopicPartition, TopicSpec, partition_of};
+pub use topic::{Compression, TopicPartition, TopicSpec, partition_of};
 
 pub use bus::{EventBus, EventBusBuilder};
 pub use coalescer::{Coalescer, Flush, Flushes, Ticket};

@@ -29,6 +29,42 @@ pub struct TopicSpec {
     pub retention: Option<Duration>,
     /// How many bytes of keys, headers and payloads are kept; `None` leaves it to the broker.
     pub retention_bytes: Option<u64>,
+    /// On how many machines each message is kept; `None` leaves it to the broker. One without
+    /// replicas passes over it: [`Capabilities::durability`](crate::Capabilities::durability) says
+    /// what it keeps.
+    pub replication: Option<u16>,
+    /// How messages are kept; `None` leaves it to the broker. One that keeps them as they are passes
+    /// over it.
+    pub compression: Option<Compression>,
+}
+
+/// How a broker keeps messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Compression {
+    /// As they are.
+    None,
+    /// As zlib makes them.
+    Gzip,
+    /// Fast, and not very small.
+    Snappy,
+    /// Faster still.
+    Lz4,
+    /// The smallest for its time.
+    Zstd,
+}
+
+impl Compression {
+    /// Its name in the settings of brokers.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "uncompressed",
+            Self::Gzip => "gzip",
+            Self::Snappy => "snappy",
+            Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+        }
+    }
 }
 
 impl TopicSpec {
@@ -40,6 +76,8 @@ impl TopicSpec {
             partitions: None,
             retention: None,
             retention_bytes: None,
+            replication: None,
+            compression: None,
         }
     }
 
@@ -61,6 +99,20 @@ impl TopicSpec {
     #[must_use]
     pub fn with_retention_bytes(mut self, bytes: u64) -> Self {
         self.retention_bytes = Some(bytes);
+        self
+    }
+
+    /// Sets on how many machines each message is kept, at least one.
+    #[must_use]
+    pub fn with_replication(mut self, machines: u16) -> Self {
+        self.replication = Some(machines.max(1));
+        self
+    }
+
+    /// Sets how messages are kept.
+    #[must_use]
+    pub fn with_compression(mut self, compression: Compression) -> Self {
+        self.compression = Some(compression);
         self
     }
 }

@@ -75,9 +75,9 @@ impl Topics {
         }
         match self.partitions(operation, topic).await {
             Err(error) if error.kind() == ErrorKind::NotFound && self.create => {
-                self.create(operation, &TopicSpec::new(topic.clone()), None)
+                self.create(operation, &TopicSpec::new(topic.clone()))
                     .await?;
-                self.partitions(operation, topic).await
+                self.appeared(operation, topic).await
             }
             result => result,
         }
@@ -89,6 +89,11 @@ impl Topics {
     ///
     /// `NotFound` when there is no such topic.
     pub(crate) async fn partitions(&self, operation: &'static str, topic: &Topic) -> Result<u32> {
+        Ok(self.shape(operation, topic).await?.partitions)
+    }
+
+    /// What a topic is like, as the cluster says now.
+    async fn shape(&self, operation: &'static str, topic: &Topic) -> Result<Shape> {
         let (client, name) = (Arc::clone(&self.client), topic.clone());
         let found = blocking(move || {
             let deadline = Instant::now() + ANSWER;
@@ -96,11 +101,10 @@ impl Topics {
                 describe(operation, client.inner(), &name, left)
             })
         });
-        let partitions = found
-            .await?
-            .map_err(|error| self.explain(operation, error))?;
-        self.note(topic, partitions);
-        Ok(partitions)
+        let shape = found.await?;
+        let shape = shape.map_err(|error| self.explain(operation, error))?;
+        self.note(topic, shape.partitions);
+        Ok(shape)
     }
 
     pub(crate) fn explain(&self, operation: &'static str, error: Error) -> Error {
@@ -130,12 +134,7 @@ impl Topics {
     }
 
     /// Creates a topic; that it is there already is no error.
-    async fn create(
-        &self,
-        operation: &'static str,
-        spec: &TopicSpec,
-        replication: Option<i32>,
-    ) -> Result<bool> {
+    async fn create(&self, operation: &'static str, spec: &TopicSpec) -> Result<bool> {
         let single = spec.name.as_str().ends_with(DEAD_LETTERS).then_some(1);
         let partitions = spec.partitions.or(single);
         let retention = spec.retention.map(|time| time.as_millis().to_string());
@@ -146,13 +145,16 @@ impl Topics {
         let mut topic = NewTopic::new(
             spec.name.as_str(),
             partitions.map_or(-1, |count| i32::try_from(count).unwrap_or(i32::MAX)),
-            TopicReplication::Fixed(replication.unwrap_or(-1)),
+            TopicReplication::Fixed(spec.replication.map_or(-1, i32::from)),
         );
         if let Some(retention) = &retention {
             topic = topic.set("retention.ms", retention);
         }
         if let Some(bytes) = &bytes {
             topic = topic.set("retention.bytes", bytes);
+        }
+        if let Some(compression) = spec.compression {
+            topic = topic.set("compression.type", compression.as_str());
         }
         let options = AdminOptions::new()
             .request_timeout(Some(ANSWER))
@@ -178,40 +180,52 @@ impl Topics {
     /// Creates what is missing and says what differs.
     pub(crate) async fn apply(&self, spec: &TopicSpec) -> Result<TopicReport> {
         const APPLY: &str = "apply topics";
-        if self.create(APPLY, spec, None).await? {
+        if self.create(APPLY, spec).await? {
             let partitions = self.appeared(APPLY, &spec.name).await?;
             return Ok(TopicReport::new(spec.name.clone(), partitions).with_created());
         }
-        let partitions = self.partitions(APPLY, &spec.name).await?;
-        let mut report = TopicReport::new(spec.name.clone(), partitions);
-        if let Some(count) = spec.partitions.filter(|count| *count != partitions) {
+        let shape = self.shape(APPLY, &spec.name).await?;
+        let mut report = TopicReport::new(spec.name.clone(), shape.partitions);
+        if let Some(count) = spec.partitions.filter(|count| *count != shape.partitions) {
             report = report.with_drift(format!(
-                "{count} partitions are declared, the topic has {partitions}; keys would move to other partitions, so it stays"
+                "{count} partitions are declared, the topic has {}; keys would move to other partitions, so it stays",
+                shape.partitions
             ));
         }
+        if let Some(count) = spec
+            .replication
+            .filter(|count| usize::from(*count) != shape.replicas)
+        {
+            report = report.with_drift(format!(
+                "a replication of {count} is declared, the topic has {}; its partitions would have to be moved between brokers, so it stays: to change it, run kafka-reassign-partitions.sh",
+                shape.replicas
+            ));
+        }
+        let time = spec.retention.map(|time| time.as_millis().to_string());
+        let bytes = spec.retention_bytes;
+        let bytes = bytes.map(|bytes| per_partition(bytes, Some(shape.partitions)));
+        let compression = spec.compression.map(|it| it.as_str().to_owned());
         let declared = [
+            ("retention.ms", time, "messages could vanish"),
+            ("retention.bytes", bytes, "messages could vanish"),
             (
-                "retention.ms",
-                spec.retention.map(|time| time.as_millis().to_string()),
-            ),
-            (
-                "retention.bytes",
-                spec.retention_bytes
-                    .map(|bytes| per_partition(bytes, Some(partitions))),
+                "compression.type",
+                compression,
+                "another team may count on it",
             ),
         ];
-        if declared.iter().all(|(_, wanted)| wanted.is_none()) {
+        if declared.iter().all(|(_, wanted, _)| wanted.is_none()) {
             return Ok(report);
         }
         let settings = self.settings(APPLY, &spec.name).await?;
-        for (name, wanted) in declared {
+        for (name, wanted, reason) in declared {
             let has = settings.get(name);
             let Some(wanted) = wanted.filter(|wanted| has != Some(wanted)) else {
                 continue;
             };
             let has = has.map_or("none", String::as_str);
             report = report.with_drift(format!(
-                "{name}={wanted} is declared, the topic has {has}; messages could vanish, so it stays: to change it, run kafka-configs.sh --alter --topic {} --add-config {name}={wanted}",
+                "{name}={wanted} is declared, the topic has {has}; {reason}, so it stays: to change it, run kafka-configs.sh --alter --topic {} --add-config {name}={wanted}",
                 spec.name
             ));
         }
@@ -259,13 +273,20 @@ fn per_partition(bytes: u64, partitions: Option<u32>) -> String {
     bytes.min(i64::MAX as u64).to_string()
 }
 
-/// How many partitions a topic has.
+/// How a topic is laid out.
+struct Shape {
+    partitions: u32,
+    /// Of the partition that has the fewest.
+    replicas: usize,
+}
+
+/// How a topic is laid out, if there is one.
 fn describe(
     operation: &'static str,
     client: &Client<Context>,
     topic: &Topic,
     timeout: Duration,
-) -> Result<u32> {
+) -> Result<Shape> {
     let metadata = client.fetch_metadata(Some(topic.as_str()), timeout);
     let metadata = metadata.map_err(|error| into_error(operation, error))?;
     let missing = || of_code(operation, Code::UnknownTopicOrPartition).with("topic", topic);
@@ -273,9 +294,16 @@ fn describe(
     if let Some(error) = found.error() {
         return Err(of_code(operation, error.into()).with("topic", topic));
     }
+    let replicas = found
+        .partitions()
+        .iter()
+        .map(|partition| partition.replicas().len());
     // A partition without a leader has one soon; publishing and reading wait for it.
     match found.partitions().len() {
         0 => Err(missing()),
-        count => Ok(count as u32),
+        count => Ok(Shape {
+            partitions: count as u32,
+            replicas: replicas.min().unwrap_or(0),
+        }),
     }
 }

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Error, ErrorKind, Message, Outcome, Publisher, Topic,
-    TopicSpec,
+    AdminReply, AdminRequest, Broker, Compression, Error, ErrorKind, Message, Outcome, Publisher,
+    Topic, TopicSpec,
 };
 use eventbus_kafka::{KafkaBroker, KafkaConfig};
 
@@ -103,7 +103,7 @@ async fn a_missing_topic_is_not_found_where_none_is_to_be_created() {
 
 #[tokio::test]
 #[ignore = "needs brokers: ./dev/test"]
-async fn too_few_partitions_are_drift() {
+async fn what_differs_from_its_declaration_is_drift() {
     let _server = Server::new().await;
     let broker = KafkaBroker::connect(Server::config())
         .await
