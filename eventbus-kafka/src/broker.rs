@@ -155,9 +155,11 @@ impl Publisher for KafkaBroker {
 
 #[async_trait]
 impl Subscriber for KafkaBroker {
-    async fn subscribe(&self, subscription: Subscription) -> Result<Member> {
+    async fn subscribe(&self, mut subscription: Subscription) -> Result<Member> {
         self.0.check_open("subscribe")?;
         subscription.check()?;
+        subscription.topics.sort();
+        subscription.topics.dedup();
         let mut places = Vec::new();
         for topic in &subscription.topics {
             let partitions = self.0.topics.ensure("subscribe", topic).await?;
@@ -166,10 +168,7 @@ impl Subscriber for KafkaBroker {
                 partition: partition as i32,
             }));
         }
-        let Shared {
-            config, complaints, ..
-        } = &*self.0;
-        let member = subscriber::subscribe(config, complaints, subscription, places).await?;
+        let member = subscriber::subscribe(&self.0.config, subscription, places).await?;
         {
             let mut members = self
                 .0

@@ -13,38 +13,51 @@ use crate::error::of_code;
 /// How long a call may wait for an answer.
 pub(crate) const ANSWER: Duration = Duration::from_secs(8);
 
-/// The last thing that a client complained of: calls that get no answer say it.
+/// The last thing that clients complained of: calls that get no answer say it.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Complaints(Arc<Mutex<Option<(Code, String)>>>);
+pub(crate) struct Complaints(Arc<Mutex<Option<Complaint>>>);
+
+#[derive(Clone, Debug)]
+struct Complaint {
+    code: Code,
+    reason: String,
+    at: Instant,
+}
+
+/// How long a complaint explains a silence.
+const LASTS: Duration = Duration::from_secs(30);
 
 impl Complaints {
     fn note(&self, code: Code, reason: &str) {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = last.as_ref().is_some_and(|last| last.at.elapsed() < LASTS);
         // That none answers is said behind the reason of each; it says less.
-        if code != Code::AllBrokersDown || last.is_none() {
-            *last = Some((code, reason.to_owned()));
+        if code != Code::AllBrokersDown || !is_known {
+            *last = Some(Complaint {
+                code,
+                reason: reason.to_owned(),
+                at: Instant::now(),
+            });
         }
     }
 
-    fn last(&self) -> Option<(Code, String)> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+    fn last(&self) -> Option<Complaint> {
+        let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        last.clone().filter(|last| last.at.elapsed() < LASTS)
     }
 
     /// Adds to an error that came of silence what clients have complained of.
     pub(crate) fn explain(&self, operation: &'static str, error: Error) -> Error {
         let is_silence = matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Unavailable);
         match self.last() {
-            Some((code, reason)) if is_silence => of_code(operation, code).with("reason", reason),
+            Some(last) if is_silence => of_code(operation, last.code).with("reason", last.reason),
             _ => error,
         }
     }
 
     /// What will not be better by waiting.
     pub(crate) fn hopeless(&self, operation: &'static str) -> Option<Error> {
-        let (code, reason) = self.last()?;
+        let Complaint { code, reason, .. } = self.last()?;
         let error = of_code(operation, code).with("reason", reason);
         (!error.is_retryable()).then_some(error)
     }

@@ -345,18 +345,20 @@ impl KafkaConfig {
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
             .set("auto.offset.reset", "error")
-            .set("partition.assignment.strategy", "cooperative-sticky")
-            .set("session.timeout.ms", session.to_string())
-            // By heartbeats a member hears that partitions are to move: the others wait for that.
-            .set(
-                "heartbeat.interval.ms",
-                (session / 4).clamp(1, 500).to_string(),
-            )
             // What is read ahead is bounded by bytes; when it is used up it is looked at again soon.
             .set("fetch.queue.backoff.ms", "10")
             .set("fetch.error.backoff.ms", "50")
             .set("queued.max.messages.kbytes", "32768")
             .set("check.crcs", "true");
+        // With the protocol of KIP-848 the brokers decide about these.
+        if self.options.get("group.protocol").map(String::as_str) != Some("consumer") {
+            let heartbeat = (session / 4).clamp(1, 500);
+            config
+                .set("partition.assignment.strategy", "cooperative-sticky")
+                .set("session.timeout.ms", session.to_string())
+                // By heartbeats members hear that partitions are to move: the others wait for that.
+                .set("heartbeat.interval.ms", heartbeat.to_string());
+        }
         self.add_options(&mut config);
         Ok(config)
     }

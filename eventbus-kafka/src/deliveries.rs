@@ -44,7 +44,7 @@ impl Deliveries for KafkaDeliveries {
                 let signal = lanes.next_signal();
                 let failure = match signal {
                     Some(_) => None,
-                    None => lanes.failure.take(),
+                    None => lanes.take_failure(),
                 };
                 (signal, failure, lanes.take_astray())
             };

@@ -105,7 +105,7 @@ pub(crate) struct Lanes {
     /// Lanes whose start is to be found out, and not yet is.
     astray: Vec<Lane>,
     /// What `next` is to fail with.
-    pub(crate) failure: Option<Error>,
+    failure: Option<Error>,
     /// In milliseconds: where a reader ends that ends at a time still to come.
     pub(crate) end_time: Option<i64>,
 }
@@ -135,6 +135,17 @@ impl Lanes {
             failure: None,
             end_time: None,
         }
+    }
+
+    /// Lets `next` fail. What ends the member is not forgotten for what passes.
+    pub(crate) fn fail(&mut self, error: Error) {
+        if self.failure.as_ref().is_none_or(Error::is_retryable) {
+            self.failure = Some(error);
+        }
+    }
+
+    pub(crate) fn take_failure(&mut self) -> Option<Error> {
+        self.failure.take()
     }
 
     /// Opens lanes and announces them, all in one signal.
@@ -212,11 +223,16 @@ impl Lanes {
             slot.ahead.clear();
         }
         self.control.push_back(Signal::Revoking(lanes.clone()));
-        self.revocation = Some(Revocation {
-            places,
-            lanes,
-            until: Instant::now() + self.limits.revoke_timeout,
+        let until = Instant::now() + self.limits.revoke_timeout;
+        let revocation = self.revocation.get_or_insert(Revocation {
+            places: Vec::new(),
+            lanes: Vec::new(),
+            until,
         });
+        // Librdkafka waits for the answer to one before it says the next; were it not so, they would
+        // be answered together.
+        revocation.places.extend(places);
+        revocation.lanes.extend(lanes);
         true
     }
 
@@ -356,7 +372,7 @@ impl Lanes {
                         return true;
                     }
                     Read::Failed(error) => {
-                        self.failure = Some(error);
+                        self.fail(error);
                         return true;
                     }
                 },
@@ -425,7 +441,7 @@ impl Lanes {
                 offset: record.offset(),
                 message,
             }),
-            Err(error) => self.failure = Some(error),
+            Err(error) => self.fail(error),
         }
     }
 

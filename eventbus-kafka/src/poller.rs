@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use eventbus_core::{Error, ErrorKind, Result, Until};
+use eventbus_core::{Error, ErrorKind, Result, Retry, Until};
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 
@@ -68,11 +68,18 @@ fn complain(member: &Member, error: &KafkaError) {
         Code::BrokerTransportFailure | Code::Resolve | Code::OperationTimedOut if !is_fatal => {
             tracing::debug!(%error, "a connection of a consumer failed");
         }
+        // It may be missing for the moment only, while a broker starts; a group does not end for that.
+        Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition
+            if !is_fatal =>
+        {
+            member.fail(error.with_retry(Retry::Later));
+        }
         _ => {
             let error = member.complaints.explain("read", error);
-            let retry = match is_fatal {
-                true => eventbus_core::Retry::Never,
-                false => error.retry(),
+            let retry = if is_fatal {
+                Retry::Never
+            } else {
+                error.retry()
             };
             member.fail(error.with_retry(retry));
         }

@@ -9,7 +9,9 @@ use eventbus_core::{
 use rdkafka::ClientContext;
 use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
-use rdkafka::producer::{DeliveryResult, Producer as _, ProducerContext, ThreadedProducer};
+use rdkafka::producer::{
+    DeliveryResult, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::client::{Complaints, Context, blocking};
@@ -283,7 +285,7 @@ impl Producer {
                 let old = current.replace(fresh);
                 drop(current);
                 // It waits for its thread.
-                std::thread::spawn(move || drop(old));
+                std::thread::spawn(move || old.map(end));
             }
             Err(error) => tracing::error!(%error, "the Kafka producer could not begin anew"),
         }
@@ -302,11 +304,20 @@ impl Producer {
         self.messages.close();
         let flushed = blocking(move || {
             let flushed = client.flush(timeout);
-            drop(client);
+            end(client);
             flushed
         });
         let flushed = flushed.await?;
         flushed.map_err(|error| into_error("close", error))
+    }
+}
+
+/// Ends a client. What it still has is reported first, as not published: dropping it would leave those
+/// who published without an answer.
+fn end(client: Client) {
+    client.purge(PurgeConfig::default().queue().inflight());
+    if let Err(error) = client.flush(Duration::from_secs(1)) {
+        tracing::debug!(%error, "a producer ends without having reported everything");
     }
 }
 

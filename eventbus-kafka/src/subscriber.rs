@@ -39,6 +39,8 @@ const JOIN: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(crate) struct Member {
     pub(crate) subscription: Subscription,
+    /// All there were when it subscribed.
+    places: Vec<Place>,
     lanes: Mutex<Lanes>,
     client: Mutex<Held>,
     /// Wakes `next`.
@@ -116,8 +118,9 @@ impl ConsumerContext for MemberContext {
 }
 
 impl Member {
-    fn new(subscription: Subscription, complaints: Complaints) -> Arc<Self> {
+    fn new(subscription: Subscription, places: Vec<Place>, complaints: Complaints) -> Arc<Self> {
         Arc::new(Self {
+            places,
             lanes: Mutex::new(Lanes::new(subscription.limits)),
             subscription,
             client: Mutex::default(),
@@ -174,7 +177,7 @@ impl Member {
 
     /// Lets `next` fail.
     pub(crate) fn fail(&self, error: Error) {
-        self.lanes().failure = Some(error);
+        self.lanes().fail(error);
         self.notify.notify_one();
     }
 
@@ -258,15 +261,13 @@ impl Member {
         };
         let deadline = Instant::now() + ANSWER;
         let (low, high) = bounds(READ, &client, place, deadline)?;
-        let mut from = next;
-        if from.is_none() && self.subscription.group.is_some() {
-            from = committed(READ, &client, std::slice::from_ref(place))?.remove(place);
-        }
+        let from = match next {
+            None if self.subscription.group.is_some() => self.begun_at(&client, place, deadline)?,
+            next => next,
+        };
         if let Some(from) = from.filter(|from| *from > high) {
             tracing::error!(topic = %place.topic, partition = place.partition, from, high, "the partition was cut off or created anew: it is read from its beginning");
         }
-        // Without a place, it is a partition that the topic has not had when the group was new: all of
-        // it is read.
         let start = from
             .filter(|from| (low..=high).contains(from))
             .unwrap_or(low);
@@ -278,6 +279,31 @@ impl Member {
             from,
         });
         Ok(())
+    }
+
+    /// Where the group is on a partition, which it is made to be where it was not. Of a topic that it
+    /// has read before, a partition without a place was added since, and all of it is read; otherwise
+    /// it begins where the subscription says.
+    fn begun_at(&self, client: &Client, place: &Place, deadline: Instant) -> Result<Option<i64>> {
+        const READ: &str = "read";
+        let of_topic = self.places.iter().filter(|it| it.topic == place.topic);
+        let mut places: Vec<_> = of_topic.cloned().collect();
+        if !places.contains(place) {
+            places.push(place.clone());
+        }
+        let mut known = committed(READ, client, &places)?;
+        if let Some(offset) = known.remove(place) {
+            return Ok(Some(offset));
+        }
+        let start = match known.is_empty() {
+            true => self.subscription.start,
+            false => Start::Earliest,
+        };
+        let place = std::slice::from_ref(place);
+        let begin = starts(READ, client, place, start, deadline)?;
+        // The next owner would begin elsewhere.
+        commit(READ, client, &begin)?;
+        Ok(begin.first().map(|(_, offset)| *offset))
     }
 
     /// Whether lanes can be led on.
@@ -363,7 +389,6 @@ fn give_up(client: &Client, list: &TopicPartitionList) -> Result<(), KafkaError>
 /// Joins a group, or opens a reader, of topics that are there, with their partitions.
 pub(crate) async fn subscribe(
     config: &KafkaConfig,
-    complaints: &Complaints,
     subscription: Subscription,
     places: Vec<Place>,
 ) -> Result<Arc<Member>> {
@@ -377,14 +402,14 @@ pub(crate) async fn subscribe(
     if is_reader {
         settings.set("enable.partition.eof", "true");
     }
-    let member = Member::new(subscription, complaints.clone());
+    // Its own: what another client complained of says nothing about this one.
+    let complaints = Complaints::default();
+    let member = Member::new(subscription, places.clone(), complaints.clone());
     let context = MemberContext {
-        context: Context {
-            complaints: complaints.clone(),
-        },
+        context: Context { complaints },
         member: Arc::clone(&member),
     };
-    let leaving = Leaving(Arc::clone(&member));
+    let leaving = Leaving(Some(Arc::clone(&member)));
     let begun = Arc::clone(&member);
     let begin = blocking(move || {
         let client = BaseConsumer::from_config_and_context(&settings, context);
@@ -406,16 +431,24 @@ pub(crate) async fn subscribe(
     if !is_reader {
         member.wait_joined().await?;
     }
-    std::mem::forget(leaving);
+    leaving.stay();
     Ok(member)
 }
 
 /// Lets a member leave that nobody waits for any more.
-struct Leaving(Arc<Member>);
+struct Leaving(Option<Arc<Member>>);
+
+impl Leaving {
+    fn stay(mut self) {
+        self.0 = None;
+    }
+}
 
 impl Drop for Leaving {
     fn drop(&mut self) {
-        self.0.end();
+        if let Some(member) = &self.0 {
+            member.end();
+        }
     }
 }
 
@@ -499,7 +532,7 @@ impl Member {
                 return Ok(());
             }
             self.check_open(SUBSCRIBE)?;
-            let failure = self.lanes().failure.take();
+            let failure = self.lanes().take_failure();
             if let Some(error) = failure.filter(|error| !error.is_retryable()) {
                 return Err(error);
             }

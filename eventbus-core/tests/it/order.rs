@@ -24,7 +24,7 @@ fn check(case: &Case, plant: Plant) -> Result<(), String> {
     checker::check_end(case, &events)
 }
 
-/// A thousand cases, or as many as `PROPTEST_CASES` says.
+/// Three hundred cases, or as many as `PROPTEST_CASES` says: the simulation goes through more.
 fn config() -> ProptestConfig {
     let config = ProptestConfig {
         max_shrink_time: 120_000,
@@ -33,7 +33,7 @@ fn config() -> ProptestConfig {
     match std::env::var_os("PROPTEST_CASES") {
         Some(_) => config,
         None => ProptestConfig {
-            cases: 1_000,
+            cases: 300,
             ..config
         },
     }

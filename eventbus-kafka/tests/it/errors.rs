@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Compression, Error, ErrorKind, Message, Outcome, Publisher,
-    Topic, TopicSpec,
+    Topic, TopicReport, TopicSpec,
 };
 use eventbus_kafka::{KafkaBroker, KafkaConfig};
 
@@ -111,14 +111,46 @@ async fn what_differs_from_its_declaration_is_drift() {
     let orders = TopicSpec::new(topic("few")).with_partitions(3);
     let apply = |spec: TopicSpec| broker.admin(AdminRequest::ApplyTopics(vec![spec]));
     apply(orders.clone()).await.expect("it is created");
-    let reply = apply(orders.with_partitions(20))
-        .await
-        .expect("it is there");
-    let AdminReply::Topics(reports) = reply else {
-        panic!("not an answer to the request");
-    };
-    assert_eq!(reports[0].partitions, 3);
-    assert!(reports[0].drift[0].contains("20 partitions are declared, the topic has 3"));
+    let day = Duration::from_secs(24 * 60 * 60);
+    let other = orders
+        .clone()
+        .with_partitions(20)
+        .with_replication(3)
+        .with_retention(7 * day)
+        .with_compression(Compression::Snappy);
+    let report = report_of(apply(other).await);
+    assert_eq!(report.partitions, 3);
+    let drift = report.drift.join("\n");
+    for difference in [
+        "20 partitions are declared, the topic has 3",
+        "a replication of 3 is declared, the topic has 1",
+        "retention.ms=604800000 is declared, the topic has",
+        "compression.type=snappy is declared, the topic has producer",
+    ] {
+        assert!(drift.contains(difference), "{drift}");
+    }
+    let kept = TopicSpec::new(topic("kept"))
+        .with_partitions(2)
+        .with_replication(1)
+        .with_retention(7 * day)
+        .with_retention_bytes(1 << 30)
+        .with_compression(Compression::Snappy);
+    for created in [true, false] {
+        let report = report_of(apply(kept.clone()).await);
+        assert_eq!(report.created, created);
+        assert!(report.drift.is_empty(), "{:?}", report.drift);
+    }
+    let too_many = TopicSpec::new(topic("replicas")).with_replication(3);
+    let error = apply(too_many).await.expect_err("there is one broker");
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+    assert!(error.to_string().contains("too few brokers"), "{error}");
+}
+
+fn report_of(reply: eventbus_core::Result<AdminReply>) -> TopicReport {
+    match reply.expect("the request is answered") {
+        AdminReply::Topics(mut reports) => reports.remove(0),
+        reply => panic!("not an answer to the request: {reply:?}"),
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! Tests against the Kafka that `dev/brokers up kafka` starts.
 
+mod changes;
 mod conformance;
 mod errors;
 mod server;

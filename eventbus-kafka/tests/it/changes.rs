@@ -1,0 +1,220 @@
+//! Topics that change while they are read, and set-ups beside the default.
+
+use std::time::Duration;
+
+use eventbus_core::{
+    AdminRequest, Broker, Group, Key, Message, Position, Publisher, Start, Subscription, Topic,
+    TopicSpec, partition_of,
+};
+use eventbus_kafka::{KafkaBroker, KafkaConfig};
+use eventbus_testkit::{Probe, text_of, within};
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
+use rdkafka::client::DefaultClientContext;
+
+use crate::server::Server;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn topic() -> Topic {
+    let name = format!("changes-{:016x}", fastrand::u64(..));
+    Topic::new(&name).expect("a good name")
+}
+
+fn group() -> Group {
+    let name = format!("changes-{:016x}", fastrand::u64(..));
+    Group::new(&name).expect("a good name")
+}
+
+async fn connect(config: KafkaConfig) -> KafkaBroker {
+    KafkaBroker::connect(config).await.expect("it answers")
+}
+
+async fn create(broker: &KafkaBroker, topic: &Topic, partitions: u32) {
+    let spec = TopicSpec::new(topic.clone()).with_partitions(partitions);
+    let applied = broker.admin(AdminRequest::ApplyTopics(vec![spec])).await;
+    applied.expect("it is created");
+}
+
+async fn publish(broker: &KafkaBroker, topic: &Topic, key: &Key, texts: &[&str]) {
+    let message = |text: &&str| Message::new(topic.clone(), text.to_string()).with_key(key.clone());
+    let messages = texts.iter().map(message).collect();
+    broker.publish(messages).await.expect("it is taken");
+}
+
+async fn join(broker: &KafkaBroker, subscription: Subscription) -> Probe {
+    Probe::join(broker, subscription).await.expect("it joins")
+}
+
+/// Takes so many texts, over errors that pass.
+async fn collect(probe: &mut Probe, count: usize) -> Vec<String> {
+    while probe.waiting() < count {
+        if let Err(error) = probe.step().await {
+            assert!(error.is_retryable(), "the member goes on: {error}");
+        }
+    }
+    probe.collect_texts(count).await
+}
+
+/// A client that does what operators do.
+fn operator() -> AdminClient<DefaultClientContext> {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", Server::config().servers);
+    config.create().expect("a good configuration")
+}
+
+/// New ones of a topic are looked for often.
+fn looking_often() -> KafkaConfig {
+    let config = Server::config().with_option("topic.metadata.refresh.interval.ms", "500");
+    config.expect("it may be set")
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_partition_that_is_added_is_read_from_its_beginning() {
+    let _server = Server::new().await;
+    let broker = connect(looking_often()).await;
+    let orders = topic();
+    create(&broker, &orders, 1).await;
+    let subscription = Subscription::group(group(), vec![orders.clone()]);
+    // Also of a group that began with what came then: it has been there all the time.
+    let mut probe = join(&broker, subscription.with_start(Start::Latest)).await;
+    let more = NewPartitions::new(orders.as_str(), 2);
+    let added = operator()
+        .create_partitions([&more], &AdminOptions::new())
+        .await;
+    added.expect("it is answered")[0]
+        .as_ref()
+        .expect("there are two now");
+    // A client that knows of both.
+    let publisher = connect(Server::config()).await;
+    let keys: Vec<Key> = (0..).map(Key::display).take(20).collect();
+    let key = keys
+        .iter()
+        .find(|key| partition_of(key, 2) == 1)
+        .expect("there is one");
+    publish(&publisher, &orders, key, &["a", "b"]).await;
+    within(MINUTE, async {
+        assert_eq!(collect(&mut probe, 2).await, ["a", "b"]);
+        assert_eq!(probe.assigned().len(), 2);
+        assert!(probe.gaps().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_topic_that_is_created_anew_is_a_gap_and_read_from_its_beginning() {
+    let _server = Server::new().await;
+    let broker = connect(looking_often()).await;
+    let orders = topic();
+    create(&broker, &orders, 1).await;
+    let key = Key::from("k");
+    publish(&broker, &orders, &key, &["a", "b", "c"]).await;
+    let subscription = Subscription::group(group(), vec![orders.clone()]);
+    let mut probe = join(&broker, subscription).await;
+    within(MINUTE, async {
+        assert_eq!(collect(&mut probe, 3).await, ["a", "b", "c"]);
+        let deleted = operator()
+            .delete_topics(&[orders.as_str()], &AdminOptions::new())
+            .await;
+        deleted.expect("it is answered")[0]
+            .as_ref()
+            .expect("it is deleted");
+        let anew = connect(Server::config()).await;
+        let spec = TopicSpec::new(orders.clone()).with_partitions(1);
+        while anew
+            .admin(AdminRequest::ApplyTopics(vec![spec.clone()]))
+            .await
+            .is_err()
+        {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        publish(&anew, &orders, &key, &["d"]).await;
+        assert_eq!(collect(&mut probe, 1).await, ["d"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_group_begins_on_a_topic_that_it_adds_where_it_says() {
+    let _server = Server::new().await;
+    let broker = connect(Server::config()).await;
+    let (orders, payments) = (topic(), topic());
+    create(&broker, &orders, 1).await;
+    create(&broker, &payments, 1).await;
+    let key = Key::from("k");
+    publish(&broker, &payments, &key, &["before"]).await;
+    let group = group();
+    let old = Subscription::group(group.clone(), vec![orders.clone()]);
+    let mut old = join(&broker, old).await;
+    let both = Subscription::group(group, vec![orders, payments.clone()]);
+    // The group has members, so that nobody may say for it where it begins but who has the partition.
+    let mut both = join(&broker, both.with_start(Start::Latest)).await;
+    within(MINUTE, async {
+        while !both.assigned().iter().any(|it| it.topic == payments) {
+            tokio::select! {
+                step = old.step() => step.expect("it goes on"),
+                step = both.step() => step.expect("it goes on"),
+            }
+        }
+        // Where it begins is being looked for.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        publish(&broker, &payments, &key, &["after"]).await;
+        assert_eq!(collect(&mut both, 1).await, ["after"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn messages_compressed_by_any_means_arrive_unchanged() {
+    let _server = Server::new().await;
+    let orders = topic();
+    let reader = connect(Server::config()).await;
+    create(&reader, &orders, 1).await;
+    let kinds = ["none", "gzip", "snappy", "lz4", "zstd"];
+    for kind in kinds {
+        let config = Server::config().with_option("compression.type", kind);
+        let broker = connect(config.expect("it may be set")).await;
+        let text = kind.repeat(1000);
+        publish(&broker, &orders, &Key::from("k"), &[&text, &text]).await;
+    }
+    within(MINUTE, async {
+        let all = Subscription::group(group(), vec![orders]);
+        let mut probe = join(&reader, all).await;
+        let texts = collect(&mut probe, 2 * kinds.len()).await;
+        for (kind, pair) in kinds.iter().zip(texts.chunks(2)) {
+            assert!(pair.iter().all(|text| *text == kind.repeat(1000)), "{kind}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn the_newer_protocol_of_groups_shares_out_and_goes_on() {
+    let _server = Server::new().await;
+    // Its heartbeats are the brokers' business.
+    let config = KafkaConfig::from_url(&Server::url()).expect("a good url");
+    let config = config.with_option("group.protocol", "consumer");
+    let config = config.expect("it may be set");
+    let broker = connect(config).await;
+    let orders = topic();
+    create(&broker, &orders, 2).await;
+    let subscription = Subscription::group(group(), vec![orders.clone()]);
+    within(2 * MINUTE, async {
+        let mut first = join(&broker, subscription.clone()).await;
+        first.hold(2).await;
+        publish(&broker, &orders, &Key::from("k"), &["a", "b"]).await;
+        let deliveries = first.collect(2).await;
+        assert_eq!(text_of(&deliveries[0]), "a");
+        first.settle(&deliveries[..1]).await;
+        first.close().await;
+        let mut second = join(&broker, subscription).await;
+        assert_eq!(second.collect_texts(1).await, ["b"]);
+        assert_eq!(deliveries[1].position, Some(Position(1)));
+    })
+    .await;
+}
