@@ -159,8 +159,15 @@ async fn a_group_begins_on_a_topic_that_it_adds_where_it_says() {
                 step = both.step() => step.expect("it goes on"),
             }
         }
-        // Where it begins is being looked for.
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        // Where it begins is being looked for, while it asks for messages and gets none.
+        let asking = async {
+            loop {
+                both.step().await.expect("it goes on");
+            }
+        };
+        let begun = tokio::time::timeout(Duration::from_secs(5), asking).await;
+        assert!(begun.is_err(), "it asks without an end");
+        assert_eq!(both.waiting(), 0);
         publish(&broker, &payments, &key, &["after"]).await;
         assert_eq!(collect(&mut both, 1).await, ["after"]);
     })
