@@ -1,4 +1,4 @@
-//! What a deployment decides: where the broker is, how topics are called.
+//! What a deployment decides: where the broker is, what is kept beside it, how topics are called.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -10,7 +10,8 @@ use eventbus_core::{Error, ErrorKind, Result, redacted_url};
 const URL: &str = "EVENTBUS_URL";
 const SOURCE: &str = "EVENTBUS_SOURCE";
 const TOPIC_PREFIX: &str = "EVENTBUS_TOPIC_PREFIX";
-const KNOWN: [&str; 3] = [URL, SOURCE, TOPIC_PREFIX];
+const STORE: &str = "EVENTBUS_STORE";
+const KNOWN: [&str; 4] = [URL, SOURCE, TOPIC_PREFIX, STORE];
 
 /// The configuration of a bus, as a file or the environment gives it. A service with several buses
 /// keeps a map of them by name.
@@ -43,6 +44,14 @@ pub struct EventBusConfig {
     /// What stands before every topic's name in this environment.
     #[serde(default)]
     pub topic_prefix: String,
+    /// Where keys are held and events wait for their time, such as `sqlite://held.db` or
+    /// `postgres://db.example/shop`: for a broker that keeps neither, which is Kafka. Without it they
+    /// are on the broker, where that can. May hold a password, which is never shown.
+    ///
+    /// It is a part of the bus: all processes on one broker name the same, and no other broker has
+    /// it. What is held was taken from the broker and is nowhere else, so it has to be as durable.
+    #[serde(default)]
+    pub store: Option<String>,
 }
 
 impl EventBusConfig {
@@ -52,6 +61,7 @@ impl EventBusConfig {
             url: url.into(),
             source: None,
             topic_prefix: String::new(),
+            store: None,
         }
     }
 
@@ -69,14 +79,36 @@ impl EventBusConfig {
         self
     }
 
-    /// Reads `EVENTBUS_URL`, `EVENTBUS_SOURCE` and `EVENTBUS_TOPIC_PREFIX`. Other variables that
-    /// begin with `EVENTBUS_` are warned of, except what Kubernetes sets for a service of that name,
-    /// such as `EVENTBUS_SERVICE_HOST`.
+    /// Sets where keys are held and events wait for their time.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example() -> eventbus::Result<()> {
+    /// use eventbus::EventBusConfig;
+    /// use eventbus::prelude::*;
+    ///
+    /// let config = EventBusConfig::new("kafka://kafka.example:9092")
+    ///     .with_store("postgres://shop:secret@db.example/shop");
+    /// let bus = EventBus::connect_with(&config).await?;
+    /// assert!(bus.held_keys("payments")?.list().await?.is_empty());
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_store(mut self, url: impl Into<String>) -> Self {
+        self.store = Some(url.into());
+        self
+    }
+
+    /// Reads `EVENTBUS_URL`, `EVENTBUS_SOURCE`, `EVENTBUS_TOPIC_PREFIX` and `EVENTBUS_STORE`. Other
+    /// variables that begin with `EVENTBUS_` are warned of, except what Kubernetes sets for a service
+    /// of that name, such as `EVENTBUS_SERVICE_HOST`.
     ///
     /// # Errors
     ///
     /// `InvalidInput` when there is no `EVENTBUS_URL`, or a variable is a misspelling of one of the
-    /// three, such as `EVENTBUS_URI`.
+    /// four, such as `EVENTBUS_URI`.
     pub fn from_env() -> Result<Self> {
         Self::new("").overridden_by(variables(std::env::vars_os()))
     }
@@ -95,6 +127,7 @@ impl EventBusConfig {
                 URL => self.url = value,
                 SOURCE => self.source = Some(value),
                 TOPIC_PREFIX => self.topic_prefix = value,
+                STORE => self.store = Some(value),
                 name if name.starts_with("EVENTBUS_") => check_unknown(name)?,
                 _ => {}
             }
@@ -173,6 +206,7 @@ impl fmt::Debug for EventBusConfig {
             .field("url", &redacted_url(&self.url))
             .field("source", &self.source)
             .field("topic_prefix", &self.topic_prefix)
+            .field("store", &self.store.as_deref().map(redacted_url))
             .finish()
     }
 }
@@ -189,7 +223,8 @@ mod tests {
             "redis://:secret@host:6379/0?password=secret",
             "kafka::/user:secret@host/",
         ] {
-            let shown = format!("{:?}", EventBusConfig::new(url));
+            let config = EventBusConfig::new(url).with_store(url);
+            let shown = format!("{config:?}");
             assert!(!shown.contains("secret"), "{shown}");
         }
     }

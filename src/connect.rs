@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result, Topic, redacted_url};
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+use eventbus_core::{KeyStateStore, ScheduleStore};
 
 use crate::config::EventBusConfig;
 
@@ -14,6 +16,9 @@ const SCHEMES: &[(&str, &str)] = &[
     ("postgresql", "postgres"),
     ("kafka", "kafka"),
 ];
+
+/// Schemes of what can keep held keys and events for later beside a broker.
+const STORES: &[&str] = &["sqlite", "postgres", "postgresql"];
 
 /// Connects an [`EventBus`]; in scope with the prelude, so that `EventBus::connect` is there.
 pub trait Connect: Sized {
@@ -55,6 +60,10 @@ impl Connect for EventBus {
             .topic_prefix(&config.topic_prefix);
         if let Some(source) = &config.source {
             builder = builder.source(source);
+        }
+        if let Some(store) = &config.store {
+            let with_store = with_store(builder, store).await;
+            builder = with_store.map_err(|error| error.with("setting", "store"))?;
         }
         Ok(builder.build())
     }
@@ -101,18 +110,14 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
         #[cfg(feature = "sqlite")]
         "sqlite" => {
             let broker = eventbus_sql::SqliteBroker::from_url(url).await?;
-            let key_state = Arc::new(broker.key_state());
-            let schedule = Arc::new(broker.schedule());
-            let builder = EventBus::builder(broker).key_state(key_state);
-            Ok(builder.schedule(schedule))
+            let (key_state, schedule) = (broker.key_state(), broker.schedule());
+            Ok(with_both(EventBus::builder(broker), key_state, schedule))
         }
         #[cfg(feature = "postgres")]
         "postgres" | "postgresql" => {
             let broker = eventbus_sql::PostgresBroker::from_url(url).await?;
-            let key_state = Arc::new(broker.key_state());
-            let schedule = Arc::new(broker.schedule());
-            let builder = EventBus::builder(broker).key_state(key_state);
-            Ok(builder.schedule(schedule))
+            let (key_state, schedule) = (broker.key_state(), broker.schedule());
+            Ok(with_both(EventBus::builder(broker), key_state, schedule))
         }
         #[cfg(feature = "kafka")]
         "kafka" => Ok(EventBus::builder(
@@ -120,6 +125,43 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
         )),
         scheme => Err(unknown(scheme, url)),
     }
+}
+
+/// Adds the stores of the database that `url` names, in place of the broker's own where it has them.
+async fn with_store(builder: EventBusBuilder, url: &str) -> Result<EventBusBuilder> {
+    let scheme = url.split_once(':').map_or(url, |(scheme, _)| scheme);
+    match scheme {
+        #[cfg(feature = "sqlite")]
+        "sqlite" => {
+            let file = eventbus_sql::SqliteBroker::from_url(url).await?;
+            Ok(with_both(builder, file.key_state(), file.schedule()))
+        }
+        #[cfg(feature = "postgres")]
+        "postgres" | "postgresql" => {
+            let schema = eventbus_sql::PostgresBroker::from_url(url).await?;
+            Ok(with_both(builder, schema.key_state(), schema.schedule()))
+        }
+        // Also `memory:`: what is held counts as settled on the broker, and would end with the process.
+        scheme => Err(match STORES.contains(&scheme) {
+            true => unknown(scheme, url),
+            false => Error::new(
+                ErrorKind::InvalidInput,
+                "connect",
+                "held keys and events for later are kept in a database: `sqlite://FILE` or `postgres://HOST/DATABASE`",
+            )
+            .with("url", format_args!("{:?}", redacted_url(url))),
+        }),
+    }
+}
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+fn with_both(
+    builder: EventBusBuilder,
+    key_state: impl KeyStateStore,
+    schedule: impl ScheduleStore,
+) -> EventBusBuilder {
+    let builder = builder.key_state(Arc::new(key_state));
+    builder.schedule(Arc::new(schedule))
 }
 
 fn unknown(scheme: &str, url: &str) -> Error {

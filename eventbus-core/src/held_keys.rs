@@ -185,7 +185,7 @@ pub(crate) fn no_key_state(operation: &'static str, alternative: &str) -> Error 
         ErrorKind::Unsupported,
         operation,
         format!(
-            "this bus has no store of held keys: connect to sqlite://…, or set one up with `EventBus::builder(…).key_state(…)`{alternative}"
+            "this bus has no store of held keys: connect to sqlite://…, name one beside the broker (`EventBusConfig::store`), or set one up with `EventBus::builder(…).key_state(…)`{alternative}"
         ),
     )
 }

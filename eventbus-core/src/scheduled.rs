@@ -214,7 +214,7 @@ fn no_schedule(operation: &'static str) -> Error {
     Error::new(
         ErrorKind::Unsupported,
         operation,
-        "this bus has no schedule, so that nothing waits for its time: connect to sqlite://…, or set one up with `EventBus::builder(…).schedule(…)`",
+        "this bus has no schedule, so that nothing waits for its time: connect to sqlite://…, name one beside the broker (`EventBusConfig::store`), or set one up with `EventBus::builder(…).schedule(…)`",
     )
 }
 

@@ -53,6 +53,8 @@ fn run(data: &[u8]) {
 /// Whether the secret stands nowhere but in the URL's user.
 fn hides(config: &EventBusConfig) -> bool {
     let source = config.source.as_deref().unwrap_or_default();
-    let open = [source, &config.topic_prefix];
+    // A secret in the store's URL need not stand where passwords do.
+    let store = config.store.as_deref().unwrap_or_default();
+    let open = [source, &config.topic_prefix, store];
     config.url.matches(SECRET).count() == 1 && open.iter().all(|text| !text.contains(SECRET))
 }

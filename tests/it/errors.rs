@@ -166,6 +166,15 @@ async fn connecting(lines: &mut Lines) {
         Ok(bus) => lines.refused(bus.publish(order("42")).await),
         Err(error) => lines.add(&error),
     }
+    for store in [
+        "memory:",
+        "kafka://user:secret@host",
+        "sqlite://",
+        "held.db",
+    ] {
+        let config = EventBusConfig::new("memory:").with_store(store);
+        lines.refused(EventBus::connect_with(&config).await);
+    }
     assert!(!lines.0.contains("secret"), "{}", lines.0);
 }
 

@@ -1,3 +1,4 @@
 //! System tests over the facade.
 
 mod errors;
+mod store;
