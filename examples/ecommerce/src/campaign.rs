@@ -16,20 +16,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use eventbus::prelude::{Event as _, EventBus, Redrive};
 use fastrand::Rng;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use tokio::time::sleep;
 
+use crate::brokers::{BrokerArgs, connect};
 use crate::crash_point::CrashPoint;
 use crate::data_dir::DataDir;
 use crate::database::Database;
 use crate::databases::{Databases, StoreArgs};
 use crate::demo::order_book::{End, OrderBook};
 use crate::events::InventoryReserved;
-use crate::shop::{self, Service, connect};
+use crate::process::Shape;
+use crate::shop::{self, Service};
 
 mod check;
 mod journal;
@@ -114,33 +116,10 @@ pub struct CampaignArgs {
     /// Orders a second
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rate: u32,
-    /// The broker on which the services meet, if not the embedded one
-    #[arg(long, value_name = "URL")]
-    broker: Option<String>,
+    #[command(flatten)]
+    broker: BrokerArgs,
     #[command(flatten)]
     store: StoreArgs,
-}
-
-/// How the services are spread over processes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Shape {
-    /// All in one
-    Single,
-    /// The first three in one, the others in another
-    Split,
-    /// All in one, and all but the gateway in another too: two members in each group
-    Twins,
-}
-
-impl Shape {
-    /// The services of each process; none means all.
-    fn processes(self) -> &'static [&'static str] {
-        match self {
-            Self::Single => &[""],
-            Self::Split => &["gateway,order,inventory", "payment,shipping,notification"],
-            Self::Twins => &["", "order,inventory,payment,shipping,notification"],
-        }
-    }
 }
 
 /// How one process ends.
@@ -164,6 +143,7 @@ enum Round {
 pub async fn run(mut args: CampaignArgs) -> anyhow::Result<ExitCode> {
     let data = DataDir::temporary()?;
     args.store = args.store.fresh()?;
+    args.broker = args.broker.fresh();
     let databases = args.store.databases(data.path())?;
     let verdict = campaign(&args, &data, &databases).await;
     match &verdict {
@@ -200,13 +180,14 @@ async fn campaign(
     let mut yard = Yard::open(args, data.path(), Arc::clone(&journal)).await?;
     let book = book(args, rounds.len());
     let load = Load::start(
-        yard.gateway_url(),
+        &yard.gateway_url(),
         Arc::clone(&book),
         args.rate,
         Arc::clone(&journal),
     );
 
-    let operator = Operator::start(&yard.broker, args.seed, Arc::clone(&journal));
+    let broker = args.broker.config(data.path(), &args.store);
+    let operator = Operator::start(&broker, args.seed, Arc::clone(&journal));
     let bar = progress_bar(rounds.len());
     let mut crashes = BTreeMap::new();
     for round in rounds {
@@ -228,7 +209,7 @@ async fn campaign(
     operator.finish().await?;
     yard.heal().await?;
     let told = load.finish().await?;
-    let bus = connect(&yard.broker).await?;
+    let bus = connect(&broker).await?;
     let (redriven, stuck) = drain(&bus, &witnesses::connect(databases).await?).await?;
     yard.stop_all().await?;
     let witnesses = Witnesses::hear(&bus, &yard, databases).await?;

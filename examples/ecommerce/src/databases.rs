@@ -14,6 +14,8 @@ use crate::database::{Database, Tables};
 /// What a URL leaves out: what the schemas' names begin with, and few enough connections for six
 /// services on a server that allows a hundred.
 const POSTGRES_DEFAULTS: &str = "schema=shop&connections=5";
+/// What belongs to the bus, and to no service.
+const BUS: &str = "bus";
 /// A schema's name is `<prefix>_<service>`, of at most 40 characters.
 const PREFIX_MAX: usize = 40 - "_notification".len();
 
@@ -85,6 +87,18 @@ impl StoreArgs {
         Ok(Self { store })
     }
 
+    /// Where the bus keeps what its broker cannot: beside the services' databases.
+    pub fn of_bus(&self, data: &Path) -> String {
+        let (address, options) = self.parts();
+        match self.databases(data) {
+            Ok(Databases::Schemas(config)) => {
+                let schema = format!("{}_{BUS}", config.schema);
+                format!("{address}?{POSTGRES_DEFAULTS}&{options}&schema={schema}")
+            }
+            _ => format!("sqlite://{}", file_of(data, BUS).display()),
+        }
+    }
+
     fn parts(&self) -> (&str, &str) {
         self.store.split_once('?').unwrap_or((&self.store, ""))
     }
@@ -137,7 +151,7 @@ impl Databases {
         }
     }
 
-    /// Removes the schemas of these services; files go with their directory.
+    /// Removes the schemas of these services and of the bus; files go with their directory.
     ///
     /// # Errors
     ///
@@ -148,7 +162,7 @@ impl Databases {
         };
         let connected = config.connect.connect().await;
         let mut connection = connected.context("connect to the database given with `--store`")?;
-        for service in services {
+        for service in services.into_iter().chain([BUS]) {
             let schema = in_schema(config, service).schema;
             // The configuration has none but plain names.
             let drop = AssertSqlSafe(format!("DROP SCHEMA IF EXISTS \"{schema}\" CASCADE"));

@@ -11,11 +11,14 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use eventbus::prelude::EventBus;
 use indicatif::{ProgressBar, ProgressStyle};
+use tokio::time::{Instant, sleep};
 
+use crate::brokers::{BrokerArgs, connect};
 use crate::data_dir::DataDir;
 use crate::databases::{Databases, StoreArgs};
 use crate::fake::{FakeProcess, ask, ledger_of};
-use crate::shop::{Service, Shop, Surroundings, broker_url, connect, lives_in_process};
+use crate::process::{Shape, ShopProcess, Site, free_port};
+use crate::shop::{Service, Shop, Surroundings, dead_letters, lives_in_process};
 
 mod checkout;
 mod history;
@@ -30,6 +33,10 @@ use summary::{Findings, Summary};
 
 /// Without any order ending for so long, the rest counts as unfinished.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a process may take to start, and how often its log is looked into.
+const START_WITHIN: Duration = Duration::from_secs(60);
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// About twice what the events of one order take on the in-memory broker.
 const ORDER_BYTES: usize = 32 * 1024;
@@ -47,12 +54,13 @@ pub struct DemoArgs {
     /// Makes the last line of stdout one JSON object; everything else goes to stderr
     #[arg(long)]
     json: bool,
-    /// The broker on which the services meet, such as `memory:` [default: the embedded one, an
-    /// SQLite file among the others]
-    #[arg(long, value_name = "URL")]
-    broker: Option<String>,
+    #[command(flatten)]
+    broker: BrokerArgs,
     #[command(flatten)]
     store: StoreArgs,
+    /// How the services are spread over processes
+    #[arg(long, value_enum, default_value_t = Shape::Single)]
+    shape: Shape,
     /// A new directory for the services' files, to look into afterwards [default: a temporary one]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
@@ -70,10 +78,17 @@ pub struct DemoArgs {
 /// # Errors
 ///
 /// When something cannot be started or asked.
-pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
+pub async fn run(mut args: DemoArgs) -> anyhow::Result<ExitCode> {
     let data = data_dir(args.data.clone())?;
     // What a shop did before would not add up with this run.
-    let databases = args.store.fresh()?.databases(data.path())?;
+    args.store = args.store.fresh()?;
+    let databases = args.store.databases(data.path())?;
+    // The in-memory broker gets room for all events of the run, to be able to show and count them.
+    let room = EVENT_BYTES_MIN + args.orders as usize * ORDER_BYTES;
+    args.broker = args.broker.fresh().with_room(room);
+    if let Some(leftovers) = args.broker.leftovers() {
+        eprintln!("{leftovers}");
+    }
     let outcome = run_in(&args, data.path(), &databases).await;
     match data {
         DataDir::Kept(_) => eprintln!("the services' data are in {databases}"),
@@ -87,22 +102,14 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn run_in(args: &DemoArgs, data: &Path, databases: &Databases) -> anyhow::Result<ExitCode> {
-    let bus = connect(&broker(args, data)).await?;
+    let bus = connect(&args.broker.config(data, &args.store)).await?;
     let book = OrderBook::write(args.orders, args.seed, &run_name(&bus, args.seed));
     let book = Arc::new(book);
-    let (psp, mailer) = start_fakes(args, data).await?;
-    let surroundings = Surroundings {
-        databases: databases.clone(),
-        port: 0,
-        psp_url: Some(psp.url.clone()),
-        mailer_url: Some(mailer.url.clone()),
-        stock: book.stock.clone(),
+    let fakes = start_fakes(args, data).await?;
+    let (drawings, summary) = match args.shape {
+        Shape::Single => show_here(args, &bus, databases, &book, &fakes).await?,
+        _ => show_elsewhere(args, data, &bus, databases, &book, &fakes).await?,
     };
-    let (shop, service) = Shop::open(&bus, Service::value_variants(), surroundings).await?;
-    let mut shown = None;
-    let show = async { shown = Some(show(args, &bus, &shop, &book, [&psp, &mailer]).await) };
-    service.run_until(show).await.context("run the shop")?;
-    let (drawings, summary) = shown.context("the shop ended before the demo did")??;
 
     let mut out: Box<dyn Write + Send> = match args.json {
         true => Box::new(std::io::stderr()),
@@ -117,6 +124,85 @@ async fn run_in(args: &DemoArgs, data: &Path, databases: &Databases) -> anyhow::
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
+}
+
+/// Runs all services in this process, and shows them.
+async fn show_here(
+    args: &DemoArgs,
+    bus: &EventBus,
+    databases: &Databases,
+    book: &Arc<OrderBook>,
+    [psp, mailer]: &[FakeProcess; 2],
+) -> anyhow::Result<(String, Summary)> {
+    let surroundings = Surroundings {
+        databases: databases.clone(),
+        port: 0,
+        psp_url: Some(psp.url.clone()),
+        mailer_url: Some(mailer.url.clone()),
+        stock: book.stock.clone(),
+    };
+    let (shop, service) = Shop::open(bus, Service::value_variants(), surroundings).await?;
+    let mut shown = None;
+    let show = async { shown = Some(show(args, bus, &shop, book, [psp, mailer]).await) };
+    service.run_until(show).await.context("run the shop")?;
+    shown.context("the shop ended before the demo did")?
+}
+
+/// Runs the services in processes of their own, and shows them.
+async fn show_elsewhere(
+    args: &DemoArgs,
+    data: &Path,
+    bus: &EventBus,
+    databases: &Databases,
+    book: &Arc<OrderBook>,
+    [psp, mailer]: &[FakeProcess; 2],
+) -> anyhow::Result<(String, Summary)> {
+    anyhow::ensure!(
+        !lives_in_process(bus),
+        "`--shape` spreads the services over processes, but `memory:` lives inside one: leave one of \
+         the two out"
+    );
+    let site = Site {
+        data: data.to_owned(),
+        broker: args.broker.clone(),
+        store: args.store.clone(),
+        port: free_port()?,
+        psp_url: psp.url.clone(),
+        mailer_url: mailer.url.clone(),
+    };
+    let shop = Shop::elsewhere(databases, site.gateway_url()).await?;
+    let warehouse = shop.warehouse.as_ref().context("the demo has stock")?;
+    // Before the inventory service puts what is usual on shelves that it finds empty.
+    warehouse.deliver(bus, &book.stock).await?;
+    let mut processes = Vec::new();
+    for only in args.shape.processes() {
+        let mut process = site.start(only, None)?;
+        wait_until_open(&mut process).await?;
+        processes.push(process);
+    }
+    let shown = show(args, bus, &shop, book, [psp, mailer]).await?;
+    for process in &mut processes {
+        let status = process.stop().await?;
+        anyhow::ensure!(
+            status.success(),
+            "the process of {} ended with {status}",
+            process.only
+        );
+    }
+    Ok(shown)
+}
+
+async fn wait_until_open(process: &mut ShopProcess) -> anyhow::Result<()> {
+    let deadline = Instant::now() + START_WITHIN;
+    while !process.says_open()? {
+        let ended = process.child.try_wait()?;
+        if ended.is_some() || Instant::now() > deadline {
+            let log = std::fs::read_to_string(process.log())?;
+            anyhow::bail!("the process of {} does not open:\n{log}", process.only);
+        }
+        sleep(GLANCE).await;
+    }
+    Ok(())
 }
 
 /// Places the orders, waits for their ends and asks everybody: two orders drawn, and the summary.
@@ -142,7 +228,7 @@ async fn show(
         psp: ask(&psp.url).await?,
         mailer: ask(&mailer.url).await?,
         unfinished,
-        dead_letters: shop.dead_letters().await?,
+        dead_letters: dead_letters(bus).await?,
         orders: checkout.look_up(&board).await?,
         on_shelf: warehouse.on_shelf().await?,
         set_aside: warehouse.set_aside().await?,
@@ -154,17 +240,6 @@ async fn show(
         format!("{title}: {order_id}\n{drawing}\n")
     });
     Ok((drawings.collect(), summary))
-}
-
-/// The in-memory broker gets room for all events of the run, to be able to show and count them.
-fn broker(args: &DemoArgs, data: &Path) -> String {
-    match args.broker.as_deref() {
-        Some("memory:") => format!(
-            "memory:?bytes={}",
-            EVENT_BYTES_MIN + args.orders as usize * ORDER_BYTES
-        ),
-        named => broker_url(named, data),
-    }
 }
 
 /// Names the run's idempotency keys: the same seed places the same orders, but a broker that
@@ -191,14 +266,15 @@ fn data_dir(path: Option<PathBuf>) -> anyhow::Result<DataDir> {
     Ok(data)
 }
 
-async fn start_fakes(args: &DemoArgs, data: &Path) -> anyhow::Result<(FakeProcess, FakeProcess)> {
+async fn start_fakes(args: &DemoArgs, data: &Path) -> anyhow::Result<[FakeProcess; 2]> {
     let mut psp = ledger_of("fake-psp", data).to_vec();
     psp.extend(["--seed".into(), args.seed.to_string().into()]);
     psp.extend(args.calm.then(|| "--calm".into()));
     let psp = FakeProcess::start("fake-psp", &psp);
     let mailer = ledger_of("fake-mailer", data);
     let mailer = FakeProcess::start("fake-mailer", &mailer);
-    tokio::try_join!(psp, mailer)
+    let (psp, mailer) = tokio::try_join!(psp, mailer)?;
+    Ok([psp, mailer])
 }
 
 /// Shown on a terminal only.

@@ -17,6 +17,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
+mod brokers;
 mod campaign;
 mod catalogue;
 mod client;
@@ -27,9 +28,11 @@ mod databases;
 mod demo;
 mod events;
 mod fake;
+mod process;
 mod service;
 mod shop;
 
+use brokers::{BrokerArgs, connect};
 use campaign::CampaignArgs;
 use crash_point::CrashPoint;
 use data_dir::DataDir;
@@ -38,7 +41,7 @@ use demo::DemoArgs;
 use fake::FakeProcess;
 use fake::mailer::MailerArgs;
 use fake::psp::PspArgs;
-use shop::{OPEN, Service, Shop, Surroundings, broker_url, connect, lives_in_process, usual_stock};
+use shop::{OPEN, Service, Shop, Surroundings, lives_in_process, usual_stock};
 
 /// A shop of small services that talk through events only.
 ///
@@ -97,10 +100,8 @@ struct RunArgs {
     /// with `memory:` a temporary directory]
     #[arg(long, value_name = "DIR", verbatim_doc_comment)]
     data: Option<PathBuf>,
-    /// The broker on which the services meet, such as `memory:`, which lives and dies with this
-    /// process [default: the embedded one, an SQLite file in the data directory]
-    #[arg(long, value_name = "URL")]
-    broker: Option<String>,
+    #[command(flatten)]
+    broker: BrokerArgs,
     #[command(flatten)]
     store: StoreArgs,
     /// The gateway's port on loopback; 0 takes a free one
@@ -146,11 +147,6 @@ async fn main() -> ExitCode {
     })
 }
 
-/// Whether the user named the broker that lives inside the process.
-fn is_memory(broker: Option<&str>) -> bool {
-    broker.is_some_and(|url| url.starts_with("memory:"))
-}
-
 /// Logs to stderr; `RUST_LOG` overrides what.
 fn start_logging(default: &str, crash_at: Option<CrashPoint>) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
@@ -168,11 +164,11 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let data = match args.data {
         Some(data) => DataDir::open(data)?,
         // What is on such a broker ends with the process, so the rest may not outlive it.
-        None if is_memory(args.broker.as_deref()) => DataDir::temporary()?,
+        None if args.broker.is_memory() => DataDir::temporary()?,
         None => DataDir::open("ecommerce-data".into())?,
     };
     let databases = args.store.databases(data.path())?;
-    let bus = connect(&broker_url(args.broker.as_deref(), data.path())).await?;
+    let bus = connect(&args.broker.config(data.path(), &args.store)).await?;
     anyhow::ensure!(
         args.only.is_empty() || !lives_in_process(&bus),
         "`--only` runs some services in this process and leaves the others to other processes, but \

@@ -3,15 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
 use eventbus::desk::HeldReport;
-use eventbus::prelude::{Connect as _, ConsumerBuilder, EventBus};
-use eventbus::{DeadLetters, Durability, Stopping, health};
+use eventbus::prelude::{ConsumerBuilder, Event as _, EventBus, Topic};
+use eventbus::{Durability, Stopping, health};
 use tokio::net::TcpListener;
 use tracing::{debug, info, warn};
 
@@ -20,7 +19,9 @@ use crate::client::mailer::HttpMailer;
 use crate::client::psp::HttpPsp;
 use crate::database::{Database, Outbox};
 use crate::databases::Databases;
-use crate::events::topics;
+use crate::events::{
+    InventoryReserved, NotificationSent, OrderCreated, PaymentProcessed, ShippingCreated, topics,
+};
 use crate::service::gateway::{self, Board};
 use crate::service::inventory::{self, Warehouse};
 use crate::service::notification;
@@ -31,6 +32,36 @@ use crate::service::shipping;
 /// Without any order ending for so long, those under way are lost where the broker dies with this
 /// process.
 const FINISH_WITHIN: Duration = Duration::from_secs(10);
+
+/// The services, each a consumer group and a database, and the topics that they consume.
+pub const SERVICES: [(&str, &[Topic]); 6] = [
+    (
+        "gateway",
+        &[
+            OrderCreated::TOPIC,
+            InventoryReserved::TOPIC,
+            PaymentProcessed::TOPIC,
+            ShippingCreated::TOPIC,
+            NotificationSent::TOPIC,
+        ],
+    ),
+    (
+        "order",
+        &[
+            OrderCreated::TOPIC,
+            InventoryReserved::TOPIC,
+            PaymentProcessed::TOPIC,
+            NotificationSent::TOPIC,
+        ],
+    ),
+    ("inventory", &[OrderCreated::TOPIC, PaymentProcessed::TOPIC]),
+    ("payment", &[InventoryReserved::TOPIC]),
+    ("shipping", &[PaymentProcessed::TOPIC]),
+    (
+        "notification",
+        &[OrderCreated::TOPIC, ShippingCreated::TOPIC],
+    ),
+];
 
 /// What the log says when a shop is open.
 pub const OPEN: &str = "the shop is open";
@@ -97,8 +128,6 @@ pub struct Shop {
     /// Where the gateway listens, if it is among the services.
     pub gateway_url: Option<String>,
     handlers_max: Option<usize>,
-    buses: Vec<(Service, EventBus)>,
-    dead_letters: Vec<DeadLetters>,
 }
 
 impl Shop {
@@ -119,16 +148,27 @@ impl Shop {
             warehouse: None,
             gateway_url: None,
             handlers_max: surroundings.databases.handlers_max(),
-            buses: Vec::new(),
-            dead_letters: Vec::new(),
         };
         let mut parts = bus.service("shop");
         for service in services {
             let bus = bus.with_source(service.name());
             parts = shop.consume(parts, *service, &bus, &surroundings).await?;
-            shop.buses.push((*service, bus));
         }
         Ok((shop, parts))
+    }
+
+    /// A shop whose services are in other processes.
+    ///
+    /// # Errors
+    ///
+    /// When a database is not to be had.
+    pub async fn elsewhere(databases: &Databases, gateway_url: String) -> anyhow::Result<Self> {
+        Ok(Self {
+            board: Some(Board::open(databases).await?),
+            warehouse: Some(Warehouse::open(databases).await?),
+            gateway_url: Some(gateway_url),
+            handlers_max: None,
+        })
     }
 
     /// Starts the consumer and the relay of one service.
@@ -186,7 +226,7 @@ impl Shop {
     }
 
     async fn spawn<S>(
-        &mut self,
+        &self,
         parts: eventbus::Service,
         service: Service,
         outbox: Outbox,
@@ -201,7 +241,6 @@ impl Shop {
         };
         let consumer = consumer.spawn().await;
         let consumer = consumer.with_context(|| format!("start the {} service", service.name()))?;
-        self.dead_letters.push(consumer.dead_letters());
         let name = format!("{}-outbox", service.name());
         let relay = outbox.relay().name(&name)?;
         info!(service = service.name(), "started");
@@ -234,49 +273,6 @@ impl Shop {
             }
             Ok::<(), std::io::Error>(())
         }))
-    }
-
-    /// What the services could not handle, each in a sentence.
-    ///
-    /// # Errors
-    ///
-    /// When the broker cannot read them.
-    pub async fn dead_letters(&self) -> anyhow::Result<Vec<String>> {
-        let mut sentences = Vec::new();
-        for service in &self.dead_letters {
-            for letter in service.list().await.context("list the dead letters")? {
-                let (group, topic) = (&letter.group, &letter.message.topic);
-                let error = &letter.error;
-                sentences.push(format!(
-                    "{group} could not handle a message of {topic}: {error}"
-                ));
-            }
-        }
-        for (service, bus) in &self.buses {
-            for held in held(bus, service.name()).await? {
-                let (held, error) = (&held.held, &held.wait.error);
-                sentences.push(format!("{} holds {held}: {error}", service.name()));
-            }
-        }
-        Ok(sentences)
-    }
-}
-
-/// Connects to the broker that the user named.
-///
-/// # Errors
-///
-/// When there is none at the URL.
-pub async fn connect(url: &str) -> anyhow::Result<EventBus> {
-    let connected = EventBus::connect(url).await;
-    connected.context("connect to the broker given with `--broker`")
-}
-
-/// The broker that the user named, or the embedded one in the data directory.
-pub fn broker_url(named: Option<&str>, data: &Path) -> String {
-    match named {
-        Some(url) => url.to_owned(),
-        None => format!("sqlite://{}", data.join("bus.db").display()),
     }
 }
 
@@ -333,4 +329,27 @@ pub async fn held(bus: &EventBus, service: &str) -> anyhow::Result<Vec<HeldRepor
         Ok(held) => held.list().await.context("list held keys"),
         Err(_) => Ok(Vec::new()),
     }
+}
+
+/// What services could not handle, each in a sentence.
+///
+/// # Errors
+///
+/// When the broker or the store does not say.
+pub async fn dead_letters(bus: &EventBus) -> anyhow::Result<Vec<String>> {
+    let mut sentences = Vec::new();
+    for (service, topics) in SERVICES {
+        let letters = bus.dead_letters(service, topics)?.list().await;
+        for letter in letters.context("list the dead letters")? {
+            let (topic, error) = (&letter.message.topic, &letter.error);
+            sentences.push(format!(
+                "{service} could not handle a message of {topic}: {error}"
+            ));
+        }
+        for held in held(bus, service).await? {
+            let (held, error) = (&held.held, &held.wait.error);
+            sentences.push(format!("{service} still holds {held}: {error}"));
+        }
+    }
+    Ok(sentences)
 }

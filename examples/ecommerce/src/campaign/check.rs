@@ -11,10 +11,11 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use super::load::Told;
-use super::witnesses::{Published, SERVICES, Witnesses};
+use super::witnesses::{Published, Witnesses};
 use crate::demo::order_book::{End, OrderBook};
 use crate::events::{CancelReason, Cents, OrderCreated, OrderId};
 use crate::service::gateway::Status;
+use crate::shop::SERVICES;
 
 /// At most so many complaints of one kind are shown.
 const SHOWN: usize = 5;

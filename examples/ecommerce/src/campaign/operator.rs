@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use eventbus::EventBusConfig;
 use eventbus::desk::KeyAction;
 use eventbus::prelude::EventBus;
 use fastrand::Rng;
@@ -13,7 +14,8 @@ use tokio::time::timeout;
 
 use super::journal::{Journal, Note};
 use super::witnesses::{PAYMENT, waits_for_us};
-use crate::shop::{connect, held};
+use crate::brokers::connect;
+use crate::shop::held;
 
 /// How often the operator looks.
 const GLANCE: Duration = Duration::from_millis(500);
@@ -30,9 +32,9 @@ pub struct Operator {
 
 impl Operator {
     /// Begins; the seed decides what is done with what.
-    pub fn start(broker: &str, seed: u64, journal: Arc<Journal>) -> Self {
+    pub fn start(broker: &EventBusConfig, seed: u64, journal: Arc<Journal>) -> Self {
         let (stop, mut stopped) = watch::channel(false);
-        let (broker, mut random) = (broker.to_owned(), Rng::with_seed(seed));
+        let (broker, mut random) = (broker.clone(), Rng::with_seed(seed));
         let work = tokio::spawn(async move {
             // An error says that it dropped: that stops the operator as well.
             while timeout(GLANCE, stopped.wait_for(|stop| *stop))

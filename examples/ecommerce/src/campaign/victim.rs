@@ -1,39 +1,30 @@
 //! The processes of a campaign: the shop's, which die and start again, and the providers'.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
-use std::net::{Ipv4Addr, TcpListener};
-use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::path::Path;
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use fastrand::Rng;
-use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
 
 use super::journal::{Journal, Note};
 use super::{CampaignArgs, REFUSED, REVIEWED};
 use crate::crash_point::CrashPoint;
 use crate::fake::{FakeProcess, ledger_of};
-use crate::shop::{OPEN, broker_url};
+use crate::process::{ShopProcess, Site, free_port};
 
-/// How long a process may take to start, and to stop.
+/// How long a process may take to start.
 const START_WITHIN: Duration = Duration::from_secs(30);
-const STOP_WITHIN: Duration = Duration::from_secs(40);
 /// How often a log is looked into.
 const GLANCE: Duration = Duration::from_millis(5);
 
 /// Everything that runs in a campaign.
 #[derive(Debug)]
 pub struct Yard {
-    data: PathBuf,
-    /// The broker.
-    pub broker: String,
-    store: String,
-    port: u16,
-    url: String,
+    site: Site,
     seed: u64,
     journal: Arc<Journal>,
     victims: Vec<Victim>,
@@ -48,13 +39,8 @@ pub struct Yard {
 /// A process of the shop.
 #[derive(Debug)]
 struct Victim {
-    /// Its services; none means all.
-    only: &'static str,
-    child: Child,
+    process: ShopProcess,
     started: Instant,
-    /// Where its log is, and where in it this run begins.
-    log: PathBuf,
-    log_begin: u64,
 }
 
 /// A provider that can be killed and comes back where it was.
@@ -78,21 +64,26 @@ impl Yard {
         data: &Path,
         journal: Arc<Journal>,
     ) -> anyhow::Result<Self> {
-        let port = free_port()?;
         let seed = args.seed.to_string();
         let faults = ["--seed", &seed, "--refuse", REFUSED, "--review", REVIEWED];
         let faults = faults.map(OsString::from);
-        let mut yard = Self {
+        let psp = Provider::start("fake-psp", data, &faults).await?;
+        let mailer = Provider::start("fake-mailer", data, &[]).await?;
+        let site = Site {
             data: data.to_owned(),
-            broker: broker_url(args.broker.as_deref(), data),
-            store: args.store.store.clone(),
-            port,
-            url: format!("http://127.0.0.1:{port}"),
+            broker: args.broker.clone(),
+            store: args.store.clone(),
+            port: free_port()?,
+            psp_url: psp.url.clone(),
+            mailer_url: mailer.url.clone(),
+        };
+        let mut yard = Self {
+            site,
             seed: args.seed,
             journal,
             victims: Vec::new(),
-            psp: Provider::start("fake-psp", data, &faults).await?,
-            mailer: Provider::start("fake-mailer", data, &[]).await?,
+            psp,
+            mailer,
             restarts: Vec::new(),
             complaints: Vec::new(),
         };
@@ -105,8 +96,8 @@ impl Yard {
     }
 
     /// The gateway.
-    pub fn gateway_url(&self) -> &str {
-        &self.url
+    pub fn gateway_url(&self) -> String {
+        self.site.gateway_url()
     }
 
     /// When processes were started again.
@@ -156,7 +147,7 @@ impl Yard {
             self.kill(index).await?;
             self.restart(index, Some(point))?;
             let victim = &mut self.victims[index];
-            match timeout(within, victim.child.wait()).await {
+            match timeout(within, victim.process.child.wait()).await {
                 Ok(status) => {
                     let status = status?;
                     self.note_end(index, "crashed", status);
@@ -217,16 +208,17 @@ impl Yard {
 
     async fn kill(&mut self, index: usize) -> anyhow::Result<()> {
         let victim = &mut self.victims[index];
-        if let Some(status) = victim.child.try_wait()? {
+        if let Some(status) = victim.process.child.try_wait()? {
             self.complain(index, status);
             return Ok(());
         }
         victim
+            .process
             .child
             .kill()
             .await
             .context("kill a process of the shop")?;
-        if let Some(status) = victim.child.try_wait()? {
+        if let Some(status) = victim.process.child.try_wait()? {
             self.note_end(index, "killed", status);
         }
         Ok(())
@@ -234,19 +226,7 @@ impl Yard {
 
     async fn stop(&mut self, index: usize) -> anyhow::Result<()> {
         let victim = &mut self.victims[index];
-        if let Some(pid) = victim.child.id() {
-            let told = Command::new("kill")
-                .arg("-TERM")
-                .arg(pid.to_string())
-                .status()
-                .await;
-            ensure!(
-                told.context("run `kill`")?.success(),
-                "process {pid} cannot be told to stop"
-            );
-        }
-        let status = timeout(STOP_WITHIN, victim.child.wait()).await;
-        let status = status.context("a process was told to stop and goes on")??;
+        let status = victim.process.stop().await?;
         self.note_end(index, "stopped", status);
         if !status.success() {
             self.complain(index, status);
@@ -255,51 +235,19 @@ impl Yard {
     }
 
     fn restart(&mut self, index: usize, crash_at: Option<&CrashPoint>) -> anyhow::Result<()> {
-        let only = self.victims[index].only;
+        let only = self.victims[index].process.only;
         self.victims[index] = self.start(only, crash_at)?;
         self.restarts.push(Instant::now());
         Ok(())
     }
 
     fn start(&self, only: &'static str, crash_at: Option<&CrashPoint>) -> anyhow::Result<Victim> {
+        let process = self.site.start(only, crash_at)?;
         let name = if only.is_empty() { "all" } else { only };
-        let log = self.data.join(format!("{name}.log"));
-        let stderr = OpenOptions::new().create(true).append(true).open(&log)?;
-        let log_begin = stderr.metadata()?.len();
-        let program = std::env::current_exe().context("find this program's own file")?;
-        let mut command = Command::new(program);
-        command
-            .arg("run")
-            .arg("--data")
-            .arg(&self.data)
-            .arg("--broker")
-            .arg(&self.broker)
-            .arg("--store")
-            .arg(&self.store)
-            .arg("--port")
-            .arg(self.port.to_string())
-            .arg("--psp")
-            .arg(&self.psp.url)
-            .arg("--mailer")
-            .arg(&self.mailer.url)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(stderr)
-            .kill_on_drop(true);
-        if !only.is_empty() {
-            command.arg("--only").arg(only);
-        }
-        if let Some(point) = crash_at {
-            command.arg("--crash-at").arg(point.to_string());
-        }
-        let child = command.spawn().context("start a process of the shop")?;
         self.journal.note(Note::Started(name));
         Ok(Victim {
-            only,
-            child,
+            process,
             started: Instant::now(),
-            log,
-            log_begin,
         })
     }
 
@@ -308,10 +256,10 @@ impl Yard {
         let deadline = Instant::now() + START_WITHIN;
         loop {
             let victim = &mut self.victims[index];
-            if victim.says_open()? {
+            if victim.process.says_open()? {
                 return Ok(());
             }
-            if let Some(status) = victim.child.try_wait()? {
+            if let Some(status) = victim.process.child.try_wait()? {
                 self.complain(index, status);
                 self.restart(index, None)?;
             }
@@ -325,28 +273,16 @@ impl Yard {
     }
 
     fn note_end(&self, index: usize, how: &str, status: ExitStatus) {
-        let name = self.victims[index].only;
+        let name = self.victims[index].process.only;
         self.journal
             .note(Note::Ended(&format!("{name} {how}: {status}")));
     }
 
     fn complain(&mut self, index: usize, status: ExitStatus) {
         self.note_end(index, "ended by itself or badly", status);
-        let log = self.victims[index].log.display();
+        let log = self.victims[index].process.log().display();
         self.complaints
             .push(format!("a process ended with {status}: see {log}"));
-    }
-}
-
-impl Victim {
-    fn says_open(&self) -> anyhow::Result<bool> {
-        use std::io::{Read as _, Seek as _, SeekFrom};
-
-        let mut log = File::open(&self.log)?;
-        log.seek(SeekFrom::Start(self.log_begin))?;
-        let mut text = Vec::new();
-        log.read_to_end(&mut text)?;
-        Ok(String::from_utf8_lossy(&text).contains(OPEN))
     }
 }
 
@@ -369,10 +305,4 @@ impl Provider {
         self.process = FakeProcess::start(self.command, &self.args).await?;
         Ok(())
     }
-}
-
-/// A port that was free a moment ago: who is killed has to come back to the same.
-fn free_port() -> anyhow::Result<u16> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("find a free port")?;
-    Ok(listener.local_addr()?.port())
 }

@@ -9,16 +9,13 @@ use eventbus::prelude::{Event as _, EventBus, Start, Topic, Until};
 use super::victim::Yard;
 use crate::database::{Database, Handled};
 use crate::databases::Databases;
-use crate::events::{
-    InventoryReserved, NotificationSent, OrderCreated, OrderId, PaymentProcessed, ShippingCreated,
-    topics,
-};
+use crate::events::{OrderCreated, OrderId, topics};
 use crate::fake;
 use crate::fake::mailer::MailerCalls;
 use crate::fake::psp::PspCalls;
 use crate::service::gateway::{Board, OrderView};
 use crate::service::inventory::Warehouse;
-use crate::shop::{held, usual_stock};
+use crate::shop::{SERVICES, dead_letters, held, usual_stock};
 
 /// Everything the checker asks.
 #[derive(Debug)]
@@ -60,36 +57,6 @@ pub struct Published {
 
 /// The service that needs a person now and then.
 pub const PAYMENT: &str = "payment";
-
-/// The services, each a consumer group and a database, and the topics that they consume.
-pub const SERVICES: [(&str, &[Topic]); 6] = [
-    (
-        "gateway",
-        &[
-            OrderCreated::TOPIC,
-            InventoryReserved::TOPIC,
-            PaymentProcessed::TOPIC,
-            ShippingCreated::TOPIC,
-            NotificationSent::TOPIC,
-        ],
-    ),
-    (
-        "order",
-        &[
-            OrderCreated::TOPIC,
-            InventoryReserved::TOPIC,
-            PaymentProcessed::TOPIC,
-            NotificationSent::TOPIC,
-        ],
-    ),
-    ("inventory", &[OrderCreated::TOPIC, PaymentProcessed::TOPIC]),
-    (PAYMENT, &[InventoryReserved::TOPIC]),
-    ("shipping", &[PaymentProcessed::TOPIC]),
-    (
-        "notification",
-        &[OrderCreated::TOPIC, ShippingCreated::TOPIC],
-    ),
-];
 
 impl Witnesses {
     /// Asks everybody; the shop has stopped, the providers are still there.
@@ -190,22 +157,6 @@ async fn read_topics(
         });
     }
     Ok((wire, orders))
-}
-
-/// What services could not handle, each in a sentence.
-async fn dead_letters(bus: &EventBus) -> anyhow::Result<Vec<String>> {
-    let mut sentences = Vec::new();
-    for (service, topics) in SERVICES {
-        for letter in bus.dead_letters(service, topics)?.list().await? {
-            let error = &letter.error;
-            sentences.push(format!("{service} left a dead letter: {error}"));
-        }
-        for held in held(bus, service).await? {
-            let (held, error) = (&held.held, &held.wait.error);
-            sentences.push(format!("{service} still holds {held}: {error}"));
-        }
-    }
-    Ok(sentences)
 }
 
 fn topic_names() -> Vec<Topic> {

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{Verdict, Witnesses};
 use crate::campaign::load::{Taken, Told};
-use crate::campaign::witnesses::{Published, SERVICES};
+use crate::campaign::witnesses::Published;
 use crate::database::Handled;
 use crate::demo::order_book::{End, OrderBook};
 use crate::events::{CancelReason, Customer, OrderCreated, OrderId};
@@ -12,6 +12,7 @@ use crate::fake::mailer::MailerCalls;
 use crate::fake::psp::PspCalls;
 use crate::service::gateway::{OrderView, Status};
 use crate::service::sample::order_id;
+use crate::shop::SERVICES;
 
 /// A campaign without a crash: what there would be to see.
 struct Run {
