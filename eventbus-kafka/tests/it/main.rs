@@ -3,4 +3,6 @@
 mod changes;
 mod conformance;
 mod errors;
+mod python;
+
 mod server;
