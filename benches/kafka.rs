@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use eventbus::{
-    BatchItem, BoxError, Connect, Context, Event, EventBus, KafkaBroker, KafkaConfig, Message,
-    Start, Topic, TopicSpec, Until,
+    BatchItem, BoxError, Context, Event, EventBus, KafkaBroker, KafkaConfig, Message, Start,
+    TopicSpec, Until,
 };
 use futures_util::StreamExt;
 use rdkafka::config::ClientConfig;

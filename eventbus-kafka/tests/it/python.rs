@@ -202,7 +202,7 @@ async fn python_reads_what_a_bus_publishes() {
         assert_eq!(found["key"], hex(b"42"));
         assert_eq!(found["value"], hex(&ours.payload));
         let headers = found["headers"].as_array().expect("headers");
-        let expected: Vec<_> = ours
+        let expected = ours
             .headers
             .iter()
             .map(|(name, value)| json!([name, hex(value)]));
@@ -260,7 +260,7 @@ async fn a_key_has_the_same_partition_from_python_as_from_us() {
     // Java's client gives it a partition, too: only a message without a key has none.
     keys.push(Vec::new());
     let messages = keys.iter().map(|key| {
-        eventbus_core::Message::new(site.topic.clone(), "ours").with_key(Key::from(key.clone()))
+        eventbus_core::Message::new(site.topic.clone(), "ours").with_key(Key::new(key.clone()))
     });
     let published = site.bus.publish_messages(messages.collect()).await;
     published.expect("all are taken");
@@ -272,7 +272,7 @@ async fn a_key_has_the_same_partition_from_python_as_from_us() {
 
     let found = python_reads(&site.topic, 2 * keys.len()).await;
     for key in &keys {
-        let expected = partition_of(&Key::from(key.clone()), PARTITIONS);
+        let expected = partition_of(&Key::new(key.clone()), PARTITIONS);
         let of_key: Vec<_> = found.iter().filter(|it| it["key"] == hex(key)).collect();
         assert!(of_key.len() >= 2, "both published {key:?}");
         for it in of_key {
@@ -385,7 +385,7 @@ async fn what_python_publishes_is_handled_or_a_dead_letter() {
         .on(move |order: OrderPlaced, cx: Context| {
             let handled = handled.clone();
             async move {
-                handled.send((order, cx.envelope().id.to_string()))?;
+                handled.send((order, cx.id().to_string()))?;
                 Ok::<(), BoxError>(())
             }
         });
