@@ -21,7 +21,9 @@ pub use key_state::KeyStateHarness;
 pub use lease::LeaseHarness;
 pub use outbox::{OutboxHarness, OutboxTransaction};
 pub use probe::{Ledger, Probe, Record, text_of, within};
-pub use proxy::{Direction, FaultProxy, Protocol, Statements, Traffic, WireFault};
+pub use proxy::{
+    Direction, FaultProxy, KafkaApi, Protocol, Requests, Statements, Traffic, WireFault,
+};
 pub use schedule::ScheduleHarness;
 pub use simulation::{SEED_VARIABLE, Simulation};
 pub use test_bus::TestBus;

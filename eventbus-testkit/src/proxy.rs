@@ -31,6 +31,7 @@
 //! # }).unwrap();
 //! ```
 
+mod kafka;
 mod link;
 mod postgres;
 mod protocol;
@@ -45,6 +46,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
+pub use kafka::{KafkaApi, Requests};
 pub use protocol::{Protocol, Statements};
 
 /// What is wrong with a wire, for all connections over it, those that are made meanwhile included.
@@ -79,6 +81,12 @@ pub enum WireFault {
     /// Requests that the [`Protocol`] picks are served; their responses vanish, and then the
     /// connection is reset. So whoever asked does not know what became of it.
     LoseResponse,
+    /// Requests that the [`Protocol`] picks arrive so much later, and so does what is sent behind them
+    /// on their connection.
+    DelayRequest(Duration),
+    /// Requests that the [`Protocol`] picks are served, and their responses say an error of this number
+    /// where they would say none: of Kafka those to `Produce` and `OffsetCommit`, of others none.
+    Misreport(i16),
 }
 
 /// A direction on a wire.
@@ -101,6 +109,8 @@ pub struct Traffic {
     pub open: u64,
     /// Requests that were served and whose response it lost.
     pub responses_lost: u64,
+    /// Responses that were made to say an error.
+    pub responses_misreported: u64,
 }
 
 #[derive(Debug, Default)]
@@ -108,6 +118,7 @@ struct Counters {
     connections: AtomicU64,
     open: AtomicU64,
     responses_lost: AtomicU64,
+    responses_misreported: AtomicU64,
 }
 
 /// A proxy on a port of its own on loopback, and the handle that says what is wrong with its wire.
@@ -115,7 +126,8 @@ struct Counters {
 /// # Contract
 ///
 /// - A connection that has lost bytes is never used again: it is reset when the fault ends.
-/// - Each connection holds at most one piece of 16 KiB for each direction.
+/// - Each connection holds at most one piece of 16 KiB for each direction, and of Kafka one response that
+///   is rewritten.
 /// - All its tasks end when the handle is dropped, and all connections with them.
 #[derive(Debug)]
 pub struct FaultProxy {
@@ -136,7 +148,7 @@ impl FaultProxy {
         Self::start_with(upstream, Protocol::Opaque).await
     }
 
-    /// Starts a proxy that follows what passes, so that it can lose responses.
+    /// Starts a proxy that follows what passes, so that it can harm single requests and responses.
     ///
     /// # Errors
     ///
@@ -147,6 +159,7 @@ impl FaultProxy {
         let (fault, heard) = watch::channel(WireFault::None);
         let counters = Arc::new(Counters::default());
         let wire = Wire {
+            address,
             upstream: upstream.into(),
             protocol,
             fault: heard,
@@ -200,6 +213,7 @@ impl FaultProxy {
             connections: load(&self.counters.connections),
             open: load(&self.counters.open),
             responses_lost: load(&self.counters.responses_lost),
+            responses_misreported: load(&self.counters.responses_misreported),
         }
     }
 }
@@ -213,6 +227,8 @@ impl Drop for FaultProxy {
 /// What the tasks of a proxy share.
 #[derive(Clone, Debug)]
 struct Wire {
+    /// Where it begins.
+    address: SocketAddr,
     upstream: String,
     protocol: Protocol,
     fault: watch::Receiver<WireFault>,

@@ -1,5 +1,6 @@
 //! One connection over a wire that can be harmed.
 
+use std::borrow::Cow;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -19,6 +20,16 @@ const PIECE_BYTES: usize = 16 * 1024;
 /// The connection is to be reset.
 struct Reset;
 
+/// What the protocol makes of a piece.
+struct Followed<'b> {
+    /// What passes.
+    bytes: Cow<'b, [u8]>,
+    /// How much later.
+    late: Option<Duration>,
+    /// Whether a response that is lost has come to its end.
+    is_served: bool,
+}
+
 /// What both directions of a connection know.
 struct Link {
     watch: Mutex<Box<dyn Watch>>,
@@ -32,7 +43,7 @@ struct Link {
 /// Passes on what both sides send, as far as the wire lets it.
 pub(super) async fn pass(mut client: TcpStream, mut server: TcpStream, wire: Wire) {
     let link = Link {
-        watch: Mutex::new(wire.protocol.watch()),
+        watch: Mutex::new(wire.protocol.watch(wire.address)),
         has_lost: AtomicBool::new(false),
         passed: AtomicUsize::new(0),
         wire,
@@ -121,8 +132,11 @@ impl Link {
         faults: &mut watch::Receiver<WireFault>,
     ) -> Result<(), Reset> {
         let fault = *faults.borrow();
-        let (passes, is_served) = self.follow(direction, bytes, fault);
-        let bytes = &bytes[..passes];
+        let followed = self.follow(direction, bytes, fault);
+        let bytes = &*followed.bytes;
+        if let Some(late) = followed.late {
+            wait(late, faults).await;
+        }
         match fault {
             WireFault::Delay {
                 to_server,
@@ -143,7 +157,7 @@ impl Link {
             WireFault::Cut => return Err(Reset),
             _ => self.write(bytes, to, faults).await?,
         }
-        if is_served {
+        if followed.is_served {
             let lost = &self.wire.counters.responses_lost;
             lost.fetch_add(1, Ordering::Relaxed);
             return Err(Reset);
@@ -151,19 +165,30 @@ impl Link {
         Ok(())
     }
 
-    /// Lets the protocol follow; the answer is how many bytes pass, and whether a response is lost.
-    fn follow(&self, direction: Direction, bytes: &[u8], fault: WireFault) -> (usize, bool) {
+    /// Lets the protocol follow.
+    fn follow<'b>(&self, direction: Direction, bytes: &'b [u8], fault: WireFault) -> Followed<'b> {
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
         match direction {
             Direction::ToServer => {
-                if watch.asks(bytes, fault == WireFault::LoseResponse) {
+                let asked = watch.asks(bytes, fault);
+                if asked.loses {
                     self.loses();
                 }
-                (bytes.len(), false)
+                Followed {
+                    bytes: Cow::Borrowed(bytes),
+                    late: asked.late,
+                    is_served: false,
+                }
             }
             Direction::ToClient => {
                 let answered = watch.answers(bytes);
-                (answered.passes, answered.is_served)
+                let misreported = &self.wire.counters.responses_misreported;
+                misreported.fetch_add(answered.misreported, Ordering::Relaxed);
+                Followed {
+                    bytes: answered.bytes,
+                    late: None,
+                    is_served: answered.is_served,
+                }
             }
         }
     }

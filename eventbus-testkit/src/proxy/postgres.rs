@@ -8,9 +8,11 @@
 //! Each `Q` and each `S` is answered by one `Z`, and so is the startup. So requests are numbered by
 //! the `Z` that ends their answer, and an answer is lost from the `Z` before to its own.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
-use super::protocol::{Answered, Statements, Watch};
+use super::WireFault;
+use super::protocol::{Answered, Asked, Statements, Watch};
 
 /// How much of a message's body is looked at.
 const HEAD_BYTES: usize = 512 + 64;
@@ -106,6 +108,38 @@ impl Session {
         }
     }
 
+    /// How many bytes of the server pass, and whether the answer that is lost has come to its end.
+    fn passes(&mut self, bytes: &[u8]) -> (usize, bool) {
+        let (mut passes, mut is_served) = (bytes.len(), false);
+        let mut rest = bytes;
+        if self.phase == Phase::Asking {
+            // `N`: it goes on in the clear, with a startup. Otherwise nothing can be read any more.
+            self.phase = match bytes {
+                b"N" => Phase::Startup,
+                _ => Phase::Opaque,
+            };
+            return (passes, is_served);
+        }
+        if self.phase == Phase::Opaque {
+            return (passes, is_served);
+        }
+        let is_lost = |session: &Self| session.loses == Some(session.answered + 1);
+        if is_lost(self) {
+            passes = 0;
+        }
+        while let Some(frame) = self.server.next(&mut rest) {
+            if frame.kind != b'Z' {
+                continue;
+            }
+            is_served |= is_lost(self);
+            self.answered += 1;
+            if is_lost(self) {
+                passes = bytes.len() - rest.len();
+            }
+        }
+        (passes, is_served)
+    }
+
     /// The number of the answer to a message that was just looked at.
     fn answer_of(&self, kind: u8) -> u64 {
         match kind {
@@ -117,7 +151,8 @@ impl Session {
 }
 
 impl Watch for Session {
-    fn asks(&mut self, bytes: &[u8], is_armed: bool) -> bool {
+    fn asks(&mut self, bytes: &[u8], fault: WireFault) -> Asked {
+        let mut asked = Asked::default();
         let mut rest = bytes;
         while let (false, Some(frame)) = (self.phase == Phase::Opaque, self.client.next(&mut rest))
         {
@@ -126,45 +161,25 @@ impl Watch for Session {
                 continue;
             }
             let is_picked = self.asks_for(frame.kind, &frame.head);
-            if is_picked && is_armed && self.loses.is_none() {
-                self.loses = Some(self.answer_of(frame.kind));
+            match fault {
+                WireFault::LoseResponse if is_picked && self.loses.is_none() => {
+                    self.loses = Some(self.answer_of(frame.kind));
+                }
+                WireFault::DelayRequest(time) if is_picked => asked.late = Some(time),
+                _ => {}
             }
         }
-        self.loses.is_some()
+        asked.loses = self.loses.is_some();
+        asked
     }
 
-    fn answers(&mut self, bytes: &[u8]) -> Answered {
-        let mut answered = Answered {
-            passes: bytes.len(),
-            is_served: false,
-        };
-        let mut rest = bytes;
-        if self.phase == Phase::Asking {
-            // `N`: it goes on in the clear, with a startup. Otherwise nothing can be read any more.
-            self.phase = match bytes {
-                b"N" => Phase::Startup,
-                _ => Phase::Opaque,
-            };
-            return answered;
+    fn answers<'b>(&mut self, bytes: &'b [u8]) -> Answered<'b> {
+        let (passes, is_served) = self.passes(bytes);
+        Answered {
+            bytes: Cow::Borrowed(&bytes[..passes]),
+            is_served,
+            misreported: 0,
         }
-        if self.phase == Phase::Opaque {
-            return answered;
-        }
-        let is_lost = |session: &Self| session.loses == Some(session.answered + 1);
-        if is_lost(self) {
-            answered.passes = 0;
-        }
-        while let Some(frame) = self.server.next(&mut rest) {
-            if frame.kind != b'Z' {
-                continue;
-            }
-            answered.is_served |= is_lost(self);
-            self.answered += 1;
-            if is_lost(self) {
-                answered.passes = bytes.len() - rest.len();
-            }
-        }
-        answered
     }
 }
 
@@ -250,7 +265,10 @@ impl Frames {
 #[cfg(test)]
 mod tests {
     use super::Session;
-    use crate::proxy::protocol::{Answered, Statements, Watch};
+    use crate::proxy::WireFault;
+    use crate::proxy::protocol::{Statements, Watch};
+
+    const LOSE: WireFault = WireFault::LoseResponse;
 
     fn message(kind: u8, body: &[u8]) -> Vec<u8> {
         let length = (body.len() as u32 + 4).to_be_bytes();
@@ -267,27 +285,28 @@ mod tests {
 
     fn opened() -> Session {
         let mut session = Session::new(Statements::commits());
-        assert!(!session.asks(&startup(196_608), true));
+        assert!(!session.asks(&startup(196_608), LOSE).loses);
         let all = session.answers(READY);
-        assert_eq!((all.passes, all.is_served), (READY.len(), false));
+        assert_eq!(
+            (all.bytes.len(), all.is_served),
+            (READY.len(), WireFault::None).loses
+        );
         session
     }
 
     #[test]
     fn the_answer_to_a_simple_commit_is_lost_and_no_other() {
         let mut session = opened();
-        assert!(!session.asks(&message(b'Q', b"BEGIN\0"), true));
-        let asked = session.asks(&message(b'Q', b"COMMIT\0"), true);
-        assert!(asked);
+        assert!(!session.asks(&message(b'Q', b"BEGIN\0"), LOSE).loses);
+        let asked = session.asks(&message(b'Q', b"COMMIT\0"), LOSE);
+        assert!(asked.loses);
         // Both answers come in one piece: that to BEGIN passes.
         let begin = [&message(b'C', b"BEGIN\0")[..], READY].concat();
         let commit = [&message(b'C', b"COMMIT\0")[..], READY].concat();
-        let answered = session.answers(&[begin.clone(), commit].concat());
-        let expected = Answered {
-            passes: begin.len(),
-            is_served: true,
-        };
-        assert_eq!(answered, expected);
+        let both = [begin.clone(), commit].concat();
+        let answered = session.answers(&both);
+        assert_eq!(answered.bytes, begin);
+        assert!(answered.is_served);
     }
 
     #[test]
@@ -301,18 +320,25 @@ mod tests {
         .concat();
         let mut session = opened();
         // Prepared while nothing was to be lost.
-        assert!(!session.asks(&[prepare, message(b'S', b"")].concat(), false));
+        assert!(
+            !session
+                .asks(&[prepare, message(b'S', b"")].concat(), WireFault::None)
+                .loses
+        );
         let prepared = [&message(b'1', b"")[..], READY].concat();
-        assert_eq!(session.answers(&prepared).passes, prepared.len());
+        assert_eq!(session.answers(&prepared).bytes.len(), prepared.len());
         let loses: Vec<bool> = execute
             .iter()
-            .map(|byte| session.asks(&[*byte], true))
+            .map(|byte| session.asks(&[*byte], LOSE).loses)
             .collect();
         assert!(loses.ends_with(&[true]));
         let answer = [message(b'C', b"COMMIT\0"), READY.to_vec()].concat();
         for byte in &answer[..answer.len() - 1] {
             let answered = session.answers(&[*byte]);
-            assert_eq!((answered.passes, answered.is_served), (0, false));
+            assert_eq!(
+                (answered.bytes.len(), answered.is_served),
+                (0, WireFault::None).loses
+            );
         }
         assert!(session.answers(&answer[answer.len() - 1..]).is_served);
     }
@@ -320,31 +346,35 @@ mod tests {
     #[test]
     fn what_is_not_armed_passes() {
         let mut session = opened();
-        assert!(!session.asks(&message(b'Q', b"COMMIT\0"), false));
-        assert_eq!(session.answers(READY).passes, READY.len());
+        assert!(
+            !session
+                .asks(&message(b'Q', b"COMMIT\0"), WireFault::None)
+                .loses
+        );
+        assert_eq!(session.answers(READY).bytes.len(), READY.len());
     }
 
     #[test]
     fn encryption_that_is_refused_goes_on_in_the_clear_and_other_is_opaque() {
         let ask = [&8_u32.to_be_bytes()[..], &80_877_103_u32.to_be_bytes()].concat();
         let mut session = Session::new(Statements::commits());
-        session.asks(&ask, true);
+        session.asks(&ask, LOSE);
         session.answers(b"N");
-        session.asks(&startup(196_608), true);
+        session.asks(&startup(196_608), LOSE);
         session.answers(READY);
-        assert!(session.asks(&message(b'Q', b"COMMIT\0"), true));
+        assert!(session.asks(&message(b'Q', b"COMMIT\0"), LOSE).loses);
 
         let mut session = Session::new(Statements::commits());
-        session.asks(&ask, true);
+        session.asks(&ask, LOSE);
         session.answers(b"S");
-        assert!(!session.asks(&message(b'Q', b"COMMIT\0"), true));
-        assert_eq!(session.answers(READY).passes, READY.len());
+        assert!(!session.asks(&message(b'Q', b"COMMIT\0"), LOSE).loses);
+        assert_eq!(session.answers(READY).bytes.len(), READY.len());
     }
 
     #[test]
     fn a_length_that_is_nonsense_ends_nothing() {
         let mut session = opened();
-        assert!(!session.asks(b"Q\0\0\0\0", true));
-        assert!(!session.asks(&[0xff; 64], true));
+        assert!(!session.asks(b"Q\0\0\0\0", LOSE).loses);
+        assert!(!session.asks(&[0xff; 64], LOSE).loses);
     }
 }

@@ -1,18 +1,29 @@
-//! What a proxy has to know of a protocol to lose the response to a request that was served.
+//! What a proxy has to know of a protocol to harm single requests and responses.
 
-use super::postgres::Session;
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::kafka::Requests;
+use super::{WireFault, kafka, postgres};
 
 /// What passes over a wire.
 ///
-/// Kafka, AMQP and RESP come with their adapters, as variants here and a `Watch` each.
+/// AMQP and RESP come with their adapters, as variants here and a `Watch` each.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub enum Protocol {
-    /// Bytes of which nothing is known: [`LoseResponse`](super::WireFault::LoseResponse) does nothing.
+    /// Bytes of which nothing is known: what harms single requests or responses does nothing.
     #[default]
     Opaque,
-    /// That of PostgreSQL, version 3, without encryption. The responses to these statements are lost.
+    /// That of PostgreSQL, version 3, without encryption. These statements are harmed, by
+    /// [`LoseResponse`](WireFault::LoseResponse) and [`DelayRequest`](WireFault::DelayRequest).
     Postgres(Statements),
+    /// That of Kafka, without encryption, of a cluster with one broker: the proxy names itself where
+    /// the broker names its address, so that clients stay with it. These requests are harmed, by
+    /// [`LoseResponse`](WireFault::LoseResponse), [`DelayRequest`](WireFault::DelayRequest) and
+    /// [`Misreport`](WireFault::Misreport).
+    Kafka(Requests),
 }
 
 /// Picks statements by their text.
@@ -43,45 +54,57 @@ impl Statements {
 }
 
 impl Protocol {
-    /// What follows one connection.
-    pub(super) fn watch(self) -> Box<dyn Watch> {
+    /// What follows one connection to a proxy at this address.
+    pub(super) fn watch(self, address: SocketAddr) -> Box<dyn Watch> {
         match self {
             Self::Opaque => Box::new(Nothing),
-            Self::Postgres(statements) => Box::new(Session::new(statements)),
+            Self::Postgres(statements) => Box::new(postgres::Session::new(statements)),
+            Self::Kafka(requests) => Box::new(kafka::Session::new(requests, address)),
         }
     }
 }
 
 /// Follows what passes on one connection; bytes come in pieces of any size.
 pub(super) trait Watch: Send {
-    /// Looks at what the client sends, before it is passed on. While `is_armed`, says whether the
-    /// response to something in it, or to something before, is to be lost.
-    fn asks(&mut self, bytes: &[u8], is_armed: bool) -> bool;
+    /// Looks at what the client sends, before it is passed on.
+    fn asks(&mut self, bytes: &[u8], fault: WireFault) -> Asked;
 
     /// Looks at what the server sends.
-    fn answers(&mut self, bytes: &[u8]) -> Answered;
+    fn answers<'b>(&mut self, bytes: &'b [u8]) -> Answered<'b>;
+}
+
+/// What is to be done with what the client sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Asked {
+    /// Whether the response to something in it, or to something before, is to be lost.
+    pub(super) loses: bool,
+    /// How much later it is to arrive.
+    pub(super) late: Option<Duration>,
 }
 
 /// What is to be done with what the server sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Answered {
-    /// How many bytes pass; what is behind them is lost.
-    pub(super) passes: usize,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Answered<'b> {
+    /// What passes in its place.
+    pub(super) bytes: Cow<'b, [u8]>,
     /// Whether the response that is lost has come to its end.
     pub(super) is_served: bool,
+    /// How many responses in it say an error that is none.
+    pub(super) misreported: u64,
 }
 
 struct Nothing;
 
 impl Watch for Nothing {
-    fn asks(&mut self, _: &[u8], _: bool) -> bool {
-        false
+    fn asks(&mut self, _: &[u8], _: WireFault) -> Asked {
+        Asked::default()
     }
 
-    fn answers(&mut self, bytes: &[u8]) -> Answered {
+    fn answers<'b>(&mut self, bytes: &'b [u8]) -> Answered<'b> {
         Answered {
-            passes: bytes.len(),
+            bytes: Cow::Borrowed(bytes),
             is_served: false,
+            misreported: 0,
         }
     }
 }
