@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
-use eventbus::prelude::EventBus;
+use eventbus::prelude::{ErrorKind, EventBus};
 use eventbus_verify::Client;
 use tokio::runtime::Handle;
 use tokio::time::sleep;
 
 use crate::crash_point::CrashPoint;
-use crate::recorded;
+use crate::recorded::{self, BrokerArgs, group_name};
 use crate::tried::TOPIC;
 
 pub mod append;
@@ -31,15 +31,17 @@ const STATUS_EVERY: Duration = Duration::from_millis(200);
 /// How often the lag is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
+/// How much longer nobody looks than a look takes.
+const LOOK_SHARE: u32 = 5;
+
 /// What every tried process is told.
 #[derive(Args, Clone, Debug)]
 pub struct ChildArgs {
     /// The socket of the recorder
     #[arg(long)]
     recorder: PathBuf,
-    /// The broker that is tried
-    #[arg(long)]
-    broker: String,
+    #[command(flatten)]
+    broker: BrokerArgs,
     /// Decides what is published, and when
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -111,21 +113,20 @@ impl Child {
         say("ready");
     }
 
-    /// Looks for ever at how many messages wait for the slowest group.
-    pub fn watch_lag(&self) -> Arc<AtomicU64> {
+    /// Looks for ever at how many messages wait for the slowest of these groups.
+    pub fn watch_lag(&self, groups: &[u16]) -> Arc<AtomicU64> {
         let (lag, bus) = (Arc::new(AtomicU64::new(0)), self.bus.clone());
         let seen = Arc::clone(&lag);
+        let groups: Vec<String> = groups.iter().map(|group| group_name(*group)).collect();
         tokio::spawn(async move {
             loop {
-                if let Ok(positions) = bus.lags(&[TOPIC]).await {
-                    let mut groups = std::collections::HashMap::new();
-                    for position in positions {
-                        *groups.entry(position.group).or_insert(0) += position.lag;
-                    }
-                    let most = groups.into_values().max().unwrap_or(0);
-                    seen.store(most, Ordering::Relaxed);
+                let begun = Instant::now();
+                // What the broker does not say is as it was.
+                if let Some(lag) = lag_of(&bus, &groups).await {
+                    seen.store(lag, Ordering::Relaxed);
                 }
-                sleep(LOOK_EVERY).await;
+                // Where a look is dear, it is taken less often.
+                sleep(LOOK_EVERY.max(LOOK_SHARE * begun.elapsed())).await;
             }
         });
         lag
@@ -137,6 +138,20 @@ impl Child {
             sleep(LOOK_EVERY / 5).await;
         }
     }
+}
+
+/// How many messages wait for the slowest group.
+async fn lag_of(bus: &EventBus, groups: &[String]) -> Option<u64> {
+    let mut most = 0;
+    for group in groups {
+        match bus.lag(group, &[TOPIC]).await {
+            Ok(lanes) => most = most.max(lanes.iter().map(|lane| lane.messages).sum()),
+            // It has not subscribed yet, and waits for nothing.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(_) => return None,
+        }
+    }
+    Some(most)
 }
 
 /// Tries until it succeeds: whoever starts may do so within a fault.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use eventbus_verify::Bounds;
 
 use crate::process::{Role, Spec};
+use crate::site::Ground;
 
 /// What is done to the tried system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -48,6 +49,18 @@ pub enum Harm {
     Truncate,
     /// Commits are served, and their responses lost.
     LoseCommits,
+    /// Commits arrive late: of Kafka by as much as a generation of a group lasts.
+    LateCommits,
+    /// Commits are served, and their responses say that they were not.
+    Misreport,
+    /// A member joins or leaves every two seconds, for a while.
+    Churn,
+    /// The broker is killed, and started again.
+    BrokerKill,
+    /// The broker is told to stop, and started again.
+    BrokerTerminate,
+    /// The broker stands still, for longer than a session now and then.
+    BrokerPause,
 }
 
 /// What a round is made of.
@@ -122,5 +135,31 @@ impl Plan {
     pub fn harmed_by(mut self, harms: &[(Harm, u32)]) -> Self {
         self.harms = harms.to_vec();
         self
+    }
+
+    /// With this done, too.
+    #[must_use]
+    pub fn harmed_besides_by(mut self, harms: &[(Harm, u32)]) -> Self {
+        self.harms.extend(harms);
+        self
+    }
+
+    /// With this done besides to what is on Kafka: its wire is cut, its groups are shared out again and
+    /// again, and the broker is killed, stopped and continued where it is the campaign's own.
+    #[must_use]
+    pub fn on(mut self, base: &Ground) -> Self {
+        if !base.is_kafka() {
+            return self;
+        }
+        self.has_wire = true;
+        let plan = self.harmed_besides_by(&[(Harm::Cut, 2), (Harm::Churn, 1)]);
+        match base {
+            Ground::OwnKafka => plan.harmed_besides_by(&[
+                (Harm::BrokerKill, 2),
+                (Harm::BrokerTerminate, 2),
+                (Harm::BrokerPause, 2),
+            ]),
+            _ => plan,
+        }
     }
 }

@@ -4,49 +4,130 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use anyhow::Context as _;
 use async_trait::async_trait;
+use clap::Args;
 use eventbus::broker::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Delivery, Lane, Member, Outcome,
     PublishError, Publisher, Receipt, Settlement, Signal, Subscriber, Subscription, Unpublished,
     Verdict,
 };
 use eventbus::prelude::{Error, ErrorKind, EventBus, Result};
-use eventbus::{Message, PostgresBroker, SqliteBroker, header};
+use eventbus::store::KeyStateStore;
+use eventbus::{
+    KafkaBroker, Message, PostgresBroker, SqliteBroker, SqliteConfig, SqliteStore, header,
+};
 use eventbus_verify::{Client, Entry, Operation, Phase, Session, Stamp};
 
+use crate::prefixed::Prefixed;
 use crate::tried::{self, TOPIC};
+
+/// How a process reaches the broker that is tried.
+#[derive(Args, Clone, Debug)]
+pub struct BrokerArgs {
+    /// The broker that is tried
+    #[arg(long)]
+    broker: String,
+    /// What topics and groups begin with there
+    #[arg(long, default_value = "")]
+    prefix: String,
+    /// The database in which keys are held, where that is not the broker
+    #[arg(long, value_name = "URL")]
+    held: Option<String>,
+}
+
+impl BrokerArgs {
+    /// The broker that a URL names.
+    #[must_use]
+    pub fn new(broker: String) -> Self {
+        Self {
+            broker,
+            prefix: String::new(),
+            held: None,
+        }
+    }
+
+    /// With names that begin like this.
+    #[must_use]
+    pub fn with_prefix(mut self, prefix: &str) -> Self {
+        prefix.clone_into(&mut self.prefix);
+        self
+    }
+
+    /// With keys that are held in this database.
+    #[must_use]
+    pub fn with_held(mut self, url: String) -> Self {
+        self.held = Some(url);
+        self
+    }
+
+    /// The arguments that say the same.
+    #[must_use]
+    pub fn to_args(&self) -> Vec<String> {
+        let mut args = vec!["--broker".to_owned(), self.broker.clone()];
+        if !self.prefix.is_empty() {
+            args.extend(["--prefix".to_owned(), self.prefix.clone()]);
+        }
+        if let Some(held) = &self.held {
+            args.extend(["--held".to_owned(), held.clone()]);
+        }
+        args
+    }
+
+    /// Connects to the broker as it is, past the recorder.
+    ///
+    /// # Errors
+    ///
+    /// Those of connecting, and for a broker that lives within one process.
+    pub async fn connect(&self) -> anyhow::Result<Arc<dyn Broker>> {
+        Ok(self.open().await?.0)
+    }
+
+    /// Connects, and finds the store for keys that are held.
+    async fn open(&self) -> anyhow::Result<(Arc<dyn Broker>, Arc<dyn KeyStateStore>)> {
+        let scheme = self.broker.split(':').next().unwrap_or_default();
+        Ok(match scheme {
+            "sqlite" => {
+                let broker = SqliteBroker::from_url(&self.broker).await?;
+                let held = Arc::new(broker.key_state());
+                (Arc::new(broker), held)
+            }
+            "postgres" | "postgresql" => {
+                let broker = PostgresBroker::from_url(&self.broker).await?;
+                let held = Arc::new(broker.key_state());
+                (Arc::new(broker), held)
+            }
+            "kafka" => {
+                let broker = KafkaBroker::from_url(&self.broker).await?;
+                let held = self.held.as_deref().context("Kafka holds no keys")?;
+                let held = SqliteStore::connect(SqliteConfig::from_url(held)?).await?;
+                let broker = Prefixed::new(Arc::new(broker), &self.prefix);
+                (Arc::new(broker), Arc::new(held))
+            }
+            _ => anyhow::bail!(
+                "a broker that processes share is sqlite:, postgres:// or kafka://, not {scheme}:"
+            ),
+        })
+    }
+}
 
 /// Connects to a broker, through the recorder.
 ///
 /// # Errors
 ///
-/// Those of connecting, and for a broker that lives within one process.
+/// Those of connecting.
 pub async fn connect(
-    url: &str,
+    broker: &BrokerArgs,
     client: &Arc<Client>,
     letters_away: Option<&Path>,
 ) -> anyhow::Result<EventBus> {
-    let recorded = |broker: Arc<dyn Broker>| Recorded {
+    let (broker, held) = broker.open().await?;
+    let recorded = Recorded {
         broker,
         client: Arc::clone(client),
         letters_away: letters_away.map(Path::to_owned),
     };
-    let scheme = url.split(':').next().unwrap_or_default();
-    let builder = match scheme {
-        "sqlite" => {
-            let broker = SqliteBroker::from_url(url).await?;
-            let held = Arc::new(broker.key_state());
-            EventBus::builder(recorded(Arc::new(broker))).key_state(held)
-        }
-        "postgres" | "postgresql" => {
-            let broker = PostgresBroker::from_url(url).await?;
-            let held = Arc::new(broker.key_state());
-            EventBus::builder(recorded(Arc::new(broker))).key_state(held)
-        }
-        _ => {
-            anyhow::bail!("a broker that processes share is sqlite: or postgres://, not {scheme}:")
-        }
-    };
+    let builder = EventBus::builder(recorded).key_state(held);
     Ok(builder.source("campaign").build())
 }
 

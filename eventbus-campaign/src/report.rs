@@ -105,9 +105,9 @@ impl Report<'_> {
         }
         writeln!(
             f,
-            "\nRecovery is from the end of a fault, when the process runs again or the wire is healed, until a message \
-             to each partition that was published afterwards has its effect in every group; what had piled up is \
-             handled before it. Without a fault that took {} (p50).",
+            "\nRecovery is from the end of a fault, when the process runs again, the wire is healed, or a new client finds \
+             the leaders and coordinators of a broker that was harmed, until a message to each partition that was \
+             published afterwards has its effect in every group; what had piled up is handled before it. Without a fault that took {} (p50).",
             seconds(percentile(&self.passing(), 50))
         )?;
         writeln!(f, "\nThe scenarios:\n")?;
@@ -158,7 +158,7 @@ impl Report<'_> {
                 *of_base.entry(&tally.base).or_default() += count;
             }
         }
-        let bases: Vec<&str> = vec!["SQLite", "PostgreSQL"];
+        let bases: Vec<&str> = vec!["SQLite", "PostgreSQL", "Kafka"];
         writeln!(f, "\n## Faults\n\n| kind | {} |", bases.join(" | "))?;
         writeln!(f, "| --- |{}", " ---: |".repeat(bases.len()))?;
         for (fault, counts) in kinds {
@@ -366,12 +366,15 @@ fn name_of(fault: Fault) -> String {
         Fault::Kill => "a process is killed",
         Fault::Stop => "a process stands still, and goes on",
         Fault::Terminate => "a process is told to stop",
+        Fault::BrokerKill => "the broker is killed, and started again",
+        Fault::BrokerTerminate => "the broker is told to stop, and started again",
+        Fault::BrokerStop => "the broker stands still, and goes on",
         Fault::Cut => "connections are cut",
         Fault::HalfOpen => "nothing passes, and no connection ends",
         Fault::Delay => "everything is late",
         Fault::OneWayLoss => "one direction is lost",
         Fault::Truncate => "connections end within a message",
-        Fault::ResponseLoss => "commits are served, and their responses lost",
+        Fault::ResponseLoss => "commits are served, and their responses lost or wrong",
         Fault::DiskFull => "the disk is full",
         Fault::MemberJoin => "a member joins",
         Fault::MemberLeave => "a member leaves",

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -24,6 +25,7 @@ use crate::probe::{Entrance, Prober};
 use crate::process::{Process, Role, Spec};
 use crate::recorded;
 use crate::recording::Recording;
+use crate::server::Server;
 use crate::site::{Ground, Site};
 use crate::store::Store;
 use crate::tried::PROBER;
@@ -50,6 +52,8 @@ pub struct Setting {
     pub number: u32,
     /// Whether handlers have a bug, to see that it is found.
     pub has_bug: bool,
+    /// The broker, where it is one that may be harmed.
+    pub server: Option<Arc<Server>>,
 }
 
 /// What a round came to.
@@ -322,11 +326,10 @@ impl Round {
         let mut args = vec![
             "--recorder".to_owned(),
             self.recording.socket.display().to_string(),
-            "--broker".to_owned(),
-            self.reached.broker(),
             "--seed".to_owned(),
             self.random.u64(..).to_string(),
         ];
+        args.extend(self.reached.broker().to_args());
         let store = || ["--store".to_owned(), self.reached.store()];
         match spec.role {
             Role::Produce => {}
@@ -343,6 +346,8 @@ impl Round {
         if spec.role.is_source() {
             const PRODUCERS: u16 = 8;
             args.extend(["--producer".to_owned(), self.next_producer.to_string()]);
+            let groups: Vec<String> = self.plan.groups.iter().map(u16::to_string).collect();
+            args.extend(["--groups".to_owned(), groups.join(",")]);
             self.next_producer += PRODUCERS;
         }
         Process::start(spec, &args, crash_at, &self.setting.directory)

@@ -28,8 +28,8 @@ pub struct Scenario {
     pub runs_on: RunsOn,
     /// Its share of the time, where all are given one.
     pub share: u32,
-    /// How much of it is tried where everything is, on SQLite and on PostgreSQL.
-    pub full: [Amount; 2],
+    /// How much of it is tried where everything is, on SQLite, on PostgreSQL and on Kafka.
+    pub full: [Amount; 3],
     /// What its rounds are made of.
     pub plan: fn(&Ground) -> Plan,
 }
@@ -46,8 +46,10 @@ pub enum Amount {
 /// What a scenario can run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunsOn {
-    /// SQLite and PostgreSQL.
-    Both,
+    /// Everything.
+    All,
+    /// Servers: PostgreSQL and Kafka.
+    Servers,
     /// PostgreSQL only.
     Postgres,
     /// SQLite, where a disk can be mounted.
@@ -58,10 +60,11 @@ impl Scenario {
     /// How much of it is tried on this, where everything is.
     #[must_use]
     pub fn full_on(&self, base: &Ground) -> Amount {
-        let [sqlite, postgres] = self.full;
+        let [sqlite, postgres, kafka] = self.full;
         match base {
             Ground::Sqlite => sqlite,
             Ground::Postgres(_) => postgres,
+            Ground::Kafka(_) | Ground::OwnKafka => kafka,
         }
     }
 
@@ -69,9 +72,10 @@ impl Scenario {
     #[must_use]
     pub fn can_run_on(&self, base: &Ground) -> bool {
         match self.runs_on {
-            RunsOn::Both => true,
+            RunsOn::All => true,
             RunsOn::SqliteOnSmallDisk => *base == Ground::Sqlite,
-            RunsOn::Postgres => *base != Ground::Sqlite,
+            RunsOn::Servers => base.has_wire(),
+            RunsOn::Postgres => matches!(base, Ground::Postgres(_)),
         }
     }
 }

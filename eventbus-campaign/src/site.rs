@@ -3,12 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use eventbus_testkit::FaultProxy;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection};
 
+use crate::recorded::BrokerArgs;
 use crate::store::{self, own_schema};
+
+mod kafka;
 
 /// How many partitions the tried topic has.
 pub const PARTITIONS: u32 = 8;
@@ -23,6 +26,11 @@ pub enum Ground {
     Sqlite,
     /// Schemas of the round's own, on the server with this URL.
     Postgres(String),
+    /// Topics and groups of the round's own, on the broker with this URL. What Kafka cannot keep lies
+    /// in files of the round's directory.
+    Kafka(String),
+    /// The same, on a broker that the campaign starts, so that it may be harmed.
+    OwnKafka,
 }
 
 impl Ground {
@@ -35,11 +43,21 @@ impl Ground {
         match text.split(':').next() {
             Some("sqlite") => Ok(Self::Sqlite),
             Some("postgres" | "postgresql") => Ok(Self::Postgres(text.to_owned())),
+            Some("kafka") if text == "kafka" => Ok(Self::OwnKafka),
+            Some("kafka") => {
+                ensure!(
+                    !text.contains(','),
+                    "the fault proxy stands before one broker: name one"
+                );
+                Ok(Self::Kafka(text.to_owned()))
+            }
             Some("memory") => anyhow::bail!(
                 "memory: lives within one process and ends with it, so that there is nothing to kill: \
                  its faults are tried by TestBus::with_faults, see docs/guide/verify-your-own.md"
             ),
-            _ => anyhow::bail!("write sqlite, or postgres://USER:PASSWORD@HOST:PORT/DATABASE"),
+            _ => anyhow::bail!(
+                "write sqlite, kafka, postgres://USER:PASSWORD@HOST:PORT/DATABASE, or kafka://HOST:PORT"
+            ),
         }
     }
 
@@ -49,21 +67,36 @@ impl Ground {
         match self {
             Self::Sqlite => "SQLite",
             Self::Postgres(_) => "PostgreSQL",
+            Self::Kafka(_) | Self::OwnKafka => "Kafka",
         }
+    }
+
+    /// Whether it is Kafka.
+    #[must_use]
+    pub fn is_kafka(&self) -> bool {
+        matches!(self, Self::Kafka(_) | Self::OwnKafka)
+    }
+
+    /// Whether it is a server, which processes reach over a wire.
+    #[must_use]
+    pub fn has_wire(&self) -> bool {
+        *self != Self::Sqlite
     }
 
     /// The address of the server, if there is one.
     #[must_use]
     pub fn address(&self) -> Option<String> {
-        let Self::Postgres(url) = self else {
-            return None;
+        let (url, port) = match self {
+            Self::Postgres(url) => (url, 5432),
+            Self::Kafka(url) => (url, 9092),
+            Self::Sqlite | Self::OwnKafka => return None,
         };
         let rest = url.split("://").nth(1)?;
         let rest = rest.split(['/', '?']).next()?;
         let address = rest.rsplit('@').next()?;
         Some(match address.contains(':') {
             true => address.to_owned(),
-            false => format!("{address}:5432"),
+            false => format!("{address}:{port}"),
         })
     }
 }
@@ -73,7 +106,7 @@ impl Ground {
 pub struct Site {
     base: Ground,
     directory: PathBuf,
-    /// What the round's schemas begin with.
+    /// What the round's schemas, topics and groups begin with.
     prefix: String,
 }
 
@@ -94,20 +127,30 @@ impl Site {
     ///
     /// When there is no wire to it.
     pub fn through(&self, proxy: &FaultProxy) -> anyhow::Result<Self> {
-        let url = match &self.base {
-            Ground::Sqlite => None,
-            Ground::Postgres(url) => proxy.url(url),
+        let there = |url: &str| proxy.url(url).context("a server has an address");
+        let base = match &self.base {
+            Ground::Postgres(url) => Ground::Postgres(there(url)?),
+            Ground::Kafka(url) => Ground::Kafka(there(url)?),
+            Ground::Sqlite | Ground::OwnKafka => anyhow::bail!("there is no wire to a file"),
         };
         Ok(Self {
-            base: Ground::Postgres(url.context("there is no wire to a file")?),
+            base,
             ..self.clone()
         })
     }
 
     /// The broker.
     #[must_use]
-    pub fn broker(&self) -> String {
-        format!("{}&partitions={PARTITIONS}", self.url("bus"))
+    pub fn broker(&self) -> BrokerArgs {
+        let Ground::Kafka(url) = &self.base else {
+            let url = format!("{}&partitions={PARTITIONS}", self.url("bus"));
+            return BrokerArgs::new(url);
+        };
+        let and = if url.contains('?') { '&' } else { '?' };
+        let session = LEASE.as_secs();
+        BrokerArgs::new(format!("{url}{and}session_timeout={session}s"))
+            .with_prefix(&self.prefix)
+            .with_held(self.url("held"))
     }
 
     /// The outbox of the service that appends.
@@ -125,7 +168,9 @@ impl Site {
     fn url(&self, part: &str) -> String {
         let lease = LEASE.as_secs();
         match &self.base {
-            Ground::Sqlite => format!("sqlite://{}?lease={lease}s", self.file(part).display()),
+            Ground::Sqlite | Ground::Kafka(_) | Ground::OwnKafka => {
+                format!("sqlite://{}?lease={lease}s", self.file(part).display())
+            }
             Ground::Postgres(url) => {
                 let and = if url.contains('?') { '&' } else { '?' };
                 let schema = self.schema(part);
@@ -144,16 +189,19 @@ impl Site {
         format!("{}_{part}", self.prefix)
     }
 
-    /// Makes the campaign's own tables.
+    /// Makes the campaign's own tables, and the tried topic where a broker has to be told of it.
     ///
     /// # Errors
     ///
-    /// Those of the database.
+    /// Those of database and broker.
     pub async fn prepare(&self, groups: &[u16]) -> anyhow::Result<()> {
+        if let Ground::Kafka(_) = &self.base {
+            kafka::prepare(&self.broker()).await?;
+        }
         let groups = groups.iter().map(|group| format!("group_{group}"));
         for part in groups.chain(["store".to_owned()]) {
             match &self.base {
-                Ground::Sqlite => {
+                Ground::Sqlite | Ground::Kafka(_) | Ground::OwnKafka => {
                     let file = SqliteConnectOptions::new().filename(self.file(&part));
                     let file = file
                         .create_if_missing(true)
@@ -180,7 +228,7 @@ impl Site {
     pub async fn reader(&self, group: u16) -> anyhow::Result<Reader> {
         let part = format!("group_{group}");
         Ok(match &self.base {
-            Ground::Sqlite => {
+            Ground::Sqlite | Ground::Kafka(_) | Ground::OwnKafka => {
                 let file = SqliteConnectOptions::new().filename(self.file(&part));
                 let pool = sqlx::sqlite::SqlitePoolOptions::new().max_connections(1);
                 let file = file.busy_timeout(Duration::from_secs(30));
@@ -197,10 +245,12 @@ impl Site {
     ///
     /// # Errors
     ///
-    /// Those of the database.
+    /// Those of database and broker.
     pub async fn remove(&self, groups: &[u16]) -> anyhow::Result<()> {
-        let Ground::Postgres(url) = &self.base else {
-            return Ok(());
+        let url = match &self.base {
+            Ground::Postgres(url) => url,
+            Ground::Kafka(url) => return kafka::remove(url, &self.prefix).await,
+            Ground::Sqlite | Ground::OwnKafka => return Ok(()),
         };
         let groups = groups.iter().map(|group| format!("group_{group}"));
         for part in groups.chain(["store".to_owned(), "bus".to_owned()]) {
@@ -239,6 +289,8 @@ mod tests {
         for (url, address) in [
             ("postgres://a:b@host:5433/shop", "host:5433"),
             ("postgres://host?x=/y", "host:5432"),
+            ("kafka://host?x=y", "host:9092"),
+            ("kafka://a:b@host:9093", "host:9093"),
         ] {
             let base = Ground::parse(url).expect("a URL");
             assert_eq!(base.address().as_deref(), Some(address));

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -14,6 +15,7 @@ use crate::report::{Environment, Report};
 use crate::results::{Part, Results};
 use crate::round::{self, Outcome, Setting};
 use crate::scenario::{self, Amount, RunsOn, Scenario};
+use crate::server::Server;
 use crate::simulated::Simulated;
 use crate::site::Ground;
 use crate::tally::{Tally, percentile};
@@ -40,8 +42,9 @@ pub struct VerifyArgs {
     /// Decides what is published, who is harmed, when and how [default: another one each time]
     #[arg(long)]
     seed: Option<u64>,
-    /// On what it is tried: `sqlite`, or `postgres://…`, again and again [default: sqlite, and the
-    /// server that EVENTBUS_TEST_POSTGRES names]
+    /// On what it is tried, again and again: `sqlite`, `postgres://…`, `kafka` for a broker that is
+    /// started for it and may be killed, or `kafka://…` [default: sqlite, and the server that
+    /// EVENTBUS_TEST_POSTGRES names]
     #[arg(long, value_name = "URL")]
     broker: Vec<String>,
     /// Which scenario is tried, again and again; `list` shows them all [default: all]
@@ -93,7 +96,8 @@ pub async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
 fn list() {
     for scenario in scenario::ALL {
         let on = match scenario.runs_on {
-            RunsOn::Both => "sqlite, postgres",
+            RunsOn::All => "sqlite, postgres, kafka",
+            RunsOn::Servers => "postgres, kafka",
             RunsOn::Postgres => "postgres",
             RunsOn::SqliteOnSmallDisk => "sqlite, as root",
         };
@@ -265,6 +269,13 @@ impl Run {
             return tally;
         }
         let bar = progress_bar(&format!("{} on {}", scenario.name, base.name()));
+        let server = match self.server(base).await {
+            Ok(server) => server,
+            Err(error) => {
+                tally.fail(self.seed, &error);
+                return tally;
+            }
+        };
         let deadline = Instant::now() + time;
         let mut rounds = self.rounds(index);
         loop {
@@ -272,6 +283,7 @@ impl Run {
             let turn = Turn {
                 scenario,
                 base,
+                server: server.as_ref(),
                 number,
                 seed,
                 deadline,
@@ -291,6 +303,15 @@ impl Run {
         }
         bar.finish_and_clear();
         tally
+    }
+
+    /// Starts the broker of a scenario, where it is one of the campaign's own.
+    async fn server(&self, base: &Ground) -> anyhow::Result<Option<Arc<Server>>> {
+        if *base != Ground::OwnKafka {
+            return Ok(None);
+        }
+        let server = Server::start(self.args.data.as_deref()).await?;
+        Ok(Some(Arc::new(server)))
     }
 
     /// For how long a scenario runs, and how many messages are enough.
@@ -326,6 +347,7 @@ impl Run {
         let Turn {
             scenario,
             base,
+            server,
             number,
             seed,
             deadline,
@@ -338,7 +360,11 @@ impl Run {
         }
         let place = self.place()?;
         let setting = Setting {
-            base: base.clone(),
+            base: match server {
+                Some(server) => Ground::Kafka(server.url().to_owned()),
+                None => base.clone(),
+            },
+            server: server.cloned(),
             directory: place.path().to_owned(),
             seed,
             deadline,
@@ -354,7 +380,7 @@ impl Run {
         match round::run(plan, setting, progress).await {
             Ok(outcome) if outcome.passed() => Ok(outcome),
             Ok(outcome) => {
-                let kept = place.keep();
+                let kept = keep(place, server);
                 std::fs::write(kept.join("report.md"), outcome.report.to_markdown())?;
                 let (name, kept) = (scenario.name, kept.display());
                 eprintln!("{name} FAILED: files, logs and ledger are in {kept}");
@@ -362,7 +388,7 @@ impl Run {
                 Ok(outcome)
             }
             Err(error) => {
-                let kept = place.keep();
+                let kept = keep(place, server);
                 Err(error.context(format!("files, logs and ledger are in {}", kept.display())))
             }
         }
@@ -379,11 +405,23 @@ impl Run {
     }
 }
 
+/// Keeps the files of a round, and what its broker has logged until now.
+fn keep(place: TempDir, server: Option<&Arc<Server>>) -> PathBuf {
+    let kept = place.keep();
+    if let Some(server) = server {
+        // The broker itself is removed. What cannot be copied is missed by whoever looks for it.
+        drop(std::fs::copy(server.log(), kept.join("kafka.log")));
+    }
+    kept
+}
+
 /// The next round of a scenario.
 #[derive(Clone, Copy)]
 struct Turn<'a> {
     scenario: &'a Scenario,
     base: &'a Ground,
+    /// The broker, where it is one of the campaign's own.
+    server: Option<&'a Arc<Server>>,
     number: u32,
     seed: u64,
     deadline: Instant,
@@ -430,6 +468,8 @@ fn again(scenario: &Scenario, base: &Ground, seed: u64) -> String {
     let broker = match base {
         Ground::Sqlite => "sqlite".to_owned(),
         Ground::Postgres(_) => format!("\"${POSTGRES}\""),
+        Ground::Kafka(url) => url.clone(),
+        Ground::OwnKafka => "kafka".to_owned(),
     };
     let name = scenario.name;
     format!("again: dev/verify --scenario {name} --broker {broker} --seed {seed}")

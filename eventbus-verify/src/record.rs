@@ -145,10 +145,12 @@ pub enum Fault {
     ClockJump,
     /// Anything else.
     Other,
+    /// The broker's process is told to shut down.
+    BrokerTerminate,
 }
 
 impl Fault {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 17] = [
         Self::Kill,
         Self::Stop,
         Self::Terminate,
@@ -165,6 +167,7 @@ impl Fault {
         Self::MemberLeave,
         Self::ClockJump,
         Self::Other,
+        Self::BrokerTerminate,
     ];
 
     /// The fault that a record speaks of; what a later version named is [`Other`](Self::Other).

@@ -48,7 +48,7 @@ pub async fn run(args: AppendArgs) -> anyhow::Result<()> {
     let child = Child::start(&args.child).await?;
     let store = Store::connect(&args.store).await?;
     let outbox = store.outbox(&child.bus);
-    let lag = child.watch_lag();
+    let lag = child.watch_lag(&args.load.groups);
     let waiting = watch_outbox(store.clone());
     let numbers = Arc::new(AtomicU64::new(1));
     let mut services = JoinSet::new();

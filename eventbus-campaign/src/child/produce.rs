@@ -36,6 +36,9 @@ pub struct LoadArgs {
     /// How many producers there are, each with one call at a time
     #[arg(long, default_value_t = 2)]
     pub lanes: u16,
+    /// The groups that are waited for when they fall behind
+    #[arg(long, value_delimiter = ',')]
+    pub groups: Vec<u16>,
     /// How many keys there are
     #[arg(long, default_value_t = 500)]
     pub keys: u32,
@@ -105,7 +108,7 @@ impl Source {
 /// When it cannot start.
 pub async fn run(args: ProduceArgs) -> anyhow::Result<()> {
     let child = Child::start(&args.child).await?;
-    let lag = child.watch_lag();
+    let lag = child.watch_lag(&args.load.groups);
     let mut producers = JoinSet::new();
     for source in args.load.sources(child.seed) {
         let (child, lag) = (child.clone(), Arc::clone(&lag));

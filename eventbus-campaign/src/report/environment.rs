@@ -26,8 +26,10 @@ impl Environment {
         add("processors", processors());
         add("SQLite", sqlite().await);
         for base in bases {
-            if let Ground::Postgres(url) = base {
-                add("PostgreSQL", postgres(url).await);
+            match base {
+                Ground::Postgres(url) => add("PostgreSQL", postgres(url).await),
+                Ground::OwnKafka => add("Kafka", kafka()),
+                Ground::Sqlite | Ground::Kafka(_) => {}
             }
         }
         Self { versions }
@@ -82,4 +84,11 @@ async fn postgres(url: &str) -> Option<String> {
     let mut connection = PgConnection::connect(url).await.ok()?;
     let version = sqlx::query_scalar("SHOW server_version");
     version.fetch_one(&mut connection).await.ok()
+}
+
+/// The version that `dev/brokers` starts.
+fn kafka() -> Option<String> {
+    let pom = include_str!("../../../dev/kafka/pom.xml");
+    let version = pom.split("<kafka.version>").nth(1)?;
+    version.split('<').next().map(str::to_owned)
 }

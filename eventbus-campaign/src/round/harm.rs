@@ -3,10 +3,15 @@
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use eventbus_testkit::{Direction, FaultProxy, Protocol, Statements, WireFault};
+use eventbus::Group;
+use eventbus::broker::AdminRequest;
+use eventbus_testkit::{
+    Direction, FaultProxy, KafkaApi, Protocol, Requests, Statements, WireFault,
+};
 use eventbus_verify::Fault;
 use rustix::process::Signal;
 use sqlx::sqlite::SqliteConnectOptions;
@@ -14,15 +19,25 @@ use sqlx::{ConnectOptions as _, Connection as _};
 use tokio::time::sleep;
 
 use super::{Round, Setting};
+use crate::child::patiently;
 use crate::crash_point::CrashPoint;
 use crate::plan::{Harm, Plan};
 use crate::process::{Process, Role, Spec};
-use crate::site::{LEASE, Site};
+use crate::recorded::group_name;
+use crate::server::Server;
+use crate::site::{Ground, LEASE, Site};
+use crate::tried::TOPIC;
 
 /// A step that was not reached for so long is not going to be.
 const STEP_WITHIN: Duration = Duration::from_secs(10);
 /// How many members may join besides.
 const EXTRA_MAX: usize = 2;
+/// How often a member joins or leaves in a row, and how fast.
+const CHURN: usize = 5;
+const CHURN_EVERY: Duration = Duration::from_secs(2);
+/// What Kafka says of commits that it did not do, or may not have done: the coordinator loads, or is
+/// elsewhere; the leader is elsewhere, or too few replicas have it.
+const REFUSALS: &[i16] = &[14, 15, 16, 6, 20];
 /// The steps of who publishes.
 const SOURCE_STEPS: &[&str] = &[
     "publish.before",
@@ -77,7 +92,7 @@ impl Tools {
         };
         let proxy = match (plan.has_wire, setting.base.address()) {
             (true, Some(address)) => {
-                let protocol = Protocol::Postgres(Statements::commits());
+                let protocol = protocol(&setting.base);
                 Some(FaultProxy::start_with(address, protocol).await?)
             }
             _ => None,
@@ -109,6 +124,22 @@ impl Tools {
     pub(super) fn consumer_args(&self) -> [String; 2] {
         let file = self.letters_away.display().to_string();
         ["--letters-away".to_owned(), file]
+    }
+}
+
+/// Which requests are commits, to the proxy: of Kafka whatever moves a message or a group.
+fn protocol(base: &Ground) -> Protocol {
+    match base.is_kafka() {
+        false => Protocol::Postgres(Statements::commits()),
+        true => Protocol::Kafka(Requests::of(&[
+            KafkaApi::Produce,
+            KafkaApi::Fetch,
+            KafkaApi::OffsetCommit,
+            KafkaApi::JoinGroup,
+            KafkaApi::SyncGroup,
+            KafkaApi::Heartbeat,
+            KafkaApi::LeaveGroup,
+        ])),
     }
 }
 
@@ -144,6 +175,13 @@ impl Round {
             Harm::Lock => self.lock().await?,
             Harm::FillDisk => self.fill_disk().await?,
             Harm::RefuseLetters => self.refuse_letters().await?,
+            Harm::Churn => self.churn().await?,
+            Harm::BrokerKill => self.end_broker(Fault::BrokerKill, Signal::KILL).await?,
+            Harm::BrokerTerminate => {
+                self.end_broker(Fault::BrokerTerminate, Signal::TERM)
+                    .await?;
+            }
+            Harm::BrokerPause => self.pause_broker().await?,
             _ => self.harm_wire(harm).await?,
         }
         let is_hurried = self.random.u32(0..5) == 0;
@@ -199,7 +237,10 @@ impl Round {
             Role::Relay => RELAY_STEPS,
             Role::Consume(_) => CONSUME_STEPS,
         };
-        let step = self.random.choice(steps).copied().unwrap_or_default();
+        // Of a broker that is none of ours the steps are not known.
+        let is_known = |step: &&&str| !self.setting.base.is_kafka() || !step.starts_with("sql.");
+        let steps: Vec<&str> = steps.iter().filter(is_known).copied().collect();
+        let step = self.random.choice(&steps).copied().unwrap_or_default();
         let point = CrashPoint {
             step: step.to_owned(),
             time: self.random.u64(1..40),
@@ -324,6 +365,69 @@ impl Round {
         self.end(Fault::MemberLeave, number)
     }
 
+    /// The group shares its partitions out again before it has come to rest.
+    async fn churn(&mut self) -> anyhow::Result<()> {
+        for _ in 0..CHURN {
+            let begun = Instant::now();
+            match self.random.bool() {
+                true => self.join().await?,
+                false => self.leave().await?,
+            }
+            sleep(CHURN_EVERY.saturating_sub(begun.elapsed())).await;
+        }
+        Ok(())
+    }
+
+    fn server(&self) -> anyhow::Result<Arc<Server>> {
+        let server = self.setting.server.clone();
+        server.context("the broker is one of the campaign's own")
+    }
+
+    /// Ends the broker by a signal, and starts it again on what it had written.
+    async fn end_broker(&mut self, fault: Fault, signal: Signal) -> anyhow::Result<()> {
+        let server = self.server()?;
+        let number = self.begin(fault)?;
+        server.signal(signal)?;
+        server.ended().await?;
+        if self.random.bool() {
+            self.rest().await;
+        }
+        server.up().await?;
+        self.is_there().await?;
+        self.end(fault, number)
+    }
+
+    async fn pause_broker(&mut self) -> anyhow::Result<()> {
+        let server = self.server()?;
+        let time = Duration::from_millis(self.random.u64(200..2 * LEASE.as_millis() as u64));
+        let number = self.begin(Fault::BrokerStop)?;
+        server.signal(Signal::STOP)?;
+        sleep(time).await;
+        server.signal(Signal::CONT)?;
+        self.is_there().await?;
+        self.end(Fault::BrokerStop, number)
+    }
+
+    /// Waits until a client that knows nothing yet finds the leaders of the tried topic and the
+    /// coordinator of every group.
+    async fn is_there(&self) -> anyhow::Result<()> {
+        let groups = self.plan.groups.clone();
+        let groups = groups.into_iter().map(group_name);
+        let groups: Vec<Group> = groups
+            .map(|name| Group::new(&name))
+            .collect::<eventbus::Result<_>>()?;
+        patiently(async || {
+            let broker = self.site.broker().connect().await?;
+            for group in &groups {
+                let (group, topics) = (group.clone(), vec![TOPIC]);
+                broker.admin(AdminRequest::Lag { group, topics }).await?;
+            }
+            broker.close().await?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Longer than who writes is ready to wait, now and then.
     async fn lock(&mut self) -> anyhow::Result<()> {
         let number = self.begin(Fault::Other)?;
@@ -415,6 +519,14 @@ impl Round {
                 (Fault::Truncate, WireFault::Truncate { direction, after })
             }
             Harm::LoseCommits => (Fault::ResponseLoss, WireFault::LoseResponse),
+            Harm::LateCommits => {
+                let late = Duration::from_millis(self.random.u64(100..LEASE.as_millis() as u64));
+                (Fault::Delay, WireFault::DelayRequest(late))
+            }
+            Harm::Misreport => {
+                let code = self.random.choice(REFUSALS).copied().unwrap_or(6);
+                (Fault::ResponseLoss, WireFault::Misreport(code))
+            }
             _ => (Fault::Cut, WireFault::Cut),
         };
         let number = self.begin(fault)?;

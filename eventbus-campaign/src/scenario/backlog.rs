@@ -13,9 +13,9 @@ pub const SCENARIO: Scenario = Scenario {
     name: "backlog",
     about: "messages pile up while nobody handles; then members with thousands in flight are killed while they work it off",
     covers: &[31, 52],
-    runs_on: RunsOn::Both,
+    runs_on: RunsOn::All,
     share: 2,
-    full: [Amount::Minutes(5), Amount::Minutes(5)],
+    full: [Amount::Minutes(5), Amount::Minutes(5), Amount::Minutes(5)],
     plan,
 };
 

@@ -9,15 +9,19 @@ use crate::site::Ground;
 
 pub const SCENARIO: Scenario = Scenario {
     name: "connections",
-    about: "an outbox and a broker on a server whose wire delays, is cut, half open, loses one direction, truncates, and loses the responses of commits",
-    covers: &[7, 8, 9, 11, 43, 48],
-    runs_on: RunsOn::Postgres,
+    about: "an outbox and a broker on a server whose wire delays, is cut, half open, loses one direction, truncates, and loses the responses of commits; on Kafka these come late, or say what is not so, too",
+    covers: &[7, 8, 9, 11, 27, 43, 48],
+    runs_on: RunsOn::Servers,
     share: 4,
-    full: [Amount::Minutes(15), Amount::Minutes(15)],
+    full: [
+        Amount::Minutes(15),
+        Amount::Minutes(15),
+        Amount::Minutes(15),
+    ],
     plan,
 };
 
-fn plan(_: &Ground) -> Plan {
+fn plan(base: &Ground) -> Plan {
     let plan = Plan::new(&[1, 2])
         .with(2, Role::Consume(1), &[])
         .with(2, Role::Consume(2), &[])
@@ -34,11 +38,15 @@ fn plan(_: &Ground) -> Plan {
             (Harm::Delay, 2),
             (Harm::Kill, 1),
         ]);
+    let plan = match base.is_kafka() {
+        true => plan.harmed_besides_by(&[(Harm::LateCommits, 4), (Harm::Misreport, 4)]),
+        false => plan,
+    };
     Plan {
         messages: 100_000,
         has_outbox: true,
         has_wire: true,
-        // A connection that hangs is given up after five seconds, and then a lease may have to end.
+        // A connection that hangs is given up after five seconds, of Kafka after ten, and then a lease may have to end.
         bounds: Bounds::default().with_attempts_max(3),
         ..plan
     }

@@ -9,15 +9,19 @@ use crate::site::Ground;
 
 pub const SCENARIO: Scenario = Scenario {
     name: "embedded",
-    about: "producers and members of two groups on one broker are killed, stopped and continued, join and leave",
+    about: "producers and members of two groups on one broker are killed, stopped and continued, join and leave; on Kafka the broker is, too, and its wire is cut",
     covers: &[23, 25, 26],
-    runs_on: RunsOn::Both,
+    runs_on: RunsOn::All,
     share: 4,
-    full: [Amount::Messages(20_000_000), Amount::Minutes(10)],
+    full: [
+        Amount::Messages(20_000_000),
+        Amount::Minutes(10),
+        Amount::Messages(2_000_000),
+    ],
     plan,
 };
 
-fn plan(_: &Ground) -> Plan {
+fn plan(base: &Ground) -> Plan {
     let plan = Plan::new(&[1, 2])
         .with(2, Role::Consume(1), &[])
         .with(2, Role::Consume(2), &[])
@@ -30,7 +34,8 @@ fn plan(_: &Ground) -> Plan {
             (Harm::Terminate, 3),
             (Harm::Join, 3),
             (Harm::Leave, 2),
-        ]);
+        ])
+        .on(base);
     Plan {
         // At most four members of a group, each with a thousand.
         bounds: Bounds::default()

@@ -11,14 +11,18 @@ pub const SCENARIO: Scenario = Scenario {
     name: "endurance",
     about: "a steady load through kills and reconnects; what the processes take that live through it stays the same",
     covers: &[11],
-    runs_on: RunsOn::Both,
+    runs_on: RunsOn::All,
     share: 6,
-    full: [Amount::Minutes(32), Amount::Minutes(32)],
+    full: [
+        Amount::Minutes(32),
+        Amount::Minutes(32),
+        Amount::Minutes(32),
+    ],
     plan,
 };
 
 fn plan(base: &Ground) -> Plan {
-    let has_wire = *base != Ground::Sqlite;
+    let has_wire = base.has_wire();
     let plan = Plan::new(&[1])
         .with(2, Role::Consume(1), &[])
         .with(2, Role::Relay, &[])

@@ -11,13 +11,17 @@ pub const SCENARIO: Scenario = Scenario {
     name: "outbox",
     about: "business transactions, a tenth of them rolled back, two relays and members with an inbox are killed at random and at named steps",
     covers: &[25, 41, 42, 43, 46, 50],
-    runs_on: RunsOn::Both,
+    runs_on: RunsOn::All,
     share: 4,
-    full: [Amount::Messages(1_000_000), Amount::Messages(1_000_000)],
+    full: [
+        Amount::Messages(1_000_000),
+        Amount::Messages(1_000_000),
+        Amount::Messages(1_000_000),
+    ],
     plan,
 };
 
-fn plan(_: &Ground) -> Plan {
+fn plan(base: &Ground) -> Plan {
     let plan = Plan::new(&[1])
         .with(2, Role::Consume(1), &[])
         .with(2, Role::Relay, &[])
@@ -30,7 +34,8 @@ fn plan(_: &Ground) -> Plan {
             (Harm::Terminate, 3),
             (Harm::Join, 1),
             (Harm::Leave, 1),
-        ]);
+        ])
+        .on(base);
     Plan {
         messages: 200_000,
         has_outbox: true,

@@ -11,9 +11,9 @@ pub const SCENARIO: Scenario = Scenario {
     name: "poison",
     about: "handlers fail each time, panic, or fail once; dead letters cannot be stored for a while; processes are killed meanwhile",
     covers: &[28, 29, 30],
-    runs_on: RunsOn::Both,
+    runs_on: RunsOn::All,
     share: 2,
-    full: [Amount::Minutes(5), Amount::Minutes(5)],
+    full: [Amount::Minutes(5), Amount::Minutes(5), Amount::Minutes(5)],
     plan,
 };
 

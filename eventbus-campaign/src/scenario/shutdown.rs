@@ -13,9 +13,9 @@ pub const SCENARIO: Scenario = Scenario {
     name: "shutdown",
     about: "members are told to stop with thousands of messages in flight, told twice, and told while nobody can reach the broker",
     covers: &[36, 49],
-    runs_on: RunsOn::Both,
+    runs_on: RunsOn::All,
     share: 2,
-    full: [Amount::Minutes(5), Amount::Minutes(5)],
+    full: [Amount::Minutes(5), Amount::Minutes(5), Amount::Minutes(5)],
     plan,
 };
 
@@ -35,7 +35,7 @@ fn plan(base: &Ground) -> Plan {
         messages: 200_000,
         // Probes wait behind what is in flight, which is handed out again after each fault.
         recovery_max: Duration::from_secs(300),
-        has_wire: *base != Ground::Sqlite,
+        has_wire: base.has_wire(),
         bounds: Bounds::default().with_attempts_max(3),
         ..plan
     }

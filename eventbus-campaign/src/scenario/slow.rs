@@ -11,9 +11,9 @@ pub const SCENARIO: Scenario = Scenario {
     name: "slow",
     about: "handlers take ten milliseconds, those of one key longer than a lease, and publishers are fast; members come and go",
     covers: &[23, 24, 32, 33, 34],
-    runs_on: RunsOn::Both,
+    runs_on: RunsOn::All,
     share: 2,
-    full: [Amount::Minutes(5), Amount::Minutes(5)],
+    full: [Amount::Minutes(5), Amount::Minutes(5), Amount::Minutes(5)],
     plan,
 };
 

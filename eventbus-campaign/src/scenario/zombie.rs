@@ -11,9 +11,9 @@ pub const SCENARIO: Scenario = Scenario {
     name: "zombie",
     about: "members and relays stand still for longer than their lease while others take over, and then go on",
     covers: &[26, 46],
-    runs_on: RunsOn::Both,
+    runs_on: RunsOn::All,
     share: 2,
-    full: [Amount::Minutes(5), Amount::Minutes(5)],
+    full: [Amount::Minutes(5), Amount::Minutes(5), Amount::Minutes(5)],
     plan,
 };
 
