@@ -126,7 +126,7 @@ async fn play(role: RoleCommand) -> anyhow::Result<()> {
 /// Logs to stderr; `RUST_LOG` overrides what.
 fn start_logging(crash_at: Option<CrashPoint>) {
     let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("warn,sqlx::query=error"));
+        .unwrap_or_else(|_| EnvFilter::new("warn,sqlx::query=error,librdkafka=off"));
     let log = tracing_subscriber::fmt::layer()
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)

@@ -3,6 +3,6 @@
 mod changes;
 mod conformance;
 mod errors;
+mod proxy;
 mod python;
-
 mod server;

@@ -1,0 +1,197 @@
+//! Responses that are lost or wrong, between the client and a real broker.
+
+use std::time::Duration;
+
+use eventbus_core::{
+    AdminReply, AdminRequest, Broker, Delivery, Group, Key, Member, Message, Publisher, Receipt,
+    Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until, Verdict,
+};
+use eventbus_kafka::{KafkaBroker, KafkaConfig};
+use eventbus_testkit::{FaultProxy, KafkaApi, Protocol, Requests, WireFault, within};
+
+use crate::server::Server;
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// Messages of a test, of one key.
+const MESSAGES: u32 = 200;
+
+/// A client whose wire is harmed at these requests, one whose wire is not, and a topic of one partition.
+struct Wire {
+    proxy: FaultProxy,
+    harmed: KafkaBroker,
+    direct: KafkaBroker,
+    topic: Topic,
+    _server: Server,
+}
+
+impl Wire {
+    async fn harmed_at(api: KafkaApi) -> Self {
+        let server = Server::new().await;
+        let url = Server::url();
+        let address = url.trim_start_matches("kafka://");
+        let protocol = Protocol::Kafka(Requests::of(&[api]));
+        let proxy = FaultProxy::start_with(address, protocol).await;
+        let proxy = proxy.expect("it starts");
+        let through = proxy.url(&url).expect("the url has a host");
+        let config = KafkaConfig::from_url(&through).expect("a good url");
+        let harmed = KafkaBroker::connect(config).await.expect("it answers");
+        let direct = server.connect().await.expect("it answers");
+        let topic = Topic::new(&format!("proxy-{:016x}", fastrand::u64(..))).expect("a good name");
+        let spec = TopicSpec::new(topic.clone()).with_partitions(1);
+        let made = direct.admin(AdminRequest::ApplyTopics(vec![spec])).await;
+        made.expect("the topic is made");
+        Self {
+            proxy,
+            harmed,
+            direct,
+            topic,
+            _server: server,
+        }
+    }
+
+    fn message(&self, number: u32) -> Message {
+        let mut message = Message::new(self.topic.clone(), number.to_string());
+        message.key = Some(Key::display("one"));
+        message
+    }
+
+    /// Publishes all messages through the harmed wire, a few at a time, and harms it meanwhile.
+    async fn publish_under(&self, fault: WireFault) {
+        let publish = async {
+            for first in (0..MESSAGES).step_by(10) {
+                let batch = (first..first + 10).map(|number| self.message(number));
+                let published = self.harmed.publish(batch.collect()).await;
+                published.expect("it is tried until it is there");
+            }
+        };
+        let harm = async {
+            for _ in 0..3 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                self.proxy.set(fault);
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                self.proxy.heal();
+            }
+        };
+        within(LIMIT, async { tokio::join!(publish, harm) }).await;
+    }
+
+    /// What the topic has.
+    async fn stored(&self) -> Vec<u32> {
+        let mut subscription = Subscription::reader(vec![self.topic.clone()]);
+        subscription.start = Start::Earliest;
+        subscription.until = Some(Until::Now);
+        let mut reader = self.direct.subscribe(subscription).await.expect("it reads");
+        let mut stored = Vec::new();
+        loop {
+            match within(LIMIT, reader.deliveries.next())
+                .await
+                .expect("it reads")
+            {
+                Signal::Delivered(deliveries) => stored.extend(deliveries.iter().map(number)),
+                Signal::Ended(_) => return stored,
+                _ => {}
+            }
+        }
+    }
+}
+
+fn number(delivery: &Delivery) -> u32 {
+    let text = std::str::from_utf8(&delivery.message.payload).expect("a text");
+    text.parse().expect("a number")
+}
+
+/// The next messages of a member, so many.
+async fn take(member: &mut Member, count: usize) -> Vec<Delivery> {
+    let mut taken = Vec::new();
+    while taken.len() < count {
+        let signal = within(LIMIT, member.deliveries.next()).await;
+        if let Signal::Delivered(deliveries) = signal.expect("it goes on") {
+            taken.extend(deliveries);
+        }
+    }
+    taken
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn what_is_published_and_not_answered_is_there_once_and_in_order() {
+    let wire = Wire::harmed_at(KafkaApi::Produce).await;
+    wire.publish_under(WireFault::LoseResponse).await;
+    assert!(wire.proxy.traffic().responses_lost > 0);
+    assert_eq!(wire.stored().await, (0..MESSAGES).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn what_is_published_and_said_not_to_be_is_there_once_and_in_order() {
+    const NOT_LEADER: i16 = 6;
+    let wire = Wire::harmed_at(KafkaApi::Produce).await;
+    wire.publish_under(WireFault::Misreport(NOT_LEADER)).await;
+    assert!(wire.proxy.traffic().responses_misreported > 0);
+    assert_eq!(wire.stored().await, (0..MESSAGES).collect::<Vec<_>>());
+}
+
+/// Settles half of the messages while commits are harmed, and looks where the group is then.
+async fn half_is_settled_under(fault: WireFault) {
+    let wire = Wire::harmed_at(KafkaApi::OffsetCommit).await;
+    let all = (0..20).map(|number| wire.message(number)).collect();
+    wire.direct.publish(all).await.expect("it is published");
+    let group = Group::new(wire.topic.as_str()).expect("a good name");
+    let subscription = || {
+        let mut subscription = Subscription::group(group.clone(), vec![wire.topic.clone()]);
+        subscription.start = Start::Earliest;
+        subscription
+    };
+    let mut member = wire
+        .harmed
+        .subscribe(subscription())
+        .await
+        .expect("it joins");
+    let taken = take(&mut member, 20).await;
+    let half: Vec<(Receipt, Verdict)> = taken[..10]
+        .iter()
+        .map(|delivery| (delivery.receipt, Verdict::Done))
+        .collect();
+    wire.proxy.set(fault);
+    let harm = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        wire.proxy.heal();
+    };
+    let settle = async {
+        // What has failed is settled again, as a consumer does.
+        while member.settlement.settle(&half).await.is_err() {}
+    };
+    within(LIMIT, async { tokio::join!(settle, harm) }).await;
+    let traffic = wire.proxy.traffic();
+    assert!(traffic.responses_lost + traffic.responses_misreported > 0);
+    let topics = vec![wire.topic.clone()];
+    let lag = AdminRequest::Lag {
+        group: group.clone(),
+        topics,
+    };
+    let AdminReply::Lag(lag) = wire.direct.admin(lag).await.expect("it answers") else {
+        panic!("the answer to another question");
+    };
+    assert_eq!(lag.iter().map(|lane| lane.messages).sum::<u64>(), 10);
+    member.deliveries.close().await.expect("it leaves");
+    let mut next = wire
+        .direct
+        .subscribe(subscription())
+        .await
+        .expect("it joins");
+    let left: Vec<u32> = take(&mut next, 10).await.iter().map(number).collect();
+    assert_eq!(left, (10..20).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_commit_whose_answer_is_lost_is_repeated_and_skips_nothing() {
+    half_is_settled_under(WireFault::LoseResponse).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_commit_that_is_said_to_have_failed_is_repeated_and_skips_nothing() {
+    const COORDINATOR_NOT_AVAILABLE: i16 = 15;
+    half_is_settled_under(WireFault::Misreport(COORDINATOR_NOT_AVAILABLE)).await;
+}
