@@ -86,46 +86,22 @@ fn clients_are_sent_to_the_proxy_in_every_version() {
     let port = &port[..];
     let to = 40123_i32.to_be_bytes();
     let to = &to[..];
-    // Of each the request, and what is before, between and behind host and port.
-    let broker = b"\0\0\0\x01";
-    let cases: [(KafkaApi, i16, Vec<u8>, &[u8], bool); 5] = [
-        (
-            KafkaApi::Metadata,
-            0,
-            [&b"\0\0\0\x01"[..], broker].concat(),
-            b"topics",
-            false,
-        ),
+    // Of each the request, what is before the broker's id, and what is behind host and port.
+    let cases: [(KafkaApi, i16, &[u8], &[u8]); 5] = [
+        (KafkaApi::Metadata, 0, b"\0\0\0\x01", b"topics"),
         (
             KafkaApi::Metadata,
             4,
-            [&b"\0\0\0\0\0\0\0\x01"[..], broker].concat(),
+            b"\0\0\0\0\0\0\0\x01",
             b"\xff\xfftopics",
-            false,
         ),
-        (
-            KafkaApi::Metadata,
-            12,
-            [&b"\0\0\0\0\0\x02"[..], broker].concat(),
-            b"\0\0topics",
-            true,
-        ),
-        (
-            KafkaApi::FindCoordinator,
-            0,
-            [&b"\0\0"[..], broker].concat(),
-            b"",
-            false,
-        ),
-        (
-            KafkaApi::FindCoordinator,
-            2,
-            [&b"\0\0\0\0\0\0\xff\xff"[..], broker].concat(),
-            b"",
-            false,
-        ),
+        (KafkaApi::Metadata, 12, b"\0\0\0\0\0\x02", b"\0\0topics"),
+        (KafkaApi::FindCoordinator, 0, b"\0\0", b""),
+        (KafkaApi::FindCoordinator, 2, b"\0\0\0\0\0\0\xff\xff", b""),
     ];
-    for (api, version, before, behind, is_flexible) in cases {
+    for (api, version, before, behind) in cases {
+        let before = [before, b"\0\0\0\x01"].concat();
+        let is_flexible = version >= 9;
         let host = |name: &[u8]| match is_flexible {
             true => [&[name.len() as u8 + 1][..], name].concat(),
             false => [&(name.len() as i16).to_be_bytes()[..], name].concat(),
