@@ -1,3 +1,5 @@
+//! Requests and responses of Kafka in bytes, as they come and as they pass.
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
