@@ -77,7 +77,7 @@ impl Topics {
             Err(error) if error.kind() == ErrorKind::NotFound && self.create => {
                 self.create(operation, &TopicSpec::new(topic.clone()))
                     .await?;
-                self.appeared(operation, topic).await
+                Ok(self.appeared(operation, topic).await?.partitions)
             }
             result => result,
         }
@@ -181,10 +181,11 @@ impl Topics {
     pub(crate) async fn apply(&self, spec: &TopicSpec) -> Result<TopicReport> {
         const APPLY: &str = "apply topics";
         if self.create(APPLY, spec).await? {
-            let partitions = self.appeared(APPLY, &spec.name).await?;
-            return Ok(TopicReport::new(spec.name.clone(), partitions).with_created());
+            let shape = self.appeared(APPLY, &spec.name).await?;
+            return Ok(TopicReport::new(spec.name.clone(), shape.partitions).with_created());
         }
-        let shape = self.shape(APPLY, &spec.name).await?;
+        // Another client may have created it just now.
+        let shape = self.appeared(APPLY, &spec.name).await?;
         let mut report = TopicReport::new(spec.name.clone(), shape.partitions);
         if let Some(count) = spec.partitions.filter(|count| *count != shape.partitions) {
             report = report.with_drift(format!(
@@ -232,11 +233,12 @@ impl Topics {
         Ok(report)
     }
 
-    /// Waits for a topic that was just created to be known to the broker that is asked.
-    async fn appeared(&self, operation: &'static str, topic: &Topic) -> Result<u32> {
+    /// Waits for a topic that is there to be known to the broker that is asked, which hears of it a
+    /// moment later.
+    async fn appeared(&self, operation: &'static str, topic: &Topic) -> Result<Shape> {
         let deadline = Instant::now() + ANSWER;
         loop {
-            match self.partitions(operation, topic).await {
+            match self.shape(operation, topic).await {
                 Err(error) if error.kind() == ErrorKind::NotFound && Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }

@@ -181,3 +181,25 @@ async fn a_message_that_the_topic_does_not_take_is_too_large() {
         refused.error
     );
 }
+
+/// Found by `dev/verify --scenario embedded --broker kafka`, where members of a new group start at once
+/// and each declares the topic of its dead letters.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn clients_that_declare_a_topic_at_once_all_find_it() {
+    let server = Server::new().await;
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        clients.push(server.connect().await.expect("it answers"));
+    }
+    for _ in 0..20 {
+        let name = topic("at-once");
+        let declare = clients.iter().map(|client| {
+            let spec = TopicSpec::new(name.clone()).with_partitions(1);
+            client.admin(AdminRequest::ApplyTopics(vec![spec]))
+        });
+        for declared in futures_util::future::join_all(declare).await {
+            declared.expect("one of them creates it, and each finds it");
+        }
+    }
+}
