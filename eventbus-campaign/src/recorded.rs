@@ -294,7 +294,7 @@ impl Book {
             Signal::Delivered(deliveries) => self.delivered(deliveries),
             Signal::Lost(lanes) => self.forget(lanes),
             Signal::Gap { lane, from, to } => {
-                let count = u32::try_from(to.0 - from.0).unwrap_or(u32::MAX);
+                let count = u32::try_from(to.0.saturating_sub(from.0)).unwrap_or(u32::MAX);
                 let (place, first) = (self.partition(*lane), from.0 as u64);
                 let gap = Entry::gap(self.group, place, first, count);
                 tell(&self.session, Phase::Ok, &[gap]);

@@ -146,7 +146,8 @@ pub enum Signal {
         lane: Lane,
         /// The first position missing.
         from: Position,
-        /// The next position there is.
+        /// The next position there is. Not behind `from` where positions start over, because the topic
+        /// was deleted and created anew or lost its end: how many vanished is not known then.
         to: Position,
     },
     /// [`Subscription::until`] was reached on these lanes; on none, when there were none to read.

@@ -132,6 +132,9 @@ async fn a_topic_that_is_created_anew_is_a_gap_and_read_from_its_beginning() {
         }
         publish(&anew, &orders, &key, &["d"]).await;
         assert_eq!(collect(&mut probe, 1).await, ["d"]);
+        // Whether "c" was the last of the old one, nobody can say.
+        let gaps = probe.gaps().iter().map(|(_, from, to)| (from.0, to.0));
+        assert_eq!(gaps.collect::<Vec<_>>(), [(3, 0)]);
     })
     .await;
 }
