@@ -181,10 +181,10 @@ impl Subscriber for KafkaBroker {
         let owner = Arc::new(Owner(member));
         // It may have been closed meanwhile, and have ended all members but this one.
         self.0.check_open("subscribe")?;
-        let deliveries = KafkaDeliveries(Arc::clone(&owner));
+        let settlement = KafkaSettlement::new(Arc::clone(&owner))?;
         Ok(Member::new(
-            Box::new(deliveries),
-            Box::new(KafkaSettlement(owner)),
+            Box::new(KafkaDeliveries(owner)),
+            Box::new(settlement),
         ))
     }
 }
@@ -209,7 +209,11 @@ impl Broker for KafkaBroker {
         let timeout = self.0.config.publish_timeout;
         let closed = self.0.producer.close(timeout).await;
         for member in &members {
-            member.gone().await;
+            let gone = member.gone().await;
+            // The others have been leaving meanwhile; they do not get as long once more.
+            if gone.is_err() {
+                return closed.and(gone);
+            }
         }
         closed
     }

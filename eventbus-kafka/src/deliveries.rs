@@ -9,7 +9,7 @@ use eventbus_core::{
 };
 
 use crate::client::blocking;
-use crate::start::commit;
+use crate::committer::Committer;
 use crate::subscriber::Member;
 
 const SETTLE: &str = "settle";
@@ -62,19 +62,22 @@ impl Deliveries for KafkaDeliveries {
     async fn close(self: Box<Self>) -> Result<()> {
         let member = &self.0.0;
         member.end();
-        member.gone().await;
-        Ok(())
+        member.gone().await
     }
 }
 
 /// The answering half.
 #[derive(Debug)]
-pub(crate) struct KafkaSettlement(pub(crate) Arc<Owner>);
+pub(crate) struct KafkaSettlement {
+    owner: Arc<Owner>,
+    /// None for a reader, which commits nothing.
+    committer: Option<Committer>,
+}
 
 #[async_trait]
 impl Settlement for KafkaSettlement {
     async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
-        let member = &self.0.0;
+        let member = &self.owner.0;
         member.check_open(SETTLE)?;
         if settled.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
             return Err(Error::new(
@@ -99,7 +102,7 @@ impl Settlement for KafkaSettlement {
     }
 
     async fn release(&mut self, lanes: &[Lane]) -> Result<()> {
-        let member = Arc::clone(&self.0.0);
+        let member = Arc::clone(&self.owner.0);
         let given_up = member.lanes().release(lanes);
         member.notify.notify_one();
         if let (Some(places), Some(client)) = (given_up, member.client()) {
@@ -110,15 +113,20 @@ impl Settlement for KafkaSettlement {
 }
 
 impl KafkaSettlement {
+    pub(crate) fn new(owner: Arc<Owner>) -> Result<Self> {
+        let is_group = owner.0.subscription.group.is_some();
+        let committer = is_group.then(|| Committer::spawn(SETTLE)).transpose()?;
+        Ok(Self { owner, committer })
+    }
+
     /// Commits what is settled and not committed, and waits for the coordinator's answer.
     ///
     /// While the group shares its partitions out anew, a commit may be of the generation before,
     /// though the partition stays here: it is repeated. One that is lost has nothing to commit.
     async fn commit(&self) -> Result<()> {
-        let member = &self.0.0;
-        if member.subscription.group.is_none() {
+        let (member, Some(committer)) = (&self.owner.0, &self.committer) else {
             return Ok(());
-        }
+        };
         let deadline = Instant::now() + PATIENCE;
         let mut pause = Duration::from_millis(10);
         loop {
@@ -129,11 +137,9 @@ impl KafkaSettlement {
             let Some(client) = member.client() else {
                 return member.check_open(SETTLE);
             };
-            // librdkafka tells nobody what came of a commit that is not waited for: its callback is
-            // not an event (librdkafka 2.12, `rd_kafka_cgrp_propagate_commit_result`).
-            let answered = blocking(move || commit(SETTLE, &client, &offsets).map(|()| offsets));
-            match answered.await? {
-                Ok(offsets) => {
+            let (done, offsets) = committer.commit(client, offsets).await?;
+            match done {
+                Ok(()) => {
                     member.lanes().committed(&offsets);
                     return Ok(());
                 }

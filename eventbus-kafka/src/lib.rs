@@ -19,6 +19,7 @@
 mod admin;
 mod broker;
 mod client;
+mod committer;
 mod config;
 mod deliveries;
 mod error;

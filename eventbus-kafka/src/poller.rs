@@ -138,10 +138,26 @@ fn leave(member: &Member, client: Arc<Client>) {
         member.give_up(&client, &places);
     }
     member.take_client();
-    // Calls that have begun end soon; the last one to drop the client waits for the group.
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while Arc::strong_count(&client) > 1 && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(1));
+    // Calls that have begun end soon, and whoever drops the client last waits for the group.
+    if !is_last(&client, Duration::from_secs(2)) {
+        // A commit that no broker answers is waiting: it fails when the client is closed under it.
+        if let Err(error) = client.close_queue() {
+            tracing::debug!(%error, "a member that ends was closed before");
+        }
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !client.closed() && Instant::now() < deadline {
+            hear(member, &client, LOOK);
+        }
+        is_last(&client, Duration::from_secs(1));
     }
     drop(client);
+}
+
+/// Waits for others to be done with the client.
+fn is_last(client: &Arc<Client>, patience: Duration) -> bool {
+    let deadline = Instant::now() + patience;
+    while Arc::strong_count(client) > 1 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Arc::strong_count(client) == 1
 }

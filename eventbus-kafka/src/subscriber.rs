@@ -35,6 +35,9 @@ const SUBSCRIBE: &str = "subscribe";
 /// How long joining may take: as long as members that died keep their places, and more.
 const JOIN: Duration = Duration::from_secs(60);
 
+/// How long those who close a member wait for its brokers; the member ends by itself after that.
+const LEAVE: Duration = Duration::from_secs(10);
+
 /// What the two halves of a member, its poller and its client's callbacks share.
 #[derive(Debug)]
 pub(crate) struct Member {
@@ -158,10 +161,22 @@ impl Member {
     }
 
     /// Waits until the group knows that it left.
-    pub(crate) async fn gone(&self) {
+    ///
+    /// # Errors
+    ///
+    /// `Timeout` when its brokers do not answer: the group finds out by itself.
+    pub(crate) async fn gone(&self) -> Result<()> {
         let mut gone = self.gone.subscribe();
         // The sender lives as long as this member.
-        let _ = gone.wait_for(|gone| *gone).await;
+        let left = tokio::time::timeout(LEAVE, gone.wait_for(|gone| *gone)).await;
+        left.map(drop).map_err(|_| {
+            let error = Error::new(
+                ErrorKind::Timeout,
+                "close",
+                "no broker answers the member that leaves: its group shares out what it had when its session is over",
+            );
+            self.complaints.explain("close", error)
+        })
     }
 
     pub(crate) fn set_gone(&self) {
