@@ -74,6 +74,11 @@ fn complain(member: &Member, error: &KafkaError) {
         {
             member.fail(error.with_retry(Retry::Later));
         }
+        // Who could join was let in; a password that is being changed is not known everywhere at once.
+        Code::Authentication | Code::SaslAuthenticationFailed if !is_fatal => {
+            let error = member.complaints.explain("read", error);
+            member.fail(error.with_retry(Retry::Later));
+        }
         _ => {
             let error = member.complaints.explain("read", error);
             let retry = if is_fatal {

@@ -5,4 +5,6 @@ mod conformance;
 mod errors;
 mod proxy;
 mod python;
+#[cfg(feature = "tls")]
+mod secured;
 mod server;

@@ -36,6 +36,12 @@ impl Server {
         variable(SASL_URL)
     }
 
+    /// Where connections are encrypted.
+    #[cfg(feature = "tls")]
+    pub(crate) fn tls_url() -> String {
+        variable("EVENTBUS_TEST_KAFKA_TLS")
+    }
+
     pub(crate) fn config() -> KafkaConfig {
         let config = KafkaConfig::from_url(&Self::url()).expect("a good url");
         let config = config.with_session_timeout(Duration::from_secs(3));
