@@ -269,6 +269,13 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
+    /// Whether [`check_batch`](Self::check_batch) would refuse nothing, and the batch can go as it is.
+    #[must_use]
+    pub fn is_sound(&self, batch: &[Message]) -> bool {
+        let mut messages = batch.iter();
+        messages.all(|message| message.check(self.message_bytes_max).is_ok())
+    }
+
     /// Takes the messages at fault out of a batch and, where `ordered_pipelining` is declared, those
     /// that must not overtake them. Returns the others, with their places in the batch, and what is
     /// refused. For adapters, before anything is sent.

@@ -251,11 +251,14 @@ impl EventBus {
         if is_in_handler() {
             return Err(inside_handler(E::TYPE));
         }
-        let made = events
-            .into_iter()
-            .map(|event| self.message_of(event.into(), Origin::new()))
-            .collect::<Result<Vec<_>>>()?;
-        let (ids, messages): (Vec<_>, Vec<_>) = made.into_iter().unzip();
+        let events = events.into_iter();
+        let (least, _) = events.size_hint();
+        let (mut ids, mut messages) = (Vec::with_capacity(least), Vec::with_capacity(least));
+        for event in events {
+            let (id, message) = self.message_of(event.into(), Origin::new())?;
+            ids.push(id);
+            messages.push(message);
+        }
         match self.send_all_in_time(messages).await {
             Ok(()) => Ok(ids),
             Err(error) => Err(PartlyPublished::error(ids, error)),

@@ -44,6 +44,9 @@ impl Clock for SystemClock {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(i64);
 
+/// More than a date and a time with nine digits behind the second and an offset take.
+const RFC_3339_MAX: usize = 40;
+
 impl Timestamp {
     /// So many microseconds since 1970, UTC.
     #[must_use]
@@ -83,11 +86,15 @@ impl From<SystemTime> for Timestamp {
 
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.0) * 1000)
-            .ok()
-            .and_then(|date| date.format(&Rfc3339).ok());
-        match text {
-            Some(text) => f.write_str(&text),
+        let mut buffer = [0; RFC_3339_MAX];
+        let mut rest = buffer.as_mut_slice();
+        let date = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.0) * 1000);
+        let written = date.is_ok_and(|date| date.format_into(&mut rest, &Rfc3339).is_ok());
+        // What it answers counts too little of a fraction (time 0.3).
+        let length = RFC_3339_MAX - rest.len();
+        let text = std::str::from_utf8(&buffer[..length]);
+        match text.ok().filter(|_| written) {
+            Some(text) => f.write_str(text),
             // Years beyond 9999 have no RFC 3339 form.
             None => write!(f, "{}us", self.0),
         }

@@ -43,19 +43,24 @@ pub trait Codec<E>: Debug + Send + Sync + 'static {
 pub struct Json;
 
 // The compiler then speaks of the missing codec, in the words above, and not of serde's traits.
+/// Most events are no longer.
+const MOSTLY: usize = 512;
+
 #[diagnostic::do_not_recommend]
 impl<E: Serialize + DeserializeOwned> Codec<E> for Json {
     const CONTENT_TYPE: &'static str = "application/json";
 
     fn encode(event: &E) -> Result<Vec<u8>> {
-        serde_json::to_vec(event).map_err(|error| {
+        let mut data = Vec::with_capacity(MOSTLY);
+        serde_json::to_writer(&mut data, event).map_err(|error| {
             Error::new(
                 ErrorKind::Codec,
                 "write event",
                 "the data have no JSON form",
             )
             .with_source(error)
-        })
+        })?;
+        Ok(data)
     }
 
     fn decode(data: &[u8]) -> Result<E> {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use crate::clock::Timestamp;
 use crate::envelope::{Envelope, EventId, Metadata};
@@ -174,6 +174,9 @@ impl Formats {
     }
 }
 
+/// Room for the headers of most envelopes, without metadata.
+const ENVELOPE_BYTES: usize = 448;
+
 /// Writes the ids of an envelope as headers, the same for every format.
 pub(crate) fn envelope_headers(
     format: &str,
@@ -184,12 +187,13 @@ pub(crate) fn envelope_headers(
         true => None,
         false => Some(metadata_json(&envelope.metadata)?),
     };
-    Headers::builder()
+    let metadata_length = metadata.as_ref().map_or(0, String::len);
+    HeadersBuilder::on(BytesMut::with_capacity(ENVELOPE_BYTES + metadata_length))
         .push(header::FORMAT, format)?
-        .push(header::ID, envelope.id.to_string())?
+        .push_display(header::ID, &envelope.id)?
         .push(header::TYPE, &envelope.event_type)?
-        .push(header::VERSION, envelope.version.to_string())?
-        .push(header::TIME, envelope.time.to_string())?
+        .push_display(header::VERSION, envelope.version)?
+        .push_display(header::TIME, envelope.time)?
         .push(header::SOURCE, &envelope.source)?
         .push(header::CORRELATION_ID, &envelope.correlation_id)?
         .push_some(header::CAUSATION_ID, envelope.causation_id.as_ref())?

@@ -364,6 +364,13 @@ impl<'a> Iterator for PackedIter<'a> {
     }
 }
 
+fn value_too_long(name: &str, length: usize) -> Error {
+    let message = "a header's value has at most 8192 bytes: put it into the payload";
+    Error::new(ErrorKind::InvalidInput, "add header", message)
+        .with("header", name)
+        .with("bytes", length)
+}
+
 /// Packs headers one after another.
 #[derive(Debug, Default)]
 pub struct HeadersBuilder {
@@ -394,11 +401,7 @@ impl HeadersBuilder {
         };
         let value_length = match u32::try_from(value.len()) {
             Ok(length) if self.unlimited || value.len() <= HEADER_BYTES_MAX => length,
-            _ => {
-                return Err(refuse(
-                    "a header's value has at most 8192 bytes: put it into the payload",
-                ));
-            }
+            _ => return Err(value_too_long(name, value.len())),
         };
         if self.count >= HEADERS_MAX && !self.unlimited {
             return Err(refuse(
@@ -413,6 +416,24 @@ impl HeadersBuilder {
         self.packed.put_slice(value);
         self.count += 1;
         Ok(self)
+    }
+
+    /// Adds a header whose value is what `value` shows, without a text in between.
+    pub(crate) fn push_display(self, name: &str, value: impl fmt::Display) -> Result<Self> {
+        use fmt::Write as _;
+
+        let before = self.packed.len();
+        let mut this = self.push(name, "")?;
+        let begin = this.packed.len();
+        let written = write!(this.packed, "{value}");
+        let length = this.packed.len() - begin;
+        if written.is_err() || length > HEADER_BYTES_MAX {
+            return Err(value_too_long(name, length));
+        }
+        // Of the value, behind that of the name; it fits, see above.
+        this.packed[before + 1..before + HEADER_PREFIX]
+            .copy_from_slice(&(length as u32).to_le_bytes());
+        Ok(this)
     }
 
     /// Lifts the limits on number and length: for a message that is on a broker already, which an

@@ -127,10 +127,18 @@ impl Producer {
         let Some(client) = self.client() else {
             return Err(closed(batch));
         };
-        let (sound, mut refused) = capabilities.check_batch(batch);
-        let (mut places, mut messages): (Vec<_>, Vec<_>) = sound.into_iter().unzip();
-        self.keep_known(topics, &mut places, &mut messages, &mut refused)
-            .await;
+        let missing = missing(topics, &batch).await;
+        // Nearly every batch goes as it is.
+        let (places, messages, mut refused) =
+            match missing.is_empty() && capabilities.is_sound(&batch) {
+                true => (None, batch, Vec::new()),
+                false => {
+                    let (sound, mut refused) = capabilities.check_batch(batch);
+                    let known = keep_known(sound, &missing, &mut refused);
+                    let (places, messages): (Vec<_>, Vec<_>) = known.into_iter().unzip();
+                    (Some(places), messages, refused)
+                }
+            };
         let mut failures = self.send(&client, &messages).await;
         if !failures.is_empty() {
             self.look_after(&client, topics, &messages, &failures);
@@ -142,49 +150,6 @@ impl Producer {
         }
         refused.sort_by_key(|refused| refused.index);
         Err(PublishError::new(refused))
-    }
-
-    /// Takes out the messages of topics that are missing and are not created.
-    async fn keep_known(
-        &self,
-        topics: &Topics,
-        places: &mut Vec<usize>,
-        messages: &mut Vec<Message>,
-        refused: &mut Vec<Unpublished>,
-    ) {
-        let mut last: Option<Topic> = None;
-        let mut missing: Vec<(Topic, Error)> = Vec::new();
-        for message in messages.iter() {
-            // Mostly a batch is of one topic.
-            if last.as_ref() == Some(&message.topic) {
-                continue;
-            }
-            last = Some(message.topic.clone());
-            if let Err(error) = topics.ensure(PUBLISH, &message.topic).await {
-                missing.push((message.topic.clone(), error));
-            }
-        }
-        if missing.is_empty() {
-            return;
-        }
-        let all = std::mem::take(places)
-            .into_iter()
-            .zip(std::mem::take(messages));
-        for (index, message) in all {
-            let fault = missing.iter().find(|(topic, _)| *topic == message.topic);
-            match fault {
-                None => {
-                    places.push(index);
-                    messages.push(message);
-                }
-                Some((topic, error)) => {
-                    let error = Error::new(error.kind(), PUBLISH, error.to_string())
-                        .with_retry(error.retry())
-                        .with("topic", topic);
-                    refused.push(Unpublished::new(index, message, Outcome::NotTaken, error));
-                }
-            }
-        }
     }
 
     /// Gives messages to the client, portion by portion, and waits for what became of them.
@@ -321,6 +286,44 @@ fn end(client: Client) {
     }
 }
 
+/// The topics of a batch that are missing and are not created, each with the reason.
+async fn missing(topics: &Topics, batch: &[Message]) -> Vec<(Topic, Error)> {
+    let mut last: Option<&Topic> = None;
+    let mut missing = Vec::new();
+    for message in batch {
+        // Mostly a batch is of one topic.
+        if last == Some(&message.topic) {
+            continue;
+        }
+        last = Some(&message.topic);
+        if let Err(error) = topics.ensure(PUBLISH, &message.topic).await {
+            missing.push((message.topic.clone(), error));
+        }
+    }
+    missing
+}
+
+/// Takes out the messages of topics that are missing.
+fn keep_known(
+    messages: Vec<(usize, Message)>,
+    missing: &[(Topic, Error)],
+    refused: &mut Vec<Unpublished>,
+) -> Vec<(usize, Message)> {
+    let mut known = Vec::with_capacity(messages.len());
+    for (index, message) in messages {
+        let fault = missing.iter().find(|(topic, _)| *topic == message.topic);
+        let Some((topic, error)) = fault else {
+            known.push((index, message));
+            continue;
+        };
+        let error = Error::new(error.kind(), PUBLISH, error.to_string())
+            .with_retry(error.retry())
+            .with("topic", topic);
+        refused.push(Unpublished::new(index, message, Outcome::NotTaken, error));
+    }
+    known
+}
+
 /// How many messages from here on make a portion, and the kilobytes they take.
 fn portion(messages: &[Message]) -> (usize, usize) {
     let mut bytes = 0;
@@ -336,15 +339,17 @@ fn portion(messages: &[Message]) -> (usize, usize) {
     (count, (bytes / 1024 + 1).min(KILOBYTES_IN_FLIGHT))
 }
 
-/// The messages that failed, given back; failures are in the order of the messages.
+/// The messages that failed, given back; failures are in the order of the messages. Their places in
+/// the batch are said where they are others than here.
 fn unpublished(
-    places: Vec<usize>,
+    places: Option<Vec<usize>>,
     messages: Vec<Message>,
     failures: &[(usize, Code)],
 ) -> Vec<Unpublished> {
     let mut failures = failures.iter().peekable();
     let mut found = Vec::with_capacity(failures.len());
-    for (index, (place, message)) in places.into_iter().zip(messages).enumerate() {
+    for (index, message) in messages.into_iter().enumerate() {
+        let place = places.as_ref().map_or(index, |places| places[index]);
         if let Some((_, code)) = failures.next_if(|(failed, _)| *failed == index) {
             let error = match code {
                 Code::PurgeQueue | Code::PurgeInflight => closed_error(),

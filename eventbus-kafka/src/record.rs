@@ -23,7 +23,7 @@ pub(crate) fn to_record(message: &Message, token: usize) -> BaseRecord<'_, [u8],
         record = record.key(key.as_bytes());
     }
     if !message.headers.is_empty() {
-        let mut headers = OwnedHeaders::new_with_capacity(8);
+        let mut headers = OwnedHeaders::new_with_capacity(12);
         for (name, value) in message.headers.iter() {
             headers = headers.insert(Header {
                 key: name,

@@ -2,9 +2,10 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use super::{
@@ -32,11 +33,20 @@ const BEHIND_DATA: &[u8] = b",\"metadata\":";
 struct Head<'a> {
     event_id: &'a EventId,
     event_type: &'a str,
-    event_version: String,
-    timestamp: String,
+    event_version: Text<fmt::Arguments<'a>>,
+    timestamp: Text<Timestamp>,
     source: &'a str,
     correlation_id: &'a str,
     causation_id: Option<&'a str>,
+}
+
+/// Written as what it shows, without a text in between.
+struct Text<T>(T);
+
+impl<T: fmt::Display> Serialize for Text<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
 }
 
 /// The document as it is read: only `data` has to be there when headers give the rest.
@@ -101,8 +111,8 @@ impl Format for EnvelopeFormat {
         let head = Head {
             event_id: &envelope.id,
             event_type: &envelope.event_type,
-            event_version: format!("v{}", envelope.version),
-            timestamp: envelope.time.to_string(),
+            event_version: Text(format_args!("v{}", envelope.version)),
+            timestamp: Text(envelope.time),
             source: &envelope.source,
             correlation_id: &envelope.correlation_id,
             causation_id: envelope.causation_id.as_deref(),
@@ -118,10 +128,13 @@ impl Format for EnvelopeFormat {
         payload.extend_from_slice(data);
         let end = payload.len();
         payload.extend_from_slice(BEHIND_DATA);
-        payload.extend_from_slice(metadata_json(&envelope.metadata)?.as_bytes());
+        match envelope.metadata.is_empty() {
+            true => payload.extend_from_slice(b"{}"),
+            false => payload.extend_from_slice(metadata_json(&envelope.metadata)?.as_bytes()),
+        }
         payload.push(b'}');
         let headers = envelope_headers(NAME, envelope, content_type)?
-            .push(header::DATA, format!("{begin}-{end}"))?
+            .push_display(header::DATA, format_args!("{begin}-{end}"))?
             .build();
         Ok((headers, Bytes::from(payload)))
     }
