@@ -342,6 +342,9 @@ impl KafkaConfig {
         let mut config = self.client()?;
         config
             .set("group.id", group)
+            // A commit whose coordinator is gone is tried three times, each for so long, and until then
+            // the member can neither join again nor leave (librdkafka 2.12, `rd_kafka_assignment_serve`).
+            .set("socket.timeout.ms", "5000")
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
             .set("auto.offset.reset", "error")

@@ -527,6 +527,11 @@ impl Lanes {
         self.check_end(lane.id as usize);
     }
 
+    /// Whether there is none.
+    pub(crate) fn are_none(&self) -> bool {
+        !self.slots.iter().any(|slot| self.is_open(slot))
+    }
+
     /// Whether lanes are to be released and are not yet.
     pub(crate) fn is_revoking(&self) -> bool {
         self.revocation.is_some()

@@ -51,11 +51,21 @@ fn serve(member: &Arc<Member>, client: &Arc<Client>) {
             member.notify.notify_one();
         }
         lead(member, client);
+        if member.subscription.group.is_some() && member.lanes().are_none() {
+            hasten(client);
+        }
         if looked.elapsed() > Duration::from_secs(1) {
             looked = Instant::now();
             look_after(member, client);
         }
     }
+}
+
+/// Has the client's own thread look after its group now. By itself it does so once a second, and a
+/// member that has lost its coordinator needs several looks: to find it, to join, to join by its new
+/// name. Any question wakes it.
+fn hasten(client: &Client) {
+    let _ = client.rebalance_protocol();
 }
 
 /// What the client says of itself.

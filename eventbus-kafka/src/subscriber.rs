@@ -35,8 +35,9 @@ const SUBSCRIBE: &str = "subscribe";
 /// How long joining may take: as long as members that died keep their places, and more.
 const JOIN: Duration = Duration::from_secs(60);
 
-/// How long those who close a member wait for its brokers; the member ends by itself after that.
-const LEAVE: Duration = Duration::from_secs(10);
+/// How long those who close a member wait for its brokers; the member ends by itself after that. A
+/// commit that is not answered comes to its end before.
+const LEAVE: Duration = Duration::from_secs(20);
 
 /// What the two halves of a member, its poller and its client's callbacks share.
 #[derive(Debug)]
