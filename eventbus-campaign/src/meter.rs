@@ -13,6 +13,8 @@ const WARM_UP: Duration = Duration::from_secs(60);
 /// What the last quarter may have more than the first: a share, and an amount that is noise.
 const SHARE: f64 = 0.10;
 const RESIDENT_NOISE: u64 = 8 << 20;
+/// What a client of Kafka may have read ahead, when it is behind (`queued.max.messages.kbytes`).
+const READ_AHEAD: u64 = 32 << 20;
 const COUNT_NOISE: u64 = 8;
 
 /// What a process takes at a moment.
@@ -50,6 +52,7 @@ impl Taken {
 #[derive(Clone, Debug)]
 pub struct Meter {
     begun: Instant,
+    reads_ahead: bool,
     samples: BTreeMap<String, Vec<(Duration, Taken)>>,
 }
 
@@ -57,6 +60,7 @@ impl Default for Meter {
     fn default() -> Self {
         Self {
             begun: Instant::now(),
+            reads_ahead: false,
             samples: BTreeMap::new(),
         }
     }
@@ -73,9 +77,21 @@ pub struct Drift {
     pub first: Taken,
     /// In the last quarter.
     pub last: Taken,
+    /// Its memory holds what it has read ahead, more of it when it is behind.
+    #[serde(default)]
+    pub reads_ahead: bool,
 }
 
 impl Meter {
+    /// Of processes that read ahead.
+    #[must_use]
+    pub fn of_those_who_read_ahead(self, reads_ahead: bool) -> Self {
+        Self {
+            reads_ahead,
+            ..self
+        }
+    }
+
     /// Notes what a process takes now.
     pub fn note(&mut self, name: &str, taken: Taken) {
         let samples = self.samples.entry(name.to_owned()).or_default();
@@ -88,6 +104,10 @@ impl Meter {
         let samples = self.samples.iter();
         samples
             .filter_map(|(name, samples)| drift(name, samples))
+            .map(|drift| Drift {
+                reads_ahead: self.reads_ahead,
+                ..drift
+            })
             .collect()
     }
 }
@@ -112,6 +132,7 @@ fn drift(name: &str, samples: &[(Duration, Taken)]) -> Option<Drift> {
         watched,
         first: of(warm, warm + quarter)?,
         last: of(last - quarter, last)?,
+        reads_ahead: false,
     })
 }
 
@@ -130,7 +151,8 @@ fn median(taken: Vec<Taken>) -> Option<Taken> {
 }
 
 impl Drift {
-    /// What grew by more than a tenth, and by more than noise: 8 MiB, or 8 of what is counted.
+    /// What grew by more than a tenth, and by more than noise: 8 MiB and what is read
+    /// ahead, or 8 of what is counted.
     #[must_use]
     pub fn complaints(&self) -> Vec<String> {
         let mut complaints = Vec::new();
@@ -142,7 +164,9 @@ impl Drift {
             }
         };
         let (first, last) = (self.first, self.last);
-        compare("memory", first.resident, last.resident, RESIDENT_NOISE);
+        let read_ahead = if self.reads_ahead { READ_AHEAD } else { 0 };
+        let noise = RESIDENT_NOISE + read_ahead;
+        compare("memory", first.resident, last.resident, noise);
         compare(
             "descriptors",
             first.descriptors,

@@ -171,7 +171,7 @@ async fn played(
         extra: 0,
         steps: BTreeMap::new(),
         complaints: Vec::new(),
-        meter: Meter::default(),
+        meter: Meter::default().of_those_who_read_ahead(setting.base.is_kafka()),
         looked: Instant::now(),
         tools,
         plan,

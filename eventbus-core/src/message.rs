@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -408,12 +408,13 @@ impl HeadersBuilder {
                 "a message has at most 64 headers: put the rest into the payload",
             ));
         }
+        let mut prefix = [name_length; HEADER_PREFIX];
+        prefix[1..].copy_from_slice(&value_length.to_le_bytes());
         self.packed
             .reserve(HEADER_PREFIX + name.len() + value.len());
-        self.packed.put_u8(name_length);
-        self.packed.put_u32_le(value_length);
-        self.packed.put_slice(name.as_bytes());
-        self.packed.put_slice(value);
+        self.packed.extend_from_slice(&prefix);
+        self.packed.extend_from_slice(name.as_bytes());
+        self.packed.extend_from_slice(value);
         self.count += 1;
         Ok(self)
     }

@@ -329,12 +329,13 @@ impl Lanes {
     /// Collects one batch, lane after lane, each in its turn.
     fn hand_out(&mut self) -> Vec<Delivery> {
         let mut batch = Vec::new();
+        let now = Instant::now();
         for _ in 0..self.slots.len() {
             if batch.len() >= self.limits.batch || self.table.is_full() {
                 break;
             }
             let index = self.turn % self.slots.len();
-            let served = self.hand_out_lane(index, &mut batch);
+            let served = self.hand_out_lane(index, &mut batch, now);
             self.check_end(index);
             if !served {
                 // It has more than there was room for: its turn goes on.
@@ -346,7 +347,7 @@ impl Lanes {
     }
 
     /// Hands out what credit allows on one lane; false when it did not fit the bytes left.
-    fn hand_out_lane(&mut self, index: usize, batch: &mut Vec<Delivery>) -> bool {
+    fn hand_out_lane(&mut self, index: usize, batch: &mut Vec<Delivery>, now: Instant) -> bool {
         let slot = &mut self.slots[index];
         if slot.revoking || slot.resolving || slot.ended || !self.table.is_open(slot.lane) {
             return true;
@@ -359,7 +360,7 @@ impl Lanes {
         for _ in 0..credit {
             let ahead = match slot.ahead.pop_front() {
                 Some(ahead) => ahead,
-                None => match slot.read(&mut self.reader, self.end_time) {
+                None => match slot.read(&mut self.reader, self.end_time, now) {
                     Read::Message(ahead) => ahead,
                     Read::Nothing => return true,
                     Read::End => {
@@ -567,7 +568,7 @@ impl Lanes {
 
 impl Slot {
     /// Reads one message.
-    fn read(&mut self, reader: &mut Reader, end_time: Option<i64>) -> Read {
+    fn read(&mut self, reader: &mut Reader, end_time: Option<i64>, now: Instant) -> Read {
         let Some(queue) = &self.queue else {
             return Read::Nothing;
         };
@@ -579,7 +580,7 @@ impl Slot {
                 Some(Err(error)) => return astray(&self.place, &error),
             };
             self.at_end = false;
-            self.heard = Instant::now();
+            self.heard = now;
             let offset = record.offset();
             // What was on its way when the lane was led elsewhere.
             if self.next.is_some_and(|next| offset < next) {
