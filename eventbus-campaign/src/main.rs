@@ -20,6 +20,7 @@ mod plan;
 mod prefixed;
 mod probe;
 mod process;
+mod progress;
 mod recorded;
 mod recording;
 mod report;

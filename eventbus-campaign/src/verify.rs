@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use fastrand::Rng;
-use indicatif::{HumanCount, ProgressBar, ProgressStyle};
+use indicatif::HumanCount;
 use tempfile::TempDir;
 
+use crate::progress::Progress;
 use crate::report::{Environment, Report};
 use crate::results::{Part, Results};
 use crate::round::{self, Outcome, Setting};
@@ -268,7 +269,7 @@ impl Run {
             tally.missing = Some("only root may mount a disk".to_owned());
             return tally;
         }
-        let bar = progress_bar(&format!("{} on {}", scenario.name, base.name()));
+        let shown = Progress::new(format!("{} on {}", scenario.name, base.name()));
         let server = match self.server(base).await {
             Ok(server) => server,
             Err(error) => {
@@ -289,7 +290,7 @@ impl Run {
                 deadline,
                 missing: enough.map(|enough| enough.saturating_sub(tally.messages.total())),
             };
-            match self.round(turn, &tally, &bar).await {
+            match self.round(turn, &tally, &shown).await {
                 Ok(outcome) => tally.add(seed, &outcome),
                 Err(error) => {
                     tally.fail(seed, &error);
@@ -301,7 +302,7 @@ impl Run {
                 break;
             }
         }
-        bar.finish_and_clear();
+        shown.finish();
         tally
     }
 
@@ -342,7 +343,7 @@ impl Run {
         &self,
         turn: Turn<'_>,
         tally: &Tally,
-        bar: &ProgressBar,
+        shown: &Progress,
     ) -> anyhow::Result<Outcome> {
         let Turn {
             scenario,
@@ -372,11 +373,7 @@ impl Run {
             has_bug: self.args.plant,
         };
         let (done, harmed) = (tally.messages.total(), tally.faults_total());
-        let progress = |messages, faults| {
-            let (messages, faults) = (HumanCount(done + messages), HumanCount(harmed + faults));
-            bar.set_message(format!("{messages} messages, {faults} faults"));
-            bar.tick();
-        };
+        let progress = |messages, faults| shown.tell(done + messages, harmed + faults);
         match round::run(plan, setting, progress).await {
             Ok(outcome) if outcome.passed() => Ok(outcome),
             Ok(outcome) => {
@@ -505,14 +502,4 @@ fn line(tally: &Tally) -> String {
         seconds(100),
         tally.seeds.len(),
     )
-}
-
-/// Shown on a terminal only.
-fn progress_bar(what: &str) -> ProgressBar {
-    let bar = ProgressBar::new_spinner().with_prefix(what.to_owned());
-    match ProgressStyle::with_template("{spinner} {prefix}: {msg}, {elapsed}") {
-        Ok(style) => bar.with_style(style),
-        // The bar is decoration: its default style will do.
-        Err(_) => bar,
-    }
 }
