@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Delivery, Group, Key, Member, Message, Publisher, Receipt,
-    Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until, Verdict,
+    AdminReply, AdminRequest, Broker, Delivery, Error, ErrorKind, Group, Key, Member, Message,
+    Publisher, Receipt, Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until, Verdict,
 };
 use eventbus_kafka::{KafkaBroker, KafkaConfig};
 use eventbus_testkit::{FaultProxy, KafkaApi, Protocol, Requests, WireFault, within};
@@ -194,4 +194,34 @@ async fn a_commit_whose_answer_is_lost_is_repeated_and_skips_nothing() {
 async fn a_commit_that_is_said_to_have_failed_is_repeated_and_skips_nothing() {
     const COORDINATOR_NOT_AVAILABLE: i16 = 15;
     half_is_settled_under(WireFault::Misreport(COORDINATOR_NOT_AVAILABLE)).await;
+}
+
+/// What a broker answers to a request that it does not know in this version.
+const UNSUPPORTED_VERSION: i16 = 35;
+/// An error says what is wrong within this time.
+const SOON: Duration = Duration::from_secs(10);
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_broker_that_is_too_old_to_publish_to_is_said_to_be() {
+    let wire = Wire::harmed_at(KafkaApi::Produce).await;
+    wire.proxy.set(WireFault::Misreport(UNSUPPORTED_VERSION));
+    let published = within(SOON, wire.harmed.publish(vec![wire.message(0)])).await;
+    let error = Error::from(published.expect_err("it is not taken"));
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(error.to_string().contains("2.4 or later"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_broker_that_is_too_old_for_our_groups_is_said_to_be() {
+    // Its first place is recorded before it joins.
+    let wire = Wire::harmed_at(KafkaApi::OffsetCommit).await;
+    wire.proxy.set(WireFault::Misreport(UNSUPPORTED_VERSION));
+    let group = Group::new(wire.topic.as_str()).expect("a good name");
+    let subscription = Subscription::group(group, vec![wire.topic.clone()]);
+    let joined = within(SOON, wire.harmed.subscribe(subscription)).await;
+    let error = joined.expect_err("it is not let in");
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(error.to_string().contains("2.4 or later"), "{error}");
 }
