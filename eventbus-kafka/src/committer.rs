@@ -37,10 +37,14 @@ impl Committer {
         let thread = std::thread::Builder::new().name("eventbus-commit".to_owned());
         let spawned = thread.spawn(move || {
             for request in taken {
+                // Whoever asked has given up; what it settled goes with the next commit.
+                if request.answer.is_closed() {
+                    continue;
+                }
                 let done = commit(operation, &request.client, &request.offsets);
                 // Before the answer: who hears it may want to be the last who has the client.
                 drop(request.client);
-                // Whoever asked may have given up.
+                // It may have given up meanwhile.
                 let _ = request.answer.send((done, request.offsets));
             }
         });
@@ -54,8 +58,8 @@ impl Committer {
         })
     }
 
-    /// Commits, and waits for the coordinator's answer. Dropping the future leaves the commit to
-    /// itself.
+    /// Commits, and waits for the coordinator's answer. Dropping the future leaves a commit that
+    /// has begun to itself, and one that has not undone.
     pub(crate) async fn commit(
         &self,
         client: Arc<Client>,
