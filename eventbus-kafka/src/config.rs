@@ -103,6 +103,21 @@ const REFUSED: &[(&str, &str)] = &[
         "name user and password before the host: kafka://USER:PASSWORD@HOST",
     ),
     ("security.protocol", "use `tls=true` or `tls=false`"),
+    (
+        "transactional.id",
+        "events are published one by one; effects happen once by a unit of work or a duplicate window",
+    ),
+];
+
+/// Other names of options, as librdkafka has them, and the names that are used here.
+const ALIASES: &[(&str, &str)] = &[
+    ("compression.codec", "compression.type"),
+    ("max.in.flight", "max.in.flight.requests.per.connection"),
+    ("message.send.max.retries", "retries"),
+    ("metadata.broker.list", "bootstrap.servers"),
+    ("queue.buffering.max.ms", "linger.ms"),
+    ("request.required.acks", "acks"),
+    ("sasl.mechanisms", "sasl.mechanism"),
 ];
 
 const OWN_OPTIONS: &str = "the options are create_topics, publish_timeout, session_timeout, tls, and those of librdkafka's CONFIGURATION.md, which have a dot in their names";
@@ -168,15 +183,9 @@ impl KafkaConfig {
     /// `InvalidInput` for one that would break a promise of this broker. Whether it exists at all is
     /// said when connecting.
     pub fn with_option(mut self, name: &str, value: impl Into<String>) -> Result<Self> {
-        let refused = REFUSED.iter().find(|(refused, _)| *refused == name);
-        if let Some((_, reason)) = refused {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "set option",
-                format!("this option of librdkafka is not free: {reason}"),
-            )
-            .with("option", name));
-        }
+        let alias = ALIASES.iter().find(|(alias, _)| *alias == name);
+        let name = alias.map_or(name, |(_, name)| *name);
+        check_free(name)?;
         self.options.insert(name.to_owned(), value.into());
         Ok(self)
     }
@@ -197,6 +206,12 @@ impl KafkaConfig {
             return Err(refuse("the Kafka broker's url is `kafka://HOST:PORT`"));
         };
         let (address, options) = address.split_once('?').unwrap_or((address, ""));
+        if options.contains('@') {
+            // A part of a password, mostly, which would be taken for an option.
+            return Err(refuse(
+                "write `%3f` for a `?` and `%40` for a `@` in a password or a value",
+            ));
+        }
         let (user, hosts) = match address.rsplit_once('@') {
             Some((user, hosts)) => (Some(user), hosts),
             None => (None, address),
@@ -282,6 +297,9 @@ impl KafkaConfig {
                 "this build cannot encrypt: add the feature `kafka-tls` to the dependency on eventbus, or, where nobody listens on the way, `tls=false` to the url",
             )
             .with("servers", &self.servers));
+        }
+        for name in self.options.keys() {
+            check_free(name)?;
         }
         let mut config = ClientConfig::new();
         config
@@ -373,6 +391,16 @@ impl KafkaConfig {
     }
 }
 
+/// Refuses an option that would break a promise of this broker.
+fn check_free(name: &str) -> Result<()> {
+    let refused = REFUSED.iter().find(|(refused, _)| *refused == name);
+    let Some((_, reason)) = refused else {
+        return Ok(());
+    };
+    let message = format!("this option of librdkafka is not free: {reason}");
+    Err(Error::new(ErrorKind::InvalidInput, "set option", message).with("option", name))
+}
+
 /// Kafka's default for `message.max.bytes`, on brokers.
 const BROKER_MESSAGE_BYTES: usize = 1_048_588;
 /// Room for what a batch and a record need beside key, headers and payload.
@@ -449,12 +477,31 @@ mod tests {
             ("kafka://a?acks=1", "every replica"),
             ("kafka://a?enable.auto.commit=true", "when it is settled"),
             ("kafka://a?group.id=x", "each consumer names its group"),
+            ("kafka://a?request.required.acks=1", "every replica"),
+            ("kafka://a?transactional.id=x", "one by one"),
+            ("kafka://a?sasl.kerberos.principal=me@x", "`%40` for a `@`"),
         ];
         for (url, allowed) in cases {
             let error = KafkaConfig::from_url(url).expect_err(url);
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{url}");
             assert!(error.to_string().contains(allowed), "{error}");
         }
+    }
+
+    #[test]
+    fn an_option_has_one_name() {
+        let url = "kafka://a?sasl.mechanisms=SCRAM-SHA-256&queue.buffering.max.ms=7";
+        let config = KafkaConfig::from_url(url).expect("a good url");
+        assert_eq!(config.options["sasl.mechanism"], "SCRAM-SHA-256");
+        assert_eq!(config.options["linger.ms"], "7");
+    }
+
+    #[test]
+    fn an_option_that_is_not_free_is_refused_however_it_is_set() {
+        let mut config = KafkaConfig::new("a");
+        config.options.insert("acks".to_owned(), "1".to_owned());
+        let error = config.producer().expect_err("it would lose messages");
+        assert!(error.to_string().contains("every replica"), "{error}");
     }
 
     #[test]
@@ -465,6 +512,7 @@ mod tests {
             "kafka://me:secret@host?acks=1",
             "kafka://host?ssl.key.password=secret&acks=1",
             "kafka://host?password=secret",
+            "kafka://me:9092?secret.word@host",
         ] {
             let error = KafkaConfig::from_url(url).expect_err(url);
             assert!(!error.to_string().contains("secret"), "{error}");

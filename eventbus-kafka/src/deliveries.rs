@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use eventbus_core::{
-    Deliveries, Error, ErrorKind, Lane, Receipt, Result, Settlement, Signal, Verdict,
+    Deliveries, Error, ErrorKind, Lane, Receipt, Result, Retry, Settlement, Signal, Verdict,
 };
 
 use crate::client::blocking;
@@ -148,6 +148,11 @@ impl KafkaSettlement {
                     member.check_open(SETTLE)?;
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_millis(250));
+                }
+                // Of a topic that is gone, or that the broker has not heard of yet.
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    member.check_open(SETTLE)?;
+                    return Err(error.with_retry(Retry::Later));
                 }
                 // The member ended meanwhile.
                 Err(error) => return member.check_open(SETTLE).and(Err(error)),

@@ -138,7 +138,7 @@ fn explain(code: Code) -> (ErrorKind, &'static str) {
             Kind::InvalidInput,
             "the broker does not take this name for a group",
         ),
-        Code::DestroyBroker => (Kind::Closed, "the broker handle was closed"),
+        Code::BrokerDestroy => (Kind::Closed, "the broker handle was closed"),
         Code::Fatal
         | Code::OutOfOrderSequenceNumber
         | Code::InvalidProducerEpoch

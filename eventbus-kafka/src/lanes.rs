@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use eventbus_core::{
-    Assignment, Delivery, Error, Lane, LaneTable, Limits, Message, Position, Receipt, Settled,
-    Signal, Topic,
+    Assignment, Delivery, Error, Lane, LaneTable, Limits, Message, Position, Receipt, Retry,
+    Settled, Signal, Topic,
 };
 use rdkafka::Message as _;
 use rdkafka::consumer::base_consumer::PartitionQueue;
@@ -64,6 +64,8 @@ struct Slot {
     committed: Option<i64>,
     /// When something was read last, for the watchdog.
     heard: Instant,
+    /// Where it stood, and where the partition ended, when the watchdog has sought it last.
+    sought: Option<(i64, i64)>,
 }
 
 struct Ahead {
@@ -183,6 +185,7 @@ impl Lanes {
             settled: None,
             committed: None,
             heard: Instant::now(),
+            sought: None,
         };
         match self.slots.get_mut(lane.id as usize) {
             Some(free) => *free = slot,
@@ -373,6 +376,9 @@ impl Lanes {
                         return true;
                     }
                     Read::Failed(error) => {
+                        // What comes behind it would be settled over it: it is read again from here.
+                        slot.resolving = true;
+                        self.astray.push(slot.lane);
                         self.fail(error);
                         return true;
                     }
@@ -413,7 +419,13 @@ impl Lanes {
             if let Some((_, end)) = end {
                 slot.end = Some(*end);
                 slot.ahead.retain(|ahead| ahead.offset < end.offset);
+                // That all was read was said before the end was known; it is asked again.
+                slot.at_end = false;
+                let (lane, is_before) = (slot.lane, slot.next.is_none_or(|at| at < end.offset));
                 self.check_end(index);
+                if is_before {
+                    self.lead_astray(lane);
+                }
             }
         }
     }
@@ -538,8 +550,12 @@ impl Lanes {
         self.revocation.is_some()
     }
 
-    /// Lanes that could be handed out and brought nothing for this long, with where they stand.
-    pub(crate) fn silent(&mut self, longer_than: Duration) -> Vec<(Lane, Place, i64)> {
+    /// Some of the lanes that could be handed out and brought nothing for this long, with where they
+    /// stand, where that is known.
+    pub(crate) fn silent(&mut self, longer_than: Duration) -> Vec<(Lane, Place, Option<i64>)> {
+        // Each may take a while to look after.
+        const AT_ONCE: usize = 4;
+
         let now = Instant::now();
         let mut silent = Vec::new();
         for slot in &mut self.slots {
@@ -547,14 +563,19 @@ impl Lanes {
             let may_read = self.table.is_open(slot.lane) && self.table.credit(slot.lane) > 0;
             if !is_idle || !may_read {
                 slot.heard = now;
-            } else if now.duration_since(slot.heard) > longer_than
-                && let Some(next) = slot.next
-            {
+            } else if now.duration_since(slot.heard) > longer_than && silent.len() < AT_ONCE {
                 slot.heard = now;
-                silent.push((slot.lane, slot.place.clone(), next));
+                silent.push((slot.lane, slot.place.clone(), slot.next));
             }
         }
         silent
+    }
+
+    /// Notes that a lane is sought anew where it stands, before this end; false when it was already,
+    /// so that what is left there is no message: a mark of a transaction.
+    pub(crate) fn seek_once(&mut self, lane: Lane, next: i64, high: i64) -> bool {
+        let slot = &mut self.slots[lane.id as usize];
+        slot.lane == lane && slot.sought.replace((next, high)) != Some((next, high))
     }
 
     /// Has a lane look again for where it stands.
@@ -618,7 +639,9 @@ fn astray(place: &Place, error: &KafkaError) -> Read {
             Read::Astray
         }
         code => {
+            // One answer that does not know the topic, or was damaged on its way, ends no group.
             let error = of_code("read", code)
+                .with_retry(Retry::Later)
                 .with("topic", &place.topic)
                 .with("partition", place.partition);
             Read::Failed(error)

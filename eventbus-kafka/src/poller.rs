@@ -84,8 +84,11 @@ fn complain(member: &Member, error: &KafkaError) {
         {
             member.fail(error.with_retry(Retry::Later));
         }
-        // Who could join was let in; a password that is being changed is not known everywhere at once.
-        Code::Authentication | Code::SaslAuthenticationFailed if !is_fatal => {
+        // Who could join was let in; a password or a certificate that is being changed is not known
+        // everywhere at once.
+        Code::Authentication | Code::SaslAuthenticationFailed | Code::SSL | Code::BadMessage
+            if !is_fatal =>
+        {
             let error = member.complaints.explain("read", error);
             member.fail(error.with_retry(Retry::Later));
         }
@@ -106,30 +109,39 @@ fn lead(member: &Arc<Member>, client: &Arc<Client>) {
     if !member.has_found() {
         return;
     }
-    hear(member, client, Duration::ZERO);
+    while hear(member, client, Duration::ZERO) {}
     member.set_out(client);
-    hear(member, client, Duration::ZERO);
+    while hear(member, client, Duration::ZERO) {}
     member.has_set_out();
 }
 
-/// Hears one thing that the client says.
-fn hear(member: &Member, client: &Client, wait: Duration) {
+/// Hears one thing that the client says; false when there was none.
+fn hear(member: &Member, client: &Client, wait: Duration) -> bool {
     match client.poll(wait) {
-        None => {}
+        None => return false,
         Some(Ok(record)) => {
             member.lanes().take_stray(&record);
             member.notify.notify_one();
         }
         Some(Err(error)) => complain(member, &error),
     }
+    true
 }
 
 fn look_after(member: &Arc<Member>, client: &Arc<Client>) {
     let silent = member.lanes().silent(SILENCE);
     for (lane, place, next) in silent {
+        let Some(next) = next else {
+            // Nobody has said where it starts: librdkafka waits for an answer that it never asks for
+            // again (librdkafka issue #5586).
+            member.lanes().lead_astray(lane);
+            member.notify.notify_one();
+            continue;
+        };
         let bounds = client.fetch_watermarks(place.topic.as_str(), place.partition, LOOK);
         if let Ok((_, high)) = bounds
             && high > next
+            && member.lanes().seek_once(lane, next, high)
         {
             tracing::warn!(topic = %place.topic, partition = place.partition, next, high, "an assigned partition is silent though it has messages: it is sought anew");
             member.lanes().lead_astray(lane);

@@ -39,6 +39,9 @@ pub(crate) struct Producer {
 
 type Client = Arc<ThreadedProducer<Reports>>;
 
+/// How long a client that is replaced may wait for what it has sent.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
 /// Hears what became of messages.
 struct Reports {
     context: Context,
@@ -143,7 +146,8 @@ impl Producer {
         if !failures.is_empty() {
             self.look_after(&client, topics, &messages, &failures);
             failures.sort_unstable_by_key(|(index, _)| *index);
-            refused.extend(unpublished(places, messages, &failures));
+            let is_closed = self.client().is_none();
+            refused.extend(unpublished(places, messages, &failures, is_closed));
         }
         if refused.is_empty() {
             return Ok(());
@@ -250,7 +254,13 @@ impl Producer {
                 let old = current.replace(fresh);
                 drop(current);
                 // It waits for its thread.
-                std::thread::spawn(move || old.map(end));
+                std::thread::spawn(move || {
+                    if let Some(old) = old {
+                        // What is on its way is heard of first: it may yet be taken.
+                        let _ = old.flush(LAST_WORDS);
+                        end(old);
+                    }
+                });
             }
             Err(error) => tracing::error!(%error, "the Kafka producer could not begin anew"),
         }
@@ -345,6 +355,7 @@ fn unpublished(
     places: Option<Vec<usize>>,
     messages: Vec<Message>,
     failures: &[(usize, Code)],
+    is_closed: bool,
 ) -> Vec<Unpublished> {
     let mut failures = failures.iter().peekable();
     let mut found = Vec::with_capacity(failures.len());
@@ -352,7 +363,11 @@ fn unpublished(
         let place = places.as_ref().map_or(index, |places| places[index]);
         if let Some((_, code)) = failures.next_if(|(failed, _)| *failed == index) {
             let error = match code {
-                Code::PurgeQueue | Code::PurgeInflight => closed_error(),
+                Code::PurgeQueue | Code::PurgeInflight if is_closed => closed_error(),
+                // The client was replaced under it.
+                Code::PurgeQueue | Code::PurgeInflight => {
+                    of_code(PUBLISH, Code::Fatal).with("topic", &message.topic)
+                }
                 code => of_code(PUBLISH, *code).with("topic", &message.topic),
             };
             found.push(Unpublished::new(place, message, outcome(*code), error));

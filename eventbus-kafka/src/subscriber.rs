@@ -6,11 +6,12 @@
 //!                                                      └─ lost ────▶ Lost, given up at once
 //! ```
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use eventbus_core::{Error, ErrorKind, Lane, Result, Start, Subscription};
+use eventbus_core::{Error, ErrorKind, Lane, Result, Start, Subscription, Topic};
 use rdkafka::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::base_consumer::PartitionQueue;
@@ -45,6 +46,8 @@ pub(crate) struct Member {
     pub(crate) subscription: Subscription,
     /// All there were when it subscribed.
     places: Vec<Place>,
+    /// The topics that the group had read before.
+    read_before: Mutex<HashSet<Topic>>,
     lanes: Mutex<Lanes>,
     client: Mutex<Held>,
     /// Wakes `next`.
@@ -125,6 +128,7 @@ impl Member {
     fn new(subscription: Subscription, places: Vec<Place>, complaints: Complaints) -> Arc<Self> {
         Arc::new(Self {
             places,
+            read_before: Mutex::default(),
             lanes: Mutex::new(Lanes::new(subscription.limits)),
             subscription,
             client: Mutex::default(),
@@ -278,7 +282,9 @@ impl Member {
         let deadline = Instant::now() + ANSWER;
         let (low, high) = bounds(READ, &client, place, deadline)?;
         let from = match next {
-            None if self.subscription.group.is_some() => self.begun_at(&client, place, deadline)?,
+            None if self.subscription.group.is_some() => {
+                self.begun_at(&client, lane, place, deadline)?
+            }
             next => next,
         };
         if let Some(from) = from.filter(|from| *from > high) {
@@ -298,28 +304,40 @@ impl Member {
     }
 
     /// Where the group is on a partition, which it is made to be where it was not. Of a topic that it
-    /// has read before, a partition without a place was added since, and all of it is read; otherwise
-    /// it begins where the subscription says.
-    fn begun_at(&self, client: &Client, place: &Place, deadline: Instant) -> Result<Option<i64>> {
+    /// had read before this member came, a partition without a place was added since, and all of it
+    /// is read; otherwise it begins where the subscription says.
+    fn begun_at(
+        &self,
+        client: &Client,
+        lane: Lane,
+        place: &Place,
+        deadline: Instant,
+    ) -> Result<Option<i64>> {
         const READ: &str = "read";
-        let of_topic = self.places.iter().filter(|it| it.topic == place.topic);
-        let mut places: Vec<_> = of_topic.cloned().collect();
-        if !places.contains(place) {
-            places.push(place.clone());
-        }
-        let mut known = committed(READ, client, &places)?;
-        if let Some(offset) = known.remove(place) {
+        let is_old = self.read_before().contains(&place.topic);
+        let is_added = is_old || !self.places.contains(place);
+        let place = std::slice::from_ref(place);
+        let known = committed(READ, client, place)?;
+        if let Some(offset) = known.into_values().next() {
             return Ok(Some(offset));
         }
-        let start = match known.is_empty() {
-            true => self.subscription.start,
-            false => Start::Earliest,
+        let start = match is_added {
+            true => Start::Earliest,
+            false => self.subscription.start,
         };
-        let place = std::slice::from_ref(place);
         let begin = starts(READ, client, place, start, deadline)?;
+        if !self.lanes().is_astray(lane) {
+            // It has gone meanwhile; where it begins is for its next owner to say.
+            return Ok(None);
+        }
         // The next owner would begin elsewhere.
         commit(READ, client, &begin)?;
         Ok(begin.first().map(|(_, offset)| *offset))
+    }
+
+    fn read_before(&self) -> MutexGuard<'_, HashSet<Topic>> {
+        let topics = self.read_before.lock();
+        topics.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether lanes can be led on.
@@ -370,6 +388,7 @@ impl Member {
             tokio::task::spawn_blocking(move || {
                 let mut pause = Duration::from_millis(50);
                 while !member.is_ended()
+                    && member.lanes().is_astray(lane)
                     && let Err(error) = member.lead(lane, &place, next)
                 {
                     tracing::warn!(topic = %place.topic, partition = place.partition, %error, "where to read on is looked for again");
@@ -509,6 +528,8 @@ impl Member {
     /// Says for a new group where it begins, and joins; blocks.
     fn begin_group(&self, client: &Arc<Client>, places: &[Place]) -> Result<()> {
         let known = committed(SUBSCRIBE, client, places)?;
+        let topics = known.keys().map(|place| place.topic.clone());
+        self.read_before().extend(topics);
         let missing = |place: &&Place| !known.contains_key(*place);
         let new: Vec<_> = places.iter().filter(missing).cloned().collect();
         if !new.is_empty() {

@@ -3,7 +3,9 @@
 //! Secret is what stands between a user's `:` and the last `@`, and the value of an option that is
 //! called a password.
 
-use eventbus::{Connect, EventBus, EventBusConfig, MemoryConfig, PostgresConfig, SqliteConfig};
+use eventbus::{
+    Connect, EventBus, EventBusConfig, KafkaConfig, MemoryConfig, PostgresConfig, SqliteConfig,
+};
 use eventbus_core::{Error, ErrorKind, Result, error_chain};
 
 use crate::{Target, message, runtime};
@@ -19,6 +21,13 @@ pub(crate) const TARGET: Target = Target {
         "postgres://",
         "postgresql://",
         "kafka://",
+        "kafka://me:hunter2@one:9093,two",
+        "&compression.type=lz4",
+        "&ssl.key.password=hunter2",
+        "&sasl.mechanism=SCRAM-SHA-256",
+        "&publish_timeout=5s",
+        "&create_topics=false",
+        "&tls=true",
         "amqp://",
         "redis://",
         "user:hunter2@",
@@ -71,9 +80,13 @@ fn run(data: &[u8]) {
         Ok(config) => check(format!("{config:?}")),
         Err(error) => check(text_of(&error)),
     }
+    match KafkaConfig::from_url(url) {
+        Ok(config) => check(format!("{config:?}")),
+        Err(error) => check(text_of(&error)),
+    }
     check(format!("{:?}", EventBusConfig::new(url)));
     // Those that would open a file or a socket are only read.
-    let opens = ["sqlite:", "postgres:", "postgresql:"];
+    let opens = ["sqlite:", "postgres:", "postgresql:", "kafka:"];
     if !opens.iter().any(|scheme| url.starts_with(scheme)) {
         let connected = runtime().block_on(EventBus::connect(url));
         if let Some(error) = refused(connected) {
