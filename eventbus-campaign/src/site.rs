@@ -71,6 +71,17 @@ impl Ground {
         }
     }
 
+    /// What names it on a command line, on whichever machine.
+    #[must_use]
+    pub fn as_said(&self) -> &'static str {
+        match self {
+            Self::Sqlite => "sqlite",
+            Self::Postgres(_) => "$EVENTBUS_TEST_POSTGRES",
+            Self::Kafka(_) => "$EVENTBUS_TEST_KAFKA",
+            Self::OwnKafka => "kafka",
+        }
+    }
+
     /// Whether it is Kafka.
     #[must_use]
     pub fn is_kafka(&self) -> bool {

@@ -244,6 +244,10 @@ impl Run {
             "round",
             self.args.round.map(|messages| messages.to_string()),
         );
+        let bases = self.args.broker.iter().map(|broker| Ground::parse(broker));
+        for base in bases.flatten() {
+            add("broker", Some(base.as_said().to_owned()));
+        }
         for scenario in &self.args.scenario {
             add("scenario", Some(scenario.clone()));
         }
