@@ -7,7 +7,7 @@ use eventbus_core::{
     TopicSpec, partition_of,
 };
 use eventbus_kafka::{KafkaBroker, KafkaConfig};
-use eventbus_testkit::{Probe, text_of, within};
+use eventbus_testkit::{FaultProxy, Probe, Protocol, Requests, WireFault, text_of, within};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
 use rdkafka::client::DefaultClientContext;
@@ -106,7 +106,12 @@ async fn a_partition_that_is_added_is_read_from_its_beginning() {
 #[ignore = "needs brokers: ./dev/test"]
 async fn a_topic_that_is_created_anew_is_a_gap_and_read_from_its_beginning() {
     let _server = Server::new().await;
-    let broker = connect(looking_often()).await;
+    let url = Server::url();
+    let address = url.trim_start_matches("kafka://");
+    let proxy = FaultProxy::start_with(address, Protocol::Kafka(Requests::of(&[]))).await;
+    let proxy = proxy.expect("it starts");
+    let through = proxy.url(&url).expect("the url has a host");
+    let broker = connect(KafkaConfig::from_url(&through).expect("a good url")).await;
     let orders = topic();
     create(&broker, &orders, 1).await;
     let key = Key::from("k");
@@ -115,6 +120,8 @@ async fn a_topic_that_is_created_anew_is_a_gap_and_read_from_its_beginning() {
     let mut probe = join(&broker, subscription).await;
     within(MINUTE, async {
         assert_eq!(collect(&mut probe, 3).await, ["a", "b", "c"]);
+        // The member does not see it missing: its group would take the partition away, place and all.
+        proxy.set(WireFault::HalfOpen);
         let deleted = operator()
             .delete_topics(&[orders.as_str()], &AdminOptions::new())
             .await;
@@ -131,6 +138,7 @@ async fn a_topic_that_is_created_anew_is_a_gap_and_read_from_its_beginning() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         publish(&anew, &orders, &key, &["d"]).await;
+        proxy.heal();
         assert_eq!(collect(&mut probe, 1).await, ["d"]);
         // Whether "c" was the last of the old one, nobody can say.
         let gaps = probe.gaps().iter().map(|(_, from, to)| (from.0, to.0));
