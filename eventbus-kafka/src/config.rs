@@ -183,8 +183,7 @@ impl KafkaConfig {
     /// `InvalidInput` for one that would break a promise of this broker. Whether it exists at all is
     /// said when connecting.
     pub fn with_option(mut self, name: &str, value: impl Into<String>) -> Result<Self> {
-        let alias = ALIASES.iter().find(|(alias, _)| *alias == name);
-        let name = alias.map_or(name, |(_, name)| *name);
+        let name = canonical(name);
         check_free(name)?;
         self.options.insert(name.to_owned(), value.into());
         Ok(self)
@@ -299,7 +298,7 @@ impl KafkaConfig {
             .with("servers", &self.servers));
         }
         for name in self.options.keys() {
-            check_free(name)?;
+            check_free(canonical(name))?;
         }
         let mut config = ClientConfig::new();
         config
@@ -389,6 +388,12 @@ impl KafkaConfig {
             config.set(name, value);
         }
     }
+}
+
+/// The name that is used here for an option of this one.
+fn canonical(name: &str) -> &str {
+    let alias = ALIASES.iter().find(|(alias, _)| *alias == name);
+    alias.map_or(name, |(_, name)| name)
 }
 
 /// Refuses an option that would break a promise of this broker.
@@ -500,6 +505,11 @@ mod tests {
     fn an_option_that_is_not_free_is_refused_however_it_is_set() {
         let mut config = KafkaConfig::new("a");
         config.options.insert("acks".to_owned(), "1".to_owned());
+        let error = config.producer().expect_err("it would lose messages");
+        assert!(error.to_string().contains("every replica"), "{error}");
+        let mut config = KafkaConfig::new("a");
+        let alias = "request.required.acks".to_owned();
+        config.options.insert(alias, "1".to_owned());
         let error = config.producer().expect_err("it would lose messages");
         assert!(error.to_string().contains("every replica"), "{error}");
     }

@@ -149,13 +149,15 @@ impl KafkaSettlement {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_millis(250));
                 }
-                // Of a topic that is gone, or that the broker has not heard of yet.
-                Err(error) if error.kind() == ErrorKind::NotFound => {
+                Err(error) => {
+                    // The member ended meanwhile.
                     member.check_open(SETTLE)?;
-                    return Err(error.with_retry(Retry::Later));
+                    return Err(match error.kind() {
+                        // Of a topic that is gone, or that the broker has not heard of yet.
+                        ErrorKind::NotFound => error.with_retry(Retry::Later),
+                        _ => error,
+                    });
                 }
-                // The member ended meanwhile.
-                Err(error) => return member.check_open(SETTLE).and(Err(error)),
             }
         }
     }

@@ -73,35 +73,25 @@ fn complain(member: &Member, error: &KafkaError) {
     let is_fatal = matches!(error, KafkaError::MessageConsumptionFatal(_));
     let code = error.rdkafka_error_code().unwrap_or(Code::Unknown);
     let error = of_code("read", code);
-    match code {
-        // One connection of several: it is made anew.
-        Code::BrokerTransportFailure | Code::Resolve | Code::OperationTimedOut if !is_fatal => {
-            tracing::debug!(%error, "a connection of a consumer failed");
-        }
+    // One connection of several: it is made anew.
+    if let Code::BrokerTransportFailure | Code::Resolve | Code::OperationTimedOut = code
+        && !is_fatal
+    {
+        return tracing::debug!(%error, "a connection of a consumer failed");
+    }
+    let error = member.complaints.explain("read", error);
+    let retry = match code {
+        _ if is_fatal => Retry::Never,
         // It may be missing for the moment only, while a broker starts; a group does not end for that.
-        Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition
-            if !is_fatal =>
-        {
-            member.fail(error.with_retry(Retry::Later));
-        }
+        Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition => Retry::Later,
         // Who could join was let in; a password or a certificate that is being changed is not known
         // everywhere at once.
-        Code::Authentication | Code::SaslAuthenticationFailed | Code::SSL | Code::BadMessage
-            if !is_fatal =>
-        {
-            let error = member.complaints.explain("read", error);
-            member.fail(error.with_retry(Retry::Later));
+        Code::Authentication | Code::SaslAuthenticationFailed | Code::SSL | Code::BadMessage => {
+            Retry::Later
         }
-        _ => {
-            let error = member.complaints.explain("read", error);
-            let retry = if is_fatal {
-                Retry::Never
-            } else {
-                error.retry()
-            };
-            member.fail(error.with_retry(retry));
-        }
-    }
+        _ => error.retry(),
+    };
+    member.fail(error.with_retry(retry));
 }
 
 /// Leads lanes on whose place was found out, between what the coordinator says.

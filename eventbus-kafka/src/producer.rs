@@ -130,18 +130,22 @@ impl Producer {
         let Some(client) = self.client() else {
             return Err(closed(batch));
         };
-        let missing = missing(topics, &batch).await;
         // Nearly every batch goes as it is.
-        let (places, messages, mut refused) =
-            match missing.is_empty() && capabilities.is_sound(&batch) {
-                true => (None, batch, Vec::new()),
-                false => {
-                    let (sound, mut refused) = capabilities.check_batch(batch);
-                    let known = keep_known(sound, &missing, &mut refused);
-                    let (places, messages): (Vec<_>, Vec<_>) = known.into_iter().unzip();
-                    (Some(places), messages, refused)
-                }
-            };
+        let (mut places, mut messages, mut refused) = match capabilities.is_sound(&batch) {
+            true => (None, batch, Vec::new()),
+            false => {
+                let (sound, refused) = capabilities.check_batch(batch);
+                let (places, messages): (Vec<_>, Vec<_>) = sound.into_iter().unzip();
+                (Some(places), messages, refused)
+            }
+        };
+        let missing = missing(topics, &messages).await;
+        if !missing.is_empty() {
+            let all = places.unwrap_or_else(|| (0..messages.len()).collect());
+            let all = all.into_iter().zip(messages);
+            let (known, theirs) = keep_known(all, &missing, &mut refused);
+            (places, messages) = (Some(known), theirs);
+        }
         let mut failures = self.send(&client, &messages).await;
         if !failures.is_empty() {
             self.look_after(&client, topics, &messages, &failures);
@@ -315,23 +319,22 @@ async fn missing(topics: &Topics, batch: &[Message]) -> Vec<(Topic, Error)> {
 
 /// Takes out the messages of topics that are missing.
 fn keep_known(
-    messages: Vec<(usize, Message)>,
+    messages: impl Iterator<Item = (usize, Message)>,
     missing: &[(Topic, Error)],
     refused: &mut Vec<Unpublished>,
-) -> Vec<(usize, Message)> {
-    let mut known = Vec::with_capacity(messages.len());
-    for (index, message) in messages {
+) -> (Vec<usize>, Vec<Message>) {
+    let known = messages.filter_map(|(index, message)| {
         let fault = missing.iter().find(|(topic, _)| *topic == message.topic);
         let Some((topic, error)) = fault else {
-            known.push((index, message));
-            continue;
+            return Some((index, message));
         };
         let error = Error::new(error.kind(), PUBLISH, error.to_string())
             .with_retry(error.retry())
             .with("topic", topic);
         refused.push(Unpublished::new(index, message, Outcome::NotTaken, error));
-    }
-    known
+        None
+    });
+    known.unzip()
 }
 
 /// How many messages from here on make a portion, and the kilobytes they take.

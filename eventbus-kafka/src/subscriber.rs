@@ -8,7 +8,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use eventbus_core::{Error, ErrorKind, Lane, Result, Start, Subscription, Topic};
@@ -47,7 +47,7 @@ pub(crate) struct Member {
     /// All there were when it subscribed.
     places: Vec<Place>,
     /// The topics that the group had read before.
-    read_before: Mutex<HashSet<Topic>>,
+    read_before: OnceLock<HashSet<Topic>>,
     lanes: Mutex<Lanes>,
     client: Mutex<Held>,
     /// Wakes `next`.
@@ -128,7 +128,7 @@ impl Member {
     fn new(subscription: Subscription, places: Vec<Place>, complaints: Complaints) -> Arc<Self> {
         Arc::new(Self {
             places,
-            read_before: Mutex::default(),
+            read_before: OnceLock::new(),
             lanes: Mutex::new(Lanes::new(subscription.limits)),
             subscription,
             client: Mutex::default(),
@@ -314,8 +314,7 @@ impl Member {
         deadline: Instant,
     ) -> Result<Option<i64>> {
         const READ: &str = "read";
-        let is_old = self.read_before().contains(&place.topic);
-        let is_added = is_old || !self.places.contains(place);
+        let is_added = self.has_read(&place.topic) || !self.places.contains(place);
         let place = std::slice::from_ref(place);
         let known = committed(READ, client, place)?;
         if let Some(offset) = known.into_values().next() {
@@ -335,9 +334,10 @@ impl Member {
         Ok(begin.first().map(|(_, offset)| *offset))
     }
 
-    fn read_before(&self) -> MutexGuard<'_, HashSet<Topic>> {
-        let topics = self.read_before.lock();
-        topics.unwrap_or_else(PoisonError::into_inner)
+    /// Whether the group had read a topic before this member came.
+    fn has_read(&self, topic: &Topic) -> bool {
+        let topics = self.read_before.get();
+        topics.is_some_and(|topics| topics.contains(topic))
     }
 
     /// Whether lanes can be led on.
@@ -529,12 +529,12 @@ impl Member {
     fn begin_group(&self, client: &Arc<Client>, places: &[Place]) -> Result<()> {
         let known = committed(SUBSCRIBE, client, places)?;
         let topics = known.keys().map(|place| place.topic.clone());
-        self.read_before().extend(topics);
+        self.read_before.get_or_init(|| topics.collect());
         let missing = |place: &&Place| !known.contains_key(*place);
         let new: Vec<_> = places.iter().filter(missing).cloned().collect();
         if !new.is_empty() {
             // Of a topic that the group has read before, a partition without a place was added since.
-            let is_read = |place: &Place| known.keys().any(|it| it.topic == place.topic);
+            let is_read = |place: &Place| self.has_read(&place.topic);
             let (added, new): (Vec<_>, Vec<_>) = new.into_iter().partition(is_read);
             let deadline = Instant::now() + ANSWER;
             let mut begin = starts(SUBSCRIBE, client, &new, self.subscription.start, deadline)?;
