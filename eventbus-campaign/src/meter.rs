@@ -13,8 +13,6 @@ const WARM_UP: Duration = Duration::from_secs(60);
 /// What the last quarter may have more than the first: a share, and an amount that is noise.
 const SHARE: f64 = 0.10;
 const RESIDENT_NOISE: u64 = 8 << 20;
-/// What a client of Kafka may have read ahead, when it is behind (`queued.max.messages.kbytes`).
-const READ_AHEAD: u64 = 32 << 20;
 const COUNT_NOISE: u64 = 8;
 
 /// What a process takes at a moment.
@@ -52,7 +50,8 @@ impl Taken {
 #[derive(Clone, Debug)]
 pub struct Meter {
     begun: Instant,
-    reads_ahead: bool,
+    /// Bytes that a process may hold because it is behind.
+    read_ahead: u64,
     samples: BTreeMap<String, Vec<(Duration, Taken)>>,
 }
 
@@ -60,7 +59,7 @@ impl Default for Meter {
     fn default() -> Self {
         Self {
             begun: Instant::now(),
-            reads_ahead: false,
+            read_ahead: 0,
             samples: BTreeMap::new(),
         }
     }
@@ -77,19 +76,13 @@ pub struct Drift {
     pub first: Taken,
     /// In the last quarter.
     pub last: Taken,
-    /// Its memory holds what it has read ahead, more of it when it is behind.
-    #[serde(default)]
-    pub reads_ahead: bool,
 }
 
 impl Meter {
-    /// Of processes that read ahead.
+    /// Of processes that read so many bytes ahead when they are behind.
     #[must_use]
-    pub fn of_those_who_read_ahead(self, reads_ahead: bool) -> Self {
-        Self {
-            reads_ahead,
-            ..self
-        }
+    pub fn with_read_ahead(self, read_ahead: u64) -> Self {
+        Self { read_ahead, ..self }
     }
 
     /// Notes what a process takes now.
@@ -104,11 +97,15 @@ impl Meter {
         let samples = self.samples.iter();
         samples
             .filter_map(|(name, samples)| drift(name, samples))
-            .map(|drift| Drift {
-                reads_ahead: self.reads_ahead,
-                ..drift
-            })
             .collect()
+    }
+
+    /// What grew, of all processes.
+    #[must_use]
+    pub fn complaints(&self) -> Vec<String> {
+        let drifts = self.drifts();
+        let complaints = drifts.iter().map(|drift| drift.complaints(self.read_ahead));
+        complaints.flatten().collect()
     }
 }
 
@@ -132,7 +129,6 @@ fn drift(name: &str, samples: &[(Duration, Taken)]) -> Option<Drift> {
         watched,
         first: of(warm, warm + quarter)?,
         last: of(last - quarter, last)?,
-        reads_ahead: false,
     })
 }
 
@@ -153,8 +149,7 @@ fn median(taken: Vec<Taken>) -> Option<Taken> {
 impl Drift {
     /// What grew by more than a tenth, and by more than noise: 8 MiB and what is read
     /// ahead, or 8 of what is counted.
-    #[must_use]
-    pub fn complaints(&self) -> Vec<String> {
+    fn complaints(&self, read_ahead: u64) -> Vec<String> {
         let mut complaints = Vec::new();
         let mut compare = |what: &str, first: u64, last: u64, noise: u64| {
             let allowed = first + noise.max((first as f64 * SHARE) as u64);
@@ -164,7 +159,6 @@ impl Drift {
             }
         };
         let (first, last) = (self.first, self.last);
-        let read_ahead = if self.reads_ahead { READ_AHEAD } else { 0 };
         let noise = RESIDENT_NOISE + read_ahead;
         compare("memory", first.resident, last.resident, noise);
         compare(
@@ -200,9 +194,9 @@ mod tests {
     fn growth_is_told_and_noise_is_not() {
         let grows =
             drift("it", &samples(|second| (50 << 20) + second * 20_000)).expect("long enough");
-        assert_eq!(grows.complaints().len(), 1, "{:?}", grows.complaints());
+        assert_eq!(grows.complaints(0).len(), 1, "{:?}", grows.complaints(0));
         let flat = drift("it", &samples(|second| (50 << 20) + second % 7 * 100_000));
-        assert!(flat.expect("long enough").complaints().is_empty());
+        assert!(flat.expect("long enough").complaints(0).is_empty());
     }
 
     #[test]
@@ -211,7 +205,7 @@ mod tests {
         assert!(
             drift("it", &warms)
                 .expect("long enough")
-                .complaints()
+                .complaints(0)
                 .is_empty()
         );
     }

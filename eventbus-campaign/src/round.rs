@@ -171,7 +171,7 @@ async fn played(
         extra: 0,
         steps: BTreeMap::new(),
         complaints: Vec::new(),
-        meter: Meter::default().of_those_who_read_ahead(setting.base.is_kafka()),
+        meter: Meter::default().with_read_ahead(setting.base.read_ahead()),
         looked: Instant::now(),
         tools,
         plan,

@@ -71,13 +71,13 @@ impl Ground {
         }
     }
 
-    /// What names it on a command line, on whichever machine.
+    /// What names it on a command line, on whichever machine, without a password.
     #[must_use]
     pub fn as_said(&self) -> &'static str {
         match self {
             Self::Sqlite => "sqlite",
-            Self::Postgres(_) => "$EVENTBUS_TEST_POSTGRES",
-            Self::Kafka(_) => "$EVENTBUS_TEST_KAFKA",
+            Self::Postgres(_) => "\"$EVENTBUS_TEST_POSTGRES\"",
+            Self::Kafka(_) => "\"$EVENTBUS_TEST_KAFKA\"",
             Self::OwnKafka => "kafka",
         }
     }
@@ -92,6 +92,13 @@ impl Ground {
     #[must_use]
     pub fn has_wire(&self) -> bool {
         *self != Self::Sqlite
+    }
+
+    /// How many bytes a process may have read ahead of what it handles, when it is behind: of Kafka
+    /// what its client does by default (`queued.max.messages.kbytes`).
+    #[must_use]
+    pub fn read_ahead(&self) -> u64 {
+        if self.is_kafka() { 32 << 20 } else { 0 }
     }
 
     /// The address of the server, if there is one.

@@ -129,8 +129,7 @@ impl Tally {
         if report.messages.total() == 0 {
             found.push("no message was checked".to_owned());
         }
-        let drifts = outcome.meter.drifts();
-        found.extend(drifts.iter().flat_map(Drift::complaints));
+        found.extend(outcome.meter.complaints());
         self.complaints += found.len() as u64;
         found.extend(shown(report).iter().map(ToString::to_string));
         let room = SHOWN.saturating_sub(self.shown.len());

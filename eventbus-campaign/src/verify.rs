@@ -466,12 +466,7 @@ fn scenarios(names: &[String]) -> anyhow::Result<Vec<Scenario>> {
 
 /// The command that does the same again.
 fn again(scenario: &Scenario, base: &Ground, seed: u64) -> String {
-    let broker = match base {
-        Ground::Sqlite => "sqlite".to_owned(),
-        Ground::Postgres(_) => format!("\"${POSTGRES}\""),
-        Ground::Kafka(url) => url.clone(),
-        Ground::OwnKafka => "kafka".to_owned(),
-    };
+    let broker = base.as_said();
     let name = scenario.name;
     format!("again: dev/verify --scenario {name} --broker {broker} --seed {seed}")
 }

@@ -13,11 +13,7 @@ pub const SCENARIO: Scenario = Scenario {
     covers: &[7, 8, 9, 11, 27, 43, 48],
     runs_on: RunsOn::Servers,
     share: 4,
-    full: [
-        Amount::Minutes(15),
-        Amount::Minutes(15),
-        Amount::Minutes(15),
-    ],
+    full: [Amount::Minutes(15); 3],
     plan,
 };
 
