@@ -42,10 +42,10 @@ pub trait Codec<E>: Debug + Send + Sync + 'static {
 #[allow(clippy::exhaustive_structs, reason = "it has nothing to add")]
 pub struct Json;
 
-// The compiler then speaks of the missing codec, in the words above, and not of serde's traits.
 /// Most events are no longer.
 const MOSTLY: usize = 512;
 
+// The compiler then speaks of the missing codec, in the words above, and not of serde's traits.
 #[diagnostic::do_not_recommend]
 impl<E: Serialize + DeserializeOwned> Codec<E> for Json {
     const CONTENT_TYPE: &'static str = "application/json";

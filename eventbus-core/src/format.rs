@@ -232,7 +232,7 @@ pub(crate) fn envelope_from_headers(
     Ok(Some(envelope))
 }
 
-pub(crate) fn metadata_json(metadata: &Metadata) -> Result<String> {
+fn metadata_json(metadata: &Metadata) -> Result<String> {
     serde_json::to_string(metadata).map_err(|error| {
         Error::new(ErrorKind::Codec, "write metadata", "it has no JSON form").with_source(error)
     })

@@ -8,9 +8,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-use super::{
-    Format, Reading, envelope_from_headers, envelope_headers, metadata_json, require_json,
-};
+use super::{Format, Reading, envelope_from_headers, envelope_headers, require_json};
 use crate::clock::Timestamp;
 use crate::envelope::{Envelope, EventId, parse_version};
 use crate::error::{Error, ErrorKind, Result};
@@ -117,10 +115,11 @@ impl Format for EnvelopeFormat {
             correlation_id: &envelope.correlation_id,
             causation_id: envelope.causation_id.as_deref(),
         };
-        let mut payload = Vec::with_capacity(320 + data.len());
-        serde_json::to_writer(&mut payload, &head).map_err(|error| {
+        let refuse = |error| {
             Error::new(ErrorKind::Codec, "write envelope", "it has no JSON form").with_source(error)
-        })?;
+        };
+        let mut payload = Vec::with_capacity(320 + data.len());
+        serde_json::to_writer(&mut payload, &head).map_err(refuse)?;
         // The data are JSON already: they are put in as they are instead of being parsed again.
         payload.pop();
         payload.extend_from_slice(BEFORE_DATA);
@@ -128,10 +127,7 @@ impl Format for EnvelopeFormat {
         payload.extend_from_slice(data);
         let end = payload.len();
         payload.extend_from_slice(BEHIND_DATA);
-        match envelope.metadata.is_empty() {
-            true => payload.extend_from_slice(b"{}"),
-            false => payload.extend_from_slice(metadata_json(&envelope.metadata)?.as_bytes()),
-        }
+        serde_json::to_writer(&mut payload, &envelope.metadata).map_err(refuse)?;
         payload.push(b'}');
         let headers = envelope_headers(NAME, envelope, content_type)?
             .push_display(header::DATA, format_args!("{begin}-{end}"))?

@@ -187,7 +187,7 @@ impl Watch for Session {
         let mut rest = bytes;
         while let (false, Some(header)) = (self.is_opaque, self.client.next(&mut rest)) {
             let [_, _, _, _, key @ .., a, b, c, d] = header;
-            let request = Request {
+            let mut request = Request {
                 key: i16::from_be_bytes([key[0], key[1]]),
                 version: i16::from_be_bytes([key[2], key[3]]),
                 id: i32::from_be_bytes([a, b, c, d]),
@@ -196,19 +196,14 @@ impl Watch for Session {
             };
             self.is_opaque |= !self.client.skip(header, REQUEST_COUNTED);
             let is_picked = self.requests.picks(request.key);
-            let (mut is_lost, mut error) = (false, None);
             match fault {
-                WireFault::LoseResponse if is_picked && !self.loses => is_lost = true,
-                WireFault::Misreport(code) if is_picked => error = Some(code),
+                WireFault::LoseResponse if is_picked => request.is_lost = !self.loses,
+                WireFault::Misreport(code) if is_picked => request.error = Some(code),
                 WireFault::DelayRequest(time) if is_picked => asked.late = Some(time),
                 _ => {}
             }
-            self.loses |= is_lost;
-            self.asked.push_back(Request {
-                is_lost,
-                error,
-                ..request
-            });
+            self.loses |= request.is_lost;
+            self.asked.push_back(request);
         }
         asked.loses = self.loses;
         asked
