@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use metrics::{Counter, Histogram};
@@ -75,6 +75,8 @@ struct Inner {
     format: Arc<dyn Format>,
     topic_formats: HashMap<Topic, Arc<dyn Format>>,
     topic_prefix: String,
+    /// Topics of events that were published, with the prefix: as many as there are in the program.
+    published: RwLock<HashMap<Topic, Topic>>,
     key_state: Option<Arc<dyn KeyStateStore>>,
     schedule: Option<Schedule>,
     /// Of the consumers on this bus, to let them hear at once of what is decided here.
@@ -166,6 +168,7 @@ impl EventBusBuilder {
                 format: self.format,
                 topic_formats: self.topic_formats,
                 topic_prefix: self.topic_prefix,
+                published: RwLock::default(),
                 key_state: self.key_state,
                 schedule: self.schedule.map(schedule),
                 keepers: Mutex::default(),
@@ -317,7 +320,7 @@ impl EventBus {
         origin: Origin,
     ) -> Result<(EventId, Message)> {
         self.check_time(outgoing.not_before())?;
-        let topic = self.topic(&E::TOPIC)?;
+        let topic = self.topic_of::<E>()?;
         let frame = Frame {
             format: self.format_of(&topic),
             topic,
@@ -329,6 +332,23 @@ impl EventBus {
         let (id, message) = into_message(outgoing, frame)?;
         message.check(self.event_bytes_max())?;
         Ok((id, message))
+    }
+
+    /// The name of an event's topic on the broker.
+    fn topic_of<E: Event>(&self) -> Result<Topic> {
+        if self.inner.topic_prefix.is_empty() {
+            return Ok(E::TOPIC);
+        }
+        let published = &self.inner.published;
+        let known = published.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(topic) = known.get(E::TOPIC.as_str()) {
+            return Ok(topic.clone());
+        }
+        drop(known);
+        let topic = self.topic(&E::TOPIC)?;
+        let mut known = published.write().unwrap_or_else(PoisonError::into_inner);
+        known.insert(E::TOPIC, topic.clone());
+        Ok(topic)
     }
 
     /// Starts a consumer: a member of `group`.

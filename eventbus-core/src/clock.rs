@@ -1,5 +1,6 @@
 //! The date. Time that passes is tokio's everywhere; a clock only says what the calendar shows.
 
+use std::borrow::Cow;
 use std::fmt::{self, Debug};
 use std::str::FromStr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -45,7 +46,7 @@ impl Clock for SystemClock {
 pub struct Timestamp(i64);
 
 /// More than a date and a time with nine digits behind the second and an offset take.
-const RFC_3339_MAX: usize = 40;
+pub(crate) const RFC_3339_MAX: usize = 40;
 
 impl Timestamp {
     /// So many microseconds since 1970, UTC.
@@ -84,9 +85,9 @@ impl From<SystemTime> for Timestamp {
     }
 }
 
-impl fmt::Display for Timestamp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut buffer = [0; RFC_3339_MAX];
+impl Timestamp {
+    /// As it is shown, written into `buffer`.
+    pub(crate) fn text<'b>(&self, buffer: &'b mut [u8; RFC_3339_MAX]) -> Cow<'b, str> {
         let mut rest = buffer.as_mut_slice();
         let date = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.0) * 1000);
         let written = date.is_ok_and(|date| date.format_into(&mut rest, &Rfc3339).is_ok());
@@ -94,10 +95,16 @@ impl fmt::Display for Timestamp {
         let length = RFC_3339_MAX - rest.len();
         let text = std::str::from_utf8(&buffer[..length]);
         match text.ok().filter(|_| written) {
-            Some(text) => f.write_str(text),
+            Some(text) => Cow::Borrowed(text),
             // Years beyond 9999 have no RFC 3339 form.
-            None => write!(f, "{}us", self.0),
+            None => Cow::Owned(format!("{}us", self.0)),
         }
+    }
+}
+
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text(&mut [0; RFC_3339_MAX]))
     }
 }
 

@@ -35,6 +35,8 @@ enum IdText {
 /// The namespace of derived ids (UUID version 5, RFC 9562).
 const DERIVED: Uuid = Uuid::from_u128(0x6576_656e_7462_7573_8000_6465_7269_7665);
 const ID_LENGTH_MAX: usize = 255;
+/// Bytes of a UUID as it is written.
+pub(crate) const UUID_LENGTH: usize = uuid::fmt::Hyphenated::LENGTH;
 
 impl EventId {
     /// A new id: UUID version 7, later ids sort later.
@@ -51,7 +53,7 @@ impl EventId {
     /// `Codec` when the text is empty or too long.
     pub fn parse(text: &str) -> Result<Self> {
         // Only the canonical form of a UUID, so that what is read is written back unchanged.
-        if text.len() == 36
+        if text.len() == UUID_LENGTH
             && !text.bytes().any(|byte| byte.is_ascii_uppercase())
             && let Ok(uuid) = Uuid::try_parse(text)
         {
@@ -104,6 +106,14 @@ impl EventId {
         ])
     }
 
+    /// As it is shown, written into `buffer` unless it is there already.
+    pub(crate) fn text<'t>(&'t self, buffer: &'t mut [u8; UUID_LENGTH]) -> &'t str {
+        match &self.0 {
+            IdText::Uuid(uuid) => uuid.hyphenated().encode_lower(buffer),
+            IdText::Text(text) => text,
+        }
+    }
+
     /// The id of a message that carries none: the same place in a topic gives the same id.
     pub(crate) fn of_place(topic: &Topic, partition: u32, position: u128) -> Self {
         Self::hashed(&[
@@ -128,10 +138,7 @@ impl EventId {
 
 impl fmt::Display for EventId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            IdText::Uuid(uuid) => fmt::Display::fmt(uuid, f),
-            IdText::Text(text) => f.write_str(text),
-        }
+        f.write_str(self.text(&mut [0; UUID_LENGTH]))
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 
 use crate::clock::Timestamp;
-use crate::envelope::{Envelope, EventId, Metadata};
+use crate::envelope::{Envelope, EventId, Metadata, UUID_LENGTH};
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{self, KnownHeaders};
 use crate::message::{Headers, HeadersBuilder, Message};
@@ -174,31 +174,28 @@ impl Formats {
     }
 }
 
-/// Room for the headers of most envelopes, without metadata.
-const ENVELOPE_BYTES: usize = 448;
-
-/// Writes the ids of an envelope as headers, the same for every format.
+/// Writes an envelope as headers, the same for every format, with its time as text. The content type, which is nobody's own,
+/// goes behind those of ours: an adapter may send what is at the front as one.
 pub(crate) fn envelope_headers(
     format: &str,
     envelope: &Envelope,
-    content_type: &str,
+    time: &str,
+    memory: BytesMut,
 ) -> Result<HeadersBuilder> {
     let metadata = match envelope.metadata.is_empty() {
         true => None,
         false => Some(metadata_json(&envelope.metadata)?),
     };
-    let metadata_length = metadata.as_ref().map_or(0, String::len);
-    HeadersBuilder::on(BytesMut::with_capacity(ENVELOPE_BYTES + metadata_length))
+    HeadersBuilder::on(memory)
         .push(header::FORMAT, format)?
-        .push_display(header::ID, &envelope.id)?
+        .push(header::ID, envelope.id.text(&mut [0; UUID_LENGTH]))?
         .push(header::TYPE, &envelope.event_type)?
         .push_display(header::VERSION, envelope.version)?
-        .push_display(header::TIME, envelope.time)?
+        .push(header::TIME, time)?
         .push(header::SOURCE, &envelope.source)?
         .push(header::CORRELATION_ID, &envelope.correlation_id)?
         .push_some(header::CAUSATION_ID, envelope.causation_id.as_ref())?
-        .push_some(header::METADATA, metadata)?
-        .push(header::CONTENT_TYPE, content_type)
+        .push_some(header::METADATA, metadata)
 }
 
 /// Reads an envelope from headers alone, where they hold at least id and type.

@@ -6,6 +6,7 @@ mod activity;
 mod balance;
 mod broker;
 mod bus;
+mod chunk;
 mod clock;
 mod coalescer;
 mod codec;
@@ -76,8 +77,8 @@ pub use memory::{
     MemoryOutbox, MemoryProfile, MemorySchedule, MemoryUnit,
 };
 pub use message::{
-    Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersIter, KEY_BYTES_MAX, Key,
-    Message, NAME_LENGTH_MAX, Topic,
+    Group, HEADER_BYTES_MAX, HEADERS_MAX, Headers, HeadersBuilder, HeadersBytesIter, HeadersIter,
+    KEY_BYTES_MAX, Key, Message, NAME_LENGTH_MAX, Topic,
 };
 pub use schedule::{
     BusyTaker, Refused, SCHEDULED_MAX, ScheduleStore, Scheduled, ScheduledReport, TakeScheduled,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 
+use crate::chunk;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Most bytes a key may have.
@@ -169,7 +170,7 @@ impl Key {
 
     /// Uses the text of `value`, as `#[event(key = "…")]` does with the field it names.
     pub fn display(value: impl fmt::Display) -> Self {
-        Self(Bytes::from(value.to_string()))
+        Self(chunk::display(value))
     }
 
     /// The bytes.
@@ -262,7 +263,7 @@ impl Headers {
     /// `Codec` when they are not whole: they end within a header, or a name is none of 1 to 255 bytes
     /// of text. A message with a part of its headers would be another message.
     pub fn from_packed(packed: Bytes) -> Result<Self> {
-        let mut headers = PackedIter { rest: &packed };
+        let mut headers = HeadersBytesIter { rest: &packed };
         let are_named =
             headers.all(|(name, _)| !name.is_empty() && std::str::from_utf8(name).is_ok());
         if are_named && headers.rest.is_empty() {
@@ -301,10 +302,10 @@ impl Headers {
         HeadersIter(self.iter_bytes())
     }
 
-    /// As [`iter`](Self::iter), without reading the names as text.
+    /// As [`iter`](Self::iter), without reading the names as text: for adapters.
     #[inline]
-    pub(crate) fn iter_bytes(&self) -> PackedIter<'_> {
-        PackedIter { rest: &self.0 }
+    pub fn iter_bytes(&self) -> HeadersBytesIter<'_> {
+        HeadersBytesIter { rest: &self.0 }
     }
 
     /// Whether there are none.
@@ -331,7 +332,7 @@ impl fmt::Debug for Headers {
 
 /// Iterates over the names and values of [`Headers`].
 #[derive(Clone, Debug)]
-pub struct HeadersIter<'a>(PackedIter<'a>);
+pub struct HeadersIter<'a>(HeadersBytesIter<'a>);
 
 impl<'a> Iterator for HeadersIter<'a> {
     type Item = (&'a str, &'a [u8]);
@@ -342,13 +343,13 @@ impl<'a> Iterator for HeadersIter<'a> {
     }
 }
 
-/// Iterates over packed headers as bytes; ends where they are cut, which those of a message are not.
+/// Iterates over the names and values of [`Headers`] as bytes; ends where they are cut, which those of a message are not.
 #[derive(Clone, Debug)]
-pub(crate) struct PackedIter<'a> {
+pub struct HeadersBytesIter<'a> {
     rest: &'a [u8],
 }
 
-impl<'a> Iterator for PackedIter<'a> {
+impl<'a> Iterator for HeadersBytesIter<'a> {
     type Item = (&'a [u8], &'a [u8]);
 
     #[inline]
@@ -389,25 +390,22 @@ impl HeadersBuilder {
     /// [`HEADER_BYTES_MAX`], or [`HEADERS_MAX`] are there already, unless it is
     /// [`unlimited`](Self::unlimited).
     pub fn push(mut self, name: &str, value: impl AsRef<[u8]>) -> Result<Self> {
-        let value = value.as_ref();
-        let refuse = |message: &str| {
-            Error::new(ErrorKind::InvalidInput, "add header", message)
-                .with("header", name)
-                .with("bytes", value.len())
+        self.add(name, value.as_ref())?;
+        Ok(self)
+    }
+
+    /// As [`push`](Self::push), in place.
+    ///
+    /// # Errors
+    ///
+    /// As [`push`](Self::push); nothing is added then.
+    #[inline]
+    pub fn add(&mut self, name: &str, value: &[u8]) -> Result<()> {
+        let fits = self.unlimited || value.len() <= HEADER_BYTES_MAX && self.count < HEADERS_MAX;
+        let lengths = (u8::try_from(name.len()), u32::try_from(value.len()));
+        let (Ok(name_length @ 1..), Ok(value_length), true) = (lengths.0, lengths.1, fits) else {
+            return Err(self.refuse(name, value.len()));
         };
-        let name_length = match u8::try_from(name.len()) {
-            Ok(length) if length > 0 => length,
-            _ => return Err(refuse("a header's name has 1 to 255 bytes")),
-        };
-        let value_length = match u32::try_from(value.len()) {
-            Ok(length) if self.unlimited || value.len() <= HEADER_BYTES_MAX => length,
-            _ => return Err(value_too_long(name, value.len())),
-        };
-        if self.count >= HEADERS_MAX && !self.unlimited {
-            return Err(refuse(
-                "a message has at most 64 headers: put the rest into the payload",
-            ));
-        }
         let mut prefix = [name_length; HEADER_PREFIX];
         prefix[1..].copy_from_slice(&value_length.to_le_bytes());
         self.packed
@@ -416,7 +414,24 @@ impl HeadersBuilder {
         self.packed.extend_from_slice(name.as_bytes());
         self.packed.extend_from_slice(value);
         self.count += 1;
-        Ok(self)
+        Ok(())
+    }
+
+    /// Why a header is not added.
+    #[cold]
+    fn refuse(&self, name: &str, length: usize) -> Error {
+        let refuse = |message: &str| {
+            Error::new(ErrorKind::InvalidInput, "add header", message)
+                .with("header", name)
+                .with("bytes", length)
+        };
+        if name.is_empty() || name.len() > usize::from(u8::MAX) {
+            return refuse("a header's name has 1 to 255 bytes");
+        }
+        if self.count < HEADERS_MAX || self.unlimited {
+            return value_too_long(name, length);
+        }
+        refuse("a message has at most 64 headers: put the rest into the payload")
     }
 
     /// Adds a header whose value is what `value` shows, without a text in between.

@@ -4,13 +4,14 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use bytes::Bytes;
+use bytes::{BufMut as _, Bytes, BytesMut};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use super::{Format, Reading, envelope_from_headers, envelope_headers, require_json};
-use crate::clock::Timestamp;
-use crate::envelope::{Envelope, EventId, parse_version};
+use crate::chunk;
+use crate::clock::{RFC_3339_MAX, Timestamp};
+use crate::envelope::{Envelope, EventId, UUID_LENGTH, parse_version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{self, KnownHeaders};
 use crate::message::{Headers, Message};
@@ -25,19 +26,6 @@ const NAME: &str = "envelope";
 const BEFORE_DATA: &[u8] = b",\"data\":";
 const BEHIND_DATA: &[u8] = b",\"metadata\":";
 
-/// Everything before `data`, in the order of the document.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Head<'a> {
-    event_id: &'a EventId,
-    event_type: &'a str,
-    event_version: Text<fmt::Arguments<'a>>,
-    timestamp: Text<Timestamp>,
-    source: &'a str,
-    correlation_id: &'a str,
-    causation_id: Option<&'a str>,
-}
-
 /// Written as what it shows, without a text in between.
 struct Text<T>(T);
 
@@ -45,6 +33,14 @@ impl<T: fmt::Display> Serialize for Text<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&self.0)
     }
+}
+
+/// Writes the value of a member behind its name.
+fn member(out: &mut BytesMut, name: &[u8], value: &(impl Serialize + ?Sized)) -> Result<()> {
+    out.extend_from_slice(name);
+    serde_json::to_writer(out.writer(), value).map_err(|error| {
+        Error::new(ErrorKind::Codec, "write envelope", "it has no JSON form").with_source(error)
+    })
 }
 
 /// The document as it is read: only `data` has to be there when headers give the rest.
@@ -106,33 +102,39 @@ impl Format for EnvelopeFormat {
         data: &[u8],
     ) -> Result<(Headers, Bytes)> {
         require_json(NAME, content_type)?;
-        let head = Head {
-            event_id: &envelope.id,
-            event_type: &envelope.event_type,
-            event_version: Text(format_args!("v{}", envelope.version)),
-            timestamp: Text(envelope.time),
-            source: &envelope.source,
-            correlation_id: &envelope.correlation_id,
-            causation_id: envelope.causation_id.as_deref(),
+        let own = data.len() > chunk::SMALL;
+        let mut memory = match own {
+            true => BytesMut::with_capacity(640 + data.len()),
+            false => chunk::take(),
         };
-        let refuse = |error| {
-            Error::new(ErrorKind::Codec, "write envelope", "it has no JSON form").with_source(error)
-        };
-        let mut payload = Vec::with_capacity(320 + data.len());
-        serde_json::to_writer(&mut payload, &head).map_err(refuse)?;
+        let mut buffer = [0; RFC_3339_MAX];
+        let time = envelope.time.text(&mut buffer);
+        let out = &mut memory;
+        let id = &mut [0; UUID_LENGTH];
+        member(out, b"{\"eventId\":", envelope.id.text(id))?;
+        member(out, b",\"eventType\":", &envelope.event_type)?;
+        let version = Text(format_args!("v{}", envelope.version));
+        member(out, b",\"eventVersion\":", &version)?;
+        member(out, b",\"timestamp\":", &time)?;
+        member(out, b",\"source\":", &envelope.source)?;
+        member(out, b",\"correlationId\":", &envelope.correlation_id)?;
+        member(out, b",\"causationId\":", &envelope.causation_id)?;
         // The data are JSON already: they are put in as they are instead of being parsed again.
-        payload.pop();
-        payload.extend_from_slice(BEFORE_DATA);
-        let begin = payload.len();
-        payload.extend_from_slice(data);
-        let end = payload.len();
-        payload.extend_from_slice(BEHIND_DATA);
-        serde_json::to_writer(&mut payload, &envelope.metadata).map_err(refuse)?;
-        payload.push(b'}');
-        let headers = envelope_headers(NAME, envelope, content_type)?
+        out.extend_from_slice(BEFORE_DATA);
+        let begin = out.len();
+        out.extend_from_slice(data);
+        let end = out.len();
+        member(out, BEHIND_DATA, &envelope.metadata)?;
+        out.extend_from_slice(b"}");
+        let payload = memory.split().freeze();
+        let (headers, rest) = envelope_headers(NAME, envelope, &time, memory)?
             .push_display(header::DATA, format_args!("{begin}-{end}"))?
-            .build();
-        Ok((headers, Bytes::from(payload)))
+            .push(header::CONTENT_TYPE, content_type)?
+            .build_with_rest();
+        if !own {
+            chunk::give_back(rest);
+        }
+        Ok((headers, payload))
     }
 
     fn read<'m>(

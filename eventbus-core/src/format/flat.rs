@@ -8,10 +8,11 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::{Format, Reading, envelope_from_headers, envelope_headers, require_json};
+use crate::chunk;
 use crate::clock::Timestamp;
 use crate::envelope::{Envelope, EventId, parse_version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::KnownHeaders;
+use crate::header::{self, KnownHeaders};
 use crate::message::{Headers, Message};
 
 /// `{"event_type":"OrderCreated","order_id":123,"amount":250}`.
@@ -52,6 +53,11 @@ impl Format for FlatFormat {
             .with("type", &envelope.event_type)
         };
         let members = data.strip_prefix(b"{").ok_or_else(refuse)?;
+        let time = envelope.time.to_string();
+        let (headers, rest) = envelope_headers(NAME, envelope, &time, chunk::take())?
+            .push(header::CONTENT_TYPE, content_type)?
+            .build_with_rest();
+        chunk::give_back(rest);
         if names_event_type(data) {
             let own: Option<Type<'_>> = serde_json::from_slice(data).ok();
             if own.is_none_or(|own| own.event_type != envelope.event_type) {
@@ -63,7 +69,6 @@ impl Format for FlatFormat {
                 .with("type", &envelope.event_type));
             }
             // It says so itself; a second member of the name nobody could read.
-            let headers = envelope_headers(NAME, envelope, content_type)?.build();
             return Ok((headers, Bytes::copy_from_slice(data)));
         }
         let event_type = serde_json::to_string(&envelope.event_type).map_err(|_| refuse())?;
@@ -74,7 +79,6 @@ impl Format for FlatFormat {
             payload.push(b',');
         }
         payload.extend_from_slice(members);
-        let headers = envelope_headers(NAME, envelope, content_type)?.build();
         Ok((headers, Bytes::from(payload)))
     }
 
