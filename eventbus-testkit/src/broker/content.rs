@@ -35,6 +35,27 @@ pub async fn bytes_and_headers_arrive_unchanged(harness: &dyn BrokerHarness) {
                         .push("repeated", "second")?
                         .push("long", vec![b'x'; 8 * 1024])
                 })),
+            // What an adapter may send together has to come apart as it was.
+            message(b"ours").with_headers(headers(&|add| {
+                add.push("eb-id", "17")?
+                    .push("eb-source", "")?
+                    .push("eb-metadata", "{\"a: b\":\"ü\"}")?
+                    .push("content-type", "text/plain")?
+                    .push("eb-data", "1-2")
+            })),
+            message(b"ours with lines").with_headers(headers(&|add| {
+                add.push("eb-id", "17")?
+                    .push("eb-dlq-cause", "one\ntwo: three\r\n")?
+                    .push("eb-a: b", "x")?
+                    .push("eb-headers", "eb-id: 18\n")
+            })),
+            message(b"ours with bytes").with_headers(headers(&|add| {
+                add.push("eb-id", &all_bytes)?.push("eb-id", "17")
+            })),
+            message(b"headers in a header").with_headers(headers(&|add| {
+                add.push("eb-headers", "eb-id: 18\n")?
+                    .push("eb-headers", "eb-id: 19")
+            })),
         ];
         stage
             .broker
