@@ -3,7 +3,8 @@
 //! and in batches. Prints rates, processor time of the client a message, and the ratios of pairs.
 //!
 //! `export $(dev/brokers up kafka); cargo bench -p eventbus --features kafka --bench kafka`
-//! (PAIRS=9 for more pairs, MESSAGES=300000 for a longer run)
+//! (PAIRS=9 for more pairs, MESSAGES=300000 for a longer run, ONLY=publish for one comparison, and
+//! ARM=bus or ARM=raw for one side alone, which is for a profiler and says nothing about speed)
 //!
 //! By hand means: a `ThreadedProducer` whose callback counts, as many messages in flight as it takes;
 //! a `StreamConsumer` that stores the offset of each message, committed by librdkafka's timer. Both
@@ -110,6 +111,9 @@ fn main() {
 #[allow(clippy::print_stdout, reason = "a bench prints its figures")]
 async fn compare(url: &str, pairs: usize, messages: usize, only: Option<&str>) {
     let bench = Bench::new(url, messages).await;
+    if let Ok(arm) = std::env::var("ARM") {
+        return bench.run_alone(&arm, pairs, only).await;
+    }
     println!(
         "{} B of payload, {} B of headers, {messages} messages, {pairs} interleaved pairs",
         bench.sample.payload.len(),
@@ -275,6 +279,26 @@ impl Bench {
         format!("bench-{what}-{unique}-orders")
     }
 
+    /// One side, as often as there would be pairs.
+    #[allow(clippy::print_stdout, reason = "a bench prints its figures")]
+    async fn run_alone(&self, arm: &str, pairs: usize, only: Option<&str>) {
+        for (what, name, _) in COMPARISONS {
+            if only.is_some_and(|only| !name.contains(only)) {
+                continue;
+            }
+            for _ in 0..pairs {
+                let figure = match arm {
+                    "raw" => self.raw(*what).await,
+                    _ => self.bus(*what).await,
+                };
+                println!(
+                    "{name}, {arm}: {:.0}/s at {:.2} µs",
+                    figure.rate, figure.cpu
+                );
+            }
+        }
+    }
+
     async fn raw(&self, what: What) -> Figure {
         match what {
             What::Publish => self.raw_publish().await,
@@ -304,12 +328,7 @@ impl Bench {
             .create_with_context(counted.clone())
             .expect("a good configuration");
         let topic = self.topic("written");
-        let headers: Vec<(String, Vec<u8>)> = self
-            .sample
-            .headers
-            .iter()
-            .map(|(name, value)| (name.to_owned(), value.to_vec()))
-            .collect();
+        let headers = on_the_wire(&self.sample);
         let mut envelope: Envelope<OrderCreated> =
             serde_json::from_slice(&self.sample.payload).expect("it is JSON");
         let messages = self.messages;
@@ -419,6 +438,25 @@ impl Drop for Bench {
         // What it wrote goes with the broker's data.
         std::hint::black_box(&self.url);
     }
+}
+
+/// The headers of a record: those of ours are lines of one.
+fn on_the_wire(message: &Message) -> Vec<(String, Vec<u8>)> {
+    let (ours, others): (Vec<_>, Vec<_>) = message
+        .headers
+        .iter()
+        .partition(|(name, _)| name.starts_with("eb-"));
+    let lines = ours.iter().flat_map(|(name, value)| {
+        let line = [name.as_bytes(), b": ", value, b"\n"];
+        line.concat()
+    });
+    let mut headers = vec![("eb-headers".to_owned(), lines.collect())];
+    headers.extend(
+        others
+            .iter()
+            .map(|(name, value)| (name.to_string(), value.to_vec())),
+    );
+    headers
 }
 
 /// Publishes so many events, several batches at a time.

@@ -215,9 +215,10 @@ impl Producer {
         let (batch, answer): (BatchId, _) = self.in_flight.begin(permits);
         self.in_flight.add(batch, messages.len() as u32);
         let mut refused = Vec::new();
+        let mut lines = Vec::with_capacity(512);
         for (index, message) in messages.iter().enumerate() {
             let token = batch.token(index as u32);
-            if let Err((error, _)) = client.send(to_record(message, token)) {
+            if let Err((error, _)) = client.send(to_record(message, token, &mut lines)) {
                 let code = error.rdkafka_error_code().unwrap_or(Code::Unknown);
                 self.in_flight.answered(token, None);
                 refused.push((index, code));

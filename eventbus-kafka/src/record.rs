@@ -9,30 +9,43 @@ use rdkafka::message::{
 };
 use rdkafka::producer::BaseRecord;
 
+use crate::lines;
+
 /// Payloads of this size and more get memory of their own: a small part of a message that is kept
 /// does not keep them.
 const LARGE: usize = 16 * 1024;
 /// How much memory is taken at once for messages that are small.
 const CHUNK: usize = 64 * 1024;
 
-/// A message as it is given to the client, which copies it.
-pub(crate) fn to_record(message: &Message, token: usize) -> BaseRecord<'_, [u8], [u8], usize> {
+/// A message as it is given to the client, which copies it; `lines` is memory to write into.
+pub(crate) fn to_record<'m>(
+    message: &'m Message,
+    token: usize,
+    lines: &mut Vec<u8>,
+) -> BaseRecord<'m, [u8], [u8], usize> {
     let mut record =
         BaseRecord::with_opaque_to(message.topic.as_str(), token).payload(message.payload.as_ref());
     if let Some(key) = &message.key {
         record = record.key(key.as_bytes());
     }
-    if !message.headers.is_empty() {
-        let mut headers = OwnedHeaders::new_with_capacity(12);
-        for (name, value) in message.headers.iter() {
-            headers = headers.insert(Header {
-                key: name,
-                value: Some(value),
-            });
-        }
-        record = record.headers(headers);
+    let in_lines = lines::write(&message.headers, lines);
+    let rest = message.headers.iter().skip(in_lines);
+    // One of that name that is not ours is not the first, so that it stays what it is.
+    if in_lines > 0 || rest.clone().any(|(name, _)| name == lines::NAME) {
+        let ours = (lines::NAME, lines.as_slice());
+        record = record.headers(owned(std::iter::once(ours).chain(rest)));
+    } else if !message.headers.is_empty() {
+        record = record.headers(owned(rest));
     }
     record
+}
+
+fn owned<'h>(headers: impl Iterator<Item = (&'h str, &'h [u8])>) -> OwnedHeaders {
+    let owned = OwnedHeaders::new_with_capacity(4);
+    headers.fold(owned, |owned, (key, value)| {
+        let value = Some(value);
+        owned.insert(Header { key, value })
+    })
 }
 
 /// Makes messages of records; those that come one after another share memory.
@@ -78,10 +91,16 @@ impl Reader {
     fn headers(&mut self, headers: &BorrowedHeaders) -> Result<Headers> {
         let mut left_out = 0_usize;
         let mut builder = HeadersBuilder::on(std::mem::take(&mut self.chunk)).unlimited();
-        for index in 0..headers.count() {
+        let mut first = 0;
+        if let Some((lines::NAME, lines)) = read_header(headers, 0) {
+            let read = lines::read(lines, builder);
+            first = usize::from(read.is_some());
+            builder = read.unwrap_or_else(|| HeadersBuilder::default().unlimited());
+        }
+        for index in first..headers.count() {
             match read_header(headers, index) {
                 Some((name, value)) if (1..=255).contains(&name.len()) => {
-                    builder = builder.push(name, value)?;
+                    builder.add(name, value)?;
                 }
                 _ => left_out += 1,
             }

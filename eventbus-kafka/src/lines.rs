@@ -1,0 +1,139 @@
+//! Our headers in one header of Kafka: `eb-headers`, with a line `name: value` for each.
+//!
+//! The client takes memory for each header, when it is sent, when it is read, and gives it back both
+//! times: nine of them cost more than the rest of a message. What is for others, such as the content
+//! type and the trace context, has headers of its own, and every tool shows the lines as the text
+//! that they are.
+
+use eventbus_core::{Headers, HeadersBuilder};
+
+/// The header with the lines. It is one only where it is a record's first.
+pub(crate) const NAME: &str = "eb-headers";
+
+/// What the names of our headers begin with.
+const OURS: &[u8] = b"eb-";
+
+/// Writes the lines of the headers of ours that are at the front, and says how many those are.
+pub(crate) fn write(headers: &Headers, lines: &mut Vec<u8>) -> usize {
+    lines.clear();
+    let mut count = 0;
+    for (name, value) in headers.iter_bytes() {
+        let fits = name.starts_with(OURS)
+            && !name.iter().any(|byte| matches!(byte, b':' | b'\n'))
+            && memchr::memchr(b'\n', value).is_none();
+        if !fits {
+            break;
+        }
+        lines.extend_from_slice(name);
+        lines.extend_from_slice(b": ");
+        lines.extend_from_slice(value);
+        lines.push(b'\n');
+        count += 1;
+    }
+    if std::str::from_utf8(lines).is_err() {
+        // Ours are text. A value that is not must be somebody's who uses our names.
+        lines.clear();
+        return 0;
+    }
+    count
+}
+
+/// Reads lines into a set of headers; `None` where they are no lines, but a header of somebody else.
+pub(crate) fn read(lines: &[u8], mut headers: HeadersBuilder) -> Option<HeadersBuilder> {
+    // Looked at once: names are too short for that to be quick.
+    let mut text = std::str::from_utf8(lines).ok()?;
+    while !text.is_empty() {
+        let colon = text.bytes().position(|byte| byte == b':')?;
+        let (name, value) = text.split_at(colon);
+        let value = value.strip_prefix(": ")?;
+        let end = memchr::memchr(b'\n', value.as_bytes())?;
+        headers.add(name, &value.as_bytes()[..end]).ok()?;
+        text = &value[end + 1..];
+    }
+    Some(headers)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn headers(of: &[(&str, &[u8])]) -> Headers {
+        let mut headers = Headers::builder();
+        for (name, value) in of {
+            headers = headers.push(name, value).expect("a good header");
+        }
+        headers.build()
+    }
+
+    fn lines(of: &Headers) -> (Vec<u8>, usize) {
+        let mut lines = vec![7];
+        let count = write(of, &mut lines);
+        (lines, count)
+    }
+
+    #[test]
+    fn ours_at_the_front_are_lines_of_text() {
+        let all = headers(&[
+            ("eb-id", b"17"),
+            ("eb-source", b""),
+            ("content-type", b"application/json"),
+            ("eb-data", b"1-2"),
+        ]);
+        let (lines, count) = lines(&all);
+        assert_eq!(lines, b"eb-id: 17\neb-source: \n");
+        assert_eq!(count, 2, "the order of the rest is kept");
+    }
+
+    #[test]
+    fn what_does_not_fit_on_a_line_has_a_header_of_its_own() {
+        for (name, value) in [
+            ("eb-a:b", "x"),
+            ("eb-a\n", "x"),
+            ("eb-dlq-cause", "one\ntwo"),
+        ] {
+            let all = headers(&[("eb-id", b"17"), (name, value.as_bytes())]);
+            assert_eq!(lines(&all), (b"eb-id: 17\n".to_vec(), 1), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_text_is_on_no_line() {
+        let all = headers(&[("eb-id", b"17"), ("eb-bytes", b"\xff")]);
+        assert_eq!(lines(&all), (Vec::new(), 0));
+    }
+
+    #[test]
+    fn a_header_of_somebody_else_is_no_lines() {
+        for text in ["x", "eb-id: 17", "eb-id:17\n", ": 17\n", "eb-id: 17\n\n"] {
+            let read = read(text.as_bytes(), Headers::builder());
+            assert!(read.is_none(), "{text:?}");
+        }
+        let name: Vec<u8> = [&[b'n'; 256][..], b": 17\n"].concat();
+        assert!(read(&name, Headers::builder()).is_none(), "too long a name");
+        assert!(read(b"\xff: 17\n", Headers::builder()).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_read_is_what_was_written(
+            all in proptest::collection::vec(("(eb-)?[a-z:\n]{1,9}", "[a-z:\n\u{e9}]{0,9}"), 0..9),
+        ) {
+            let all: Vec<_> = all.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect();
+            let all = headers(&all);
+            let (lines, count) = lines(&all);
+            let read = read(&lines, Headers::builder()).expect("lines").build();
+            let front: Vec<_> = all.iter().take(count).collect();
+            prop_assert_eq!(read.iter().collect::<Vec<_>>(), front);
+        }
+
+        #[test]
+        fn any_bytes_can_be_tried(bytes in any::<Vec<u8>>()) {
+            let read = read(&bytes, Headers::builder());
+            if let Some(read) = read {
+                prop_assert!(Headers::from_packed(read.build().packed().clone()).is_ok());
+            }
+        }
+    }
+}
