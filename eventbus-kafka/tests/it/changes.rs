@@ -1,10 +1,10 @@
 //! Topics that change while they are read, and set-ups beside the default.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use eventbus_core::{
     AdminRequest, Broker, Group, Key, Message, Position, Publisher, Start, Subscription, Topic,
-    TopicSpec, partition_of,
+    TopicSpec, Until, partition_of,
 };
 use eventbus_kafka::{KafkaBroker, KafkaConfig};
 use eventbus_testkit::{FaultProxy, Probe, Protocol, Requests, WireFault, text_of, within};
@@ -154,9 +154,16 @@ async fn a_group_begins_on_a_topic_that_it_adds_where_it_says() {
     let broker = connect(Server::config()).await;
     let (orders, payments) = (topic(), topic());
     create(&broker, &orders, 1).await;
-    create(&broker, &payments, 1).await;
-    let key = Key::from("k");
-    publish(&broker, &payments, &key, &["before"]).await;
+    create(&broker, &payments, 3).await;
+    // One for each partition: each is begun by itself.
+    let keys = [0, 1, 2].map(|place| {
+        let mut keys = (0..).map(Key::display);
+        let key = keys.find(|key| partition_of(key, 3) == place);
+        key.expect("there is one")
+    });
+    for key in &keys {
+        publish(&broker, &payments, key, &["before"]).await;
+    }
     let group = group();
     let old = Subscription::group(group.clone(), vec![orders.clone()]);
     let mut old = join(&broker, old).await;
@@ -164,7 +171,13 @@ async fn a_group_begins_on_a_topic_that_it_adds_where_it_says() {
     // The group has members, so that nobody may say for it where it begins but who has the partition.
     let mut both = join(&broker, both.with_start(Start::Latest)).await;
     within(MINUTE, async {
-        while !both.assigned().iter().any(|it| it.topic == payments) {
+        while both
+            .assigned()
+            .iter()
+            .filter(|it| it.topic == payments)
+            .count()
+            < 3
+        {
             tokio::select! {
                 step = old.step() => step.expect("it goes on"),
                 step = both.step() => step.expect("it goes on"),
@@ -179,8 +192,87 @@ async fn a_group_begins_on_a_topic_that_it_adds_where_it_says() {
         let begun = tokio::time::timeout(Duration::from_secs(5), asking).await;
         assert!(begun.is_err(), "it asks without an end");
         assert_eq!(both.waiting(), 0);
-        publish(&broker, &payments, &key, &["after"]).await;
-        assert_eq!(collect(&mut both, 1).await, ["after"]);
+        for key in &keys {
+            publish(&broker, &payments, key, &["after"]).await;
+        }
+        assert_eq!(collect(&mut both, 3).await, ["after"; 3]);
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_reader_until_a_time_to_come_ends_when_it_has_come() {
+    let _server = Server::new().await;
+    let broker = connect(Server::config()).await;
+    let orders = topic();
+    create(&broker, &orders, 2).await;
+    let (first, second) = (Key::from("a"), Key::from("b"));
+    publish(&broker, &orders, &first, &["before"]).await;
+    let until = SystemTime::now() + Duration::from_secs(3);
+    let subscription = Subscription::reader(vec![orders.clone()]);
+    let subscription = subscription
+        .with_start(Start::Earliest)
+        .with_until(Until::Time(until));
+    let mut probe = join(&broker, subscription).await;
+    within(MINUTE, async {
+        publish(&broker, &orders, &second, &["in time"]).await;
+        assert_eq!(collect(&mut probe, 2).await, ["before", "in time"]);
+        assert!(probe.ended().is_empty(), "its time has not come");
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        publish(&broker, &orders, &first, &["too late"]).await;
+        while probe.ended().len() < 2 {
+            probe.step().await.expect("it goes on");
+        }
+        assert_eq!(probe.waiting(), 0, "what came later is not read");
+    })
+    .await;
+}
+
+/// A byte of a message is changed where the broker keeps it; it gives out what it has.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_batch_that_is_damaged_stops_its_partition_and_no_other() {
+    let _server = Server::new().await;
+    let broker = connect(Server::config()).await;
+    let orders = topic();
+    create(&broker, &orders, 2).await;
+    let keys = [0, 1].map(|place| {
+        let mut keys = (0..).map(Key::display);
+        let key = keys.find(|key| partition_of(key, 2) == place);
+        key.expect("there is one")
+    });
+    publish(&broker, &orders, &keys[0], &["whole"]).await;
+    publish(&broker, &orders, &keys[0], &["to be damaged"]).await;
+    publish(&broker, &orders, &keys[0], &["behind it"]).await;
+    let log = Server::log_of(&orders, 0);
+    let mut bytes = std::fs::read(&log).expect("the broker keeps it there");
+    let place = bytes.windows(13).position(|it| it == b"to be damaged");
+    bytes[place.expect("it is there")] ^= 1;
+    std::fs::write(&log, bytes).expect("it can be changed");
+    let mut probe = join(&broker, Subscription::group(group(), vec![orders.clone()])).await;
+    within(MINUTE, async {
+        assert_eq!(collect(&mut probe, 1).await, ["whole"]);
+        publish(&broker, &orders, &keys[1], &["elsewhere"]).await;
+        let mut complaints = Vec::new();
+        while probe.waiting() < 1 || complaints.is_empty() {
+            if let Err(error) = probe.step().await {
+                assert!(error.is_retryable(), "the member goes on: {error}");
+                complaints.push(error.to_string());
+            }
+        }
+        assert_eq!(probe.collect_texts(1).await, ["elsewhere"]);
+        assert!(
+            complaints.iter().any(|it| it.contains("cannot be read")),
+            "{complaints:?}"
+        );
+        // What lies behind it would be settled over it.
+        let more = tokio::time::timeout(Duration::from_secs(2), async {
+            while probe.waiting() == 0 {
+                let _ = probe.step().await;
+            }
+        });
+        assert!(more.await.is_err(), "it was read over");
     })
     .await;
 }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Delivery, Error, ErrorKind, Group, Key, Member, Message,
-    Publisher, Receipt, Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until, Verdict,
+    Outcome, Publisher, Receipt, Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until,
+    Verdict,
 };
 use eventbus_kafka::{KafkaBroker, KafkaConfig};
 use eventbus_testkit::{FaultProxy, KafkaApi, Protocol, Requests, WireFault, within};
@@ -129,6 +130,29 @@ async fn what_is_published_and_said_not_to_be_is_there_once_and_in_order() {
     wire.publish_under(WireFault::Misreport(NOT_LEADER)).await;
     assert!(wire.proxy.traffic().responses_misreported > 0);
     assert_eq!(wire.stored().await, (0..MESSAGES).collect::<Vec<_>>());
+}
+
+/// The client that has lost its place among the broker's producers is replaced: what it had is
+/// answered, not as if the bus was closed, and what is published next is taken.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_producer_that_has_lost_its_place_is_replaced() {
+    const OUT_OF_ORDER_SEQUENCE_NUMBER: i16 = 45;
+    let wire = Wire::harmed_at(KafkaApi::Produce).await;
+    let publish = |number| wire.harmed.publish(vec![wire.message(number)]);
+    within(LIMIT, publish(0)).await.expect("it is taken");
+    wire.proxy
+        .set(WireFault::Misreport(OUT_OF_ORDER_SEQUENCE_NUMBER));
+    let refused = within(LIMIT, publish(1)).await;
+    let refused = refused.expect_err("the broker says that it is out of order");
+    let [refused] = refused.unpublished.as_slice() else {
+        panic!("{refused}");
+    };
+    assert_ne!(refused.error.kind(), ErrorKind::Closed, "{}", refused.error);
+    assert_eq!(refused.outcome, Outcome::Unknown, "it was stored in truth");
+    wire.proxy.heal();
+    within(LIMIT, publish(2)).await.expect("by another client");
+    assert_eq!(wire.stored().await, [0, 1, 2]);
 }
 
 /// Settles half of the messages while commits are harmed, and looks where the group is then.

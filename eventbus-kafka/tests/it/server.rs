@@ -1,14 +1,16 @@
 //! The server that `dev/brokers up kafka` started. Tests name topics and groups of their own.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
-use eventbus_core::Result;
+use eventbus_core::{Result, Topic};
 use eventbus_kafka::{KafkaBroker, KafkaConfig};
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
 const URL: &str = "EVENTBUS_TEST_KAFKA";
+const TLS_URL: &str = "EVENTBUS_TEST_KAFKA_TLS";
 const SASL_URL: &str = "EVENTBUS_TEST_KAFKA_SASL";
 
 /// Held by every test that uses the server, and alone by one that restarts it.
@@ -39,7 +41,16 @@ impl Server {
     /// Where connections are encrypted.
     #[cfg(feature = "tls")]
     pub(crate) fn tls_url() -> String {
-        variable("EVENTBUS_TEST_KAFKA_TLS")
+        variable(TLS_URL)
+    }
+
+    /// Where the server keeps the messages of a partition: beside the certificate that a URL names.
+    pub(crate) fn log_of(topic: &Topic, partition: u32) -> PathBuf {
+        let url = variable(TLS_URL);
+        let authority = url.split_once("ssl.ca.location=");
+        let (_, authority) = authority.expect("the url names a certificate");
+        let directory = Path::new(authority).parent().expect("it is in one");
+        directory.join(format!("data/{topic}-{partition}/{:020}.log", 0))
     }
 
     pub(crate) fn config() -> KafkaConfig {
