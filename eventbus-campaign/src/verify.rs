@@ -10,6 +10,7 @@ use clap::Args;
 use fastrand::Rng;
 use indicatif::HumanCount;
 use tempfile::TempDir;
+use tokio::sync::oneshot;
 
 use crate::progress::Progress;
 use crate::report::{Environment, Report};
@@ -203,8 +204,10 @@ impl Run {
             return Ok(None);
         }
         let from = self.seed.wrapping_mul(1_000_000);
-        let run = tokio::task::spawn_blocking(move || Simulated::run(from, seeds));
-        Ok(Some(run.await.context("the simulation panicked")?))
+        // No task of the runtime: an interrupted run would wait for its end.
+        let (tell, told) = oneshot::channel();
+        std::thread::spawn(move || tell.send(Simulated::run(from, seeds)));
+        Ok(Some(told.await.context("the simulation panicked")?))
     }
 
     async fn write_report(&self, results: &Results) -> anyhow::Result<()> {
