@@ -96,7 +96,8 @@ impl RoleCommand {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_logging(cli.role.as_ref());
+    let crash_at = cli.role.as_ref().and_then(RoleCommand::crash_at);
+    start_logging(crash_at);
     let outcome = match cli.role {
         None => verify::run(cli.verify).await,
         Some(role) => play(role).await.map(|()| ExitCode::SUCCESS),
@@ -124,14 +125,9 @@ async fn play(role: RoleCommand) -> anyhow::Result<()> {
 }
 
 /// Logs to stderr; `RUST_LOG` overrides what.
-fn start_logging(role: Option<&RoleCommand>) {
-    let crash_at = role.and_then(RoleCommand::crash_at);
-    let what = match role {
-        Some(_) => "warn,sqlx::query=error,librdkafka=off",
-        // What the SDK says of a simulation, which runs in this process, is its plan.
-        None => "warn,eventbus_core=off,sqlx::query=error,librdkafka=off",
-    };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(what));
+fn start_logging(crash_at: Option<CrashPoint>) {
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("warn,sqlx::query=error,librdkafka=off"));
     let log = tracing_subscriber::fmt::layer()
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)

@@ -541,6 +541,18 @@ impl Message {
         key + self.headers.packed_len() + self.payload.len()
     }
 
+    /// A copy with memory of its own: for who keeps it long, beside others whose memory it shares and
+    /// that go.
+    #[must_use]
+    pub(crate) fn detached(&self) -> Self {
+        Self {
+            topic: self.topic.clone(),
+            key: (self.key.as_ref()).map(|key| Key(Bytes::copy_from_slice(&key.0))),
+            headers: Headers(Bytes::copy_from_slice(&self.headers.0)),
+            payload: Bytes::copy_from_slice(&self.payload),
+        }
+    }
+
     /// Checks the limits that hold on every broker.
     ///
     /// # Errors

@@ -95,7 +95,8 @@ pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Messa
     )
     .with_headers(headers);
     letter.key = Some(original.key.clone().unwrap_or_else(|| Key::display(&id)));
-    Ok(letter)
+    // It stays where others go, also in memory.
+    Ok(letter.detached())
 }
 
 /// The headers of an event as its letter has them.

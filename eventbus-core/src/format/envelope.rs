@@ -102,38 +102,33 @@ impl Format for EnvelopeFormat {
         data: &[u8],
     ) -> Result<(Headers, Bytes)> {
         require_json(NAME, content_type)?;
-        let own = data.len() > chunk::SMALL;
-        let mut memory = match own {
-            true => BytesMut::with_capacity(640 + data.len()),
-            false => chunk::take(),
-        };
         let mut buffer = [0; RFC_3339_MAX];
         let time = envelope.time.text(&mut buffer);
-        let out = &mut memory;
-        let id = &mut [0; UUID_LENGTH];
-        member(out, b"{\"eventId\":", envelope.id.text(id))?;
-        member(out, b",\"eventType\":", &envelope.event_type)?;
-        let version = Text(format_args!("v{}", envelope.version));
-        member(out, b",\"eventVersion\":", &version)?;
-        member(out, b",\"timestamp\":", &time)?;
-        member(out, b",\"source\":", &envelope.source)?;
-        member(out, b",\"correlationId\":", &envelope.correlation_id)?;
-        member(out, b",\"causationId\":", &envelope.causation_id)?;
-        // The data are JSON already: they are put in as they are instead of being parsed again.
-        out.extend_from_slice(BEFORE_DATA);
-        let begin = out.len();
-        out.extend_from_slice(data);
-        let end = out.len();
-        member(out, BEHIND_DATA, &envelope.metadata)?;
-        out.extend_from_slice(b"}");
-        let payload = memory.split().freeze();
-        let (headers, rest) = envelope_headers(NAME, envelope, &time, memory)?
+        let (mut begin, mut end) = (0, 0);
+        let payload = chunk::write(320 + data.len(), |out| {
+            let id = &mut [0; UUID_LENGTH];
+            member(out, b"{\"eventId\":", envelope.id.text(id))?;
+            member(out, b",\"eventType\":", &envelope.event_type)?;
+            let version = Text(format_args!("v{}", envelope.version));
+            member(out, b",\"eventVersion\":", &version)?;
+            member(out, b",\"timestamp\":", &time)?;
+            member(out, b",\"source\":", &envelope.source)?;
+            member(out, b",\"correlationId\":", &envelope.correlation_id)?;
+            member(out, b",\"causationId\":", &envelope.causation_id)?;
+            // The data are JSON already: they are put in as they are instead of being parsed again.
+            out.extend_from_slice(BEFORE_DATA);
+            begin = out.len();
+            out.extend_from_slice(data);
+            end = out.len();
+            member(out, BEHIND_DATA, &envelope.metadata)?;
+            out.extend_from_slice(b"}");
+            Ok(())
+        })?;
+        let (headers, rest) = envelope_headers(NAME, envelope, &time, chunk::take())?
             .push_display(header::DATA, format_args!("{begin}-{end}"))?
             .push(header::CONTENT_TYPE, content_type)?
             .build_with_rest();
-        if !own {
-            chunk::give_back(rest);
-        }
+        chunk::give_back(rest);
         Ok((headers, payload))
     }
 

@@ -197,7 +197,8 @@ impl KeyStateStore for MemoryKeyState {
                 continue;
             }
             bytes += entry.message.size();
-            let message = HeldMessage::new(held.next_number, entry.message.clone(), entry.position);
+            let message =
+                HeldMessage::new(held.next_number, entry.message.detached(), entry.position);
             held.messages.push_back(message);
             held.next_number += 1;
             held.last_position = entry.position.or(held.last_position);

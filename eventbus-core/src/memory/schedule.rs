@@ -175,7 +175,9 @@ impl ScheduleStore for MemorySchedule {
         for scheduled in new {
             // One call may name an id twice.
             if !state.places.contains_key(&scheduled.id) {
-                state.insert(scheduled.clone());
+                let mut scheduled = scheduled.clone();
+                scheduled.message = scheduled.message.detached();
+                state.insert(scheduled);
             }
         }
         let is_earlier = state.earliest() != before;

@@ -327,7 +327,7 @@ fn foreign() -> Vec<Value> {
         message(
             Some(b"7"),
             Some(PLAIN),
-            json!([["first", hex(b"1")], ["eb-headers", hex(b"eb-id: 17\n")]]),
+            json!([["eb-headers", hex(b"x: no name of ours\n")]]),
         ),
         message(Some(b"7"), Some(b"not JSON \xff"), json!([])),
         message(
