@@ -440,7 +440,7 @@ impl TopicReport {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LaneLag {
-    /// The topic.
+    /// The topic, by its name on the broker, with the bus's prefix.
     pub topic: Topic,
     /// Its partition.
     pub partition: u32,

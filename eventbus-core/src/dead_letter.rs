@@ -20,7 +20,7 @@ pub use desk::{
 pub use edit::Edit;
 pub use letter::{DeadLetter, DeadLetterStatus, Decision, DeskAction, DeskEntry};
 pub(crate) use parts::in_parts;
-pub(crate) use record::into_message;
+pub(crate) use record::{id_of, into_message};
 pub use redrive::{DeskReport, Redrive};
 
 use crate::error::Result;

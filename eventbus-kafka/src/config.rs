@@ -218,7 +218,7 @@ impl KafkaConfig {
         let servers: Option<Vec<_>> = hosts.trim_end_matches('/').split(',').map(server).collect();
         let servers = servers.ok_or_else(|| {
             refuse(
-                "the url names no broker: write `kafka://HOST:PORT`, with commas between several",
+                "the url names no broker, or one with a port beyond 65535 or a path behind it: write `kafka://HOST:PORT`, with commas between several",
             )
         })?;
         let mut config = Self::new(servers.join(","));

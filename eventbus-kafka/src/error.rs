@@ -11,6 +11,13 @@ pub(crate) fn into_error(operation: &'static str, error: KafkaError) -> Error {
             Error::new(ErrorKind::InvalidInput, operation, message).with("option", name)
         }
         // It names the option and the reason, never a value.
+        (KafkaError::ClientCreation(reason), _) if reason.contains("recompile librdkafka") => {
+            Error::new(
+                ErrorKind::InvalidInput,
+                operation,
+                "this `sasl.mechanism` or `security.protocol` needs the feature `kafka-tls`: add it to the features of eventbus",
+            )
+        }
         (KafkaError::ClientCreation(reason), _) => Error::new(
             ErrorKind::InvalidInput,
             operation,
@@ -32,7 +39,7 @@ fn explain(code: Code) -> (ErrorKind, &'static str) {
     match code {
         Code::AllBrokersDown | Code::BrokerTransportFailure | Code::NetworkException => (
             Kind::Unavailable,
-            "no broker answers: look at the host and port of the url, and whether Kafka runs there",
+            "no broker answers: look at the host and port of the url, whether Kafka runs there, and whether that port asks for a password or TLS, which the url does not name",
         ),
         Code::Resolve => (
             Kind::Unavailable,
@@ -43,7 +50,7 @@ fn explain(code: Code) -> (ErrorKind, &'static str) {
         | Code::UnsupportedSASLMechanism
         | Code::IllegalSASLState => (
             Kind::Unauthorized,
-            "the broker does not accept the credentials: look at user, password and `sasl.mechanism` of the url",
+            "the broker does not accept the credentials: look at user, password and `sasl.mechanism` of the url, and whether that port asks for any",
         ),
         Code::TopicAuthorizationFailed => (
             Kind::Unauthorized,

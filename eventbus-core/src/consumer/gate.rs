@@ -1,6 +1,7 @@
 //! Pause, never burn: when most handlers fail, or what they need is away, nothing is started but
 //! single probes, and no attempt is counted.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -284,8 +285,8 @@ impl Gate {
         all << 32 | bad.min(all)
     }
 
-    /// Counts first attempts; holds when too many failed.
-    pub(crate) fn count(&self, seen: u32, failed: u32) {
+    /// Counts first attempts; holds when too many failed, and says why the last one did.
+    pub(crate) fn count(&self, seen: u32, failed: u32, last: Option<&dyn fmt::Display>) {
         let counted = self
             .window
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |window| {
@@ -304,7 +305,10 @@ impl Gate {
         let window = self.window.load(Ordering::Relaxed);
         let (all, bad) = ((window >> 32) as f64, (window & 0xffff_ffff) as f64);
         if all >= f64::from(self.breaker.samples_min) && bad >= all * self.breaker.failure_rate {
-            let reason = || format!("{bad} of the last {all} first attempts failed");
+            let reason = || match last {
+                Some(last) => format!("{bad} of the last {all} first attempts failed, now: {last}"),
+                None => format!("{bad} of the last {all} first attempts failed"),
+            };
             self.hold_with(reason, true);
         }
     }
@@ -375,10 +379,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn it_holds_at_the_failure_rate_and_opens_after_a_good_probe() {
         let gate = gate(1);
-        gate.count(40, 40);
+        gate.count(40, 40, None);
         assert_eq!(gate.admit(0), Admission::Yes, "too few were seen");
-        gate.count(10, 8);
+        gate.count(10, 8, Some(&"no such table"));
         assert!(matches!(gate.admit(0), Admission::Wait(Some(_))));
+        let reason = gate.held_because().expect("it holds");
+        assert!(reason.ends_with("no such table"), "{reason}");
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!(gate.admit(0), Admission::Probe);
         assert_eq!(gate.admit(0), Admission::Wait(None), "one probe at a time");

@@ -11,6 +11,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
+use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -266,14 +267,14 @@ impl<V: Layers> Worker<V> {
             let settled = std::mem::replace(&mut self.settled, next);
             self.settler.add(SettleItem::Settled(settled));
         }
-        self.count_first_attempts();
+        self.count_first_attempts(None);
         self.runtime.telemetry.add(&mut self.tally);
     }
 
-    fn count_first_attempts(&mut self) {
+    fn count_first_attempts(&mut self, last: Option<&dyn fmt::Display>) {
         let (seen, failed) = self.tally.take_first_attempts();
         if seen > 0 {
-            self.runtime.gate.count(seen, failed);
+            self.runtime.gate.count(seen, failed, last);
         }
     }
 

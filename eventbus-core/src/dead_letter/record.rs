@@ -59,6 +59,11 @@ const NAME_BYTES_MAX: usize = 255;
 /// Longest text of an error that is kept; the beginning says what happened.
 const ERROR_BYTES_MAX: usize = HEADER_BYTES_MAX / 2;
 
+/// The id of a letter, by which operators decide about it.
+pub(crate) fn id_of(letter: &Message) -> Option<&str> {
+    letter.headers.get_str(LETTER)
+}
+
 /// Makes the dead letter of a delivery: its key, headers and payload as they are, and the diagnosis
 /// in more headers.
 pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Message> {

@@ -46,6 +46,15 @@ async fn join(broker: &KafkaBroker, subscription: Subscription) -> Probe {
     Probe::join(broker, subscription).await.expect("it joins")
 }
 
+/// A key for each partition, by its number.
+fn keys_of<const PARTITIONS: usize>() -> [Key; PARTITIONS] {
+    std::array::from_fn(|partition| {
+        let mut keys = (0..).map(Key::display);
+        let key = keys.find(|key| partition_of(key, PARTITIONS as u32) as usize == partition);
+        key.expect("there is one")
+    })
+}
+
 /// Takes so many texts, over errors that pass.
 async fn collect(probe: &mut Probe, count: usize) -> Vec<String> {
     while probe.waiting() < count {
@@ -88,11 +97,7 @@ async fn a_partition_that_is_added_is_read_from_its_beginning() {
         .expect("there are two now");
     // A client that knows of both.
     let publisher = connect(Server::config()).await;
-    let keys: Vec<Key> = (0..).map(Key::display).take(20).collect();
-    let key = keys
-        .iter()
-        .find(|key| partition_of(key, 2) == 1)
-        .expect("there is one");
+    let [_, key] = &keys_of::<2>();
     publish(&publisher, &orders, key, &["a", "b"]).await;
     within(MINUTE, async {
         assert_eq!(collect(&mut probe, 2).await, ["a", "b"]);
@@ -156,11 +161,7 @@ async fn a_group_begins_on_a_topic_that_it_adds_where_it_says() {
     create(&broker, &orders, 1).await;
     create(&broker, &payments, 3).await;
     // One for each partition: each is begun by itself.
-    let keys = [0, 1, 2].map(|place| {
-        let mut keys = (0..).map(Key::display);
-        let key = keys.find(|key| partition_of(key, 3) == place);
-        key.expect("there is one")
-    });
+    let keys = keys_of::<3>();
     for key in &keys {
         publish(&broker, &payments, key, &["before"]).await;
     }
@@ -241,11 +242,7 @@ async fn a_batch_that_is_damaged_stops_its_partition_and_no_other() {
     let broker = connect(Server::config()).await;
     let orders = topic();
     create(&broker, &orders, 2).await;
-    let keys = [0, 1].map(|place| {
-        let mut keys = (0..).map(Key::display);
-        let key = keys.find(|key| partition_of(key, 2) == place);
-        key.expect("there is one")
-    });
+    let keys = keys_of::<2>();
     publish(&broker, &orders, &keys[0], &["whole"]).await;
     publish(&broker, &orders, &keys[0], &["to be damaged"]).await;
     publish(&broker, &orders, &keys[0], &["behind it"]).await;

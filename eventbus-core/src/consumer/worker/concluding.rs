@@ -251,7 +251,7 @@ impl<V: Layers> Worker<V> {
         if first_attempt && !rejected && self.runtime.gate.is_open() {
             // At once and not with the next flush: the attempt that makes it hold is the last.
             self.tally.first_failed();
-            self.count_first_attempts();
+            self.count_first_attempts(Some(&cause));
         }
         if !rejected && self.runtime.gate.is_held() {
             // While the consumer holds, no attempt is counted.
