@@ -4,8 +4,6 @@ use std::cell::Cell;
 
 use bytes::{Bytes, BytesMut};
 
-use crate::error::{Error, ErrorKind, Result};
-
 /// How much is taken at once, and so the most that something small keeps.
 const CHUNK: usize = 8 * 1024;
 
@@ -38,7 +36,10 @@ pub(crate) fn give_back(mut rest: BytesMut) {
 }
 
 /// What `fill` writes, which is about so many bytes.
-pub(crate) fn write(about: usize, fill: impl FnOnce(&mut BytesMut) -> Result<()>) -> Result<Bytes> {
+pub(crate) fn write<E>(
+    about: usize,
+    fill: impl FnOnce(&mut BytesMut) -> Result<(), E>,
+) -> Result<Bytes, E> {
     let mut chunk = match about > SMALL {
         true => BytesMut::with_capacity(about),
         false => take(),
@@ -60,11 +61,7 @@ pub(crate) fn write(about: usize, fill: impl FnOnce(&mut BytesMut) -> Result<()>
 pub(crate) fn display(value: impl std::fmt::Display) -> Bytes {
     use std::fmt::Write as _;
 
-    let shown = write(0, |chunk| {
-        write!(chunk, "{value}").map_err(|error| {
-            Error::new(ErrorKind::Codec, "write text", "a value cannot be shown").with_source(error)
-        })
-    });
+    let shown = write(0, |chunk| write!(chunk, "{value}"));
     shown.expect("a `Display` implementation returned an error")
 }
 

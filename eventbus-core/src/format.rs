@@ -2,10 +2,12 @@
 
 use std::borrow::Cow;
 use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
+use crate::chunk;
 use crate::clock::Timestamp;
 use crate::envelope::{Envelope, EventId, Metadata, UUID_LENGTH};
 use crate::error::{Error, ErrorKind, Result};
@@ -174,19 +176,21 @@ impl Formats {
     }
 }
 
-/// Writes an envelope as headers, the same for every format, with its time as text. The content type, which is nobody's own,
+/// Writes an envelope as headers, the same for every format, with its time as text, and where the
+/// data stand in a document around them. The content type, which is nobody's own,
 /// goes behind those of ours: an adapter may send what is at the front as one.
 pub(crate) fn envelope_headers(
     format: &str,
     envelope: &Envelope,
     time: &str,
-    memory: BytesMut,
-) -> Result<HeadersBuilder> {
+    data: Option<Range<usize>>,
+    content_type: &str,
+) -> Result<Headers> {
     let metadata = match envelope.metadata.is_empty() {
         true => None,
         false => Some(metadata_json(&envelope.metadata)?),
     };
-    HeadersBuilder::on(memory)
+    let headers = HeadersBuilder::on(chunk::take())
         .push(header::FORMAT, format)?
         .push(header::ID, envelope.id.text(&mut [0; UUID_LENGTH]))?
         .push(header::TYPE, &envelope.event_type)?
@@ -195,7 +199,18 @@ pub(crate) fn envelope_headers(
         .push(header::SOURCE, &envelope.source)?
         .push(header::CORRELATION_ID, &envelope.correlation_id)?
         .push_some(header::CAUSATION_ID, envelope.causation_id.as_ref())?
-        .push_some(header::METADATA, metadata)
+        .push_some(header::METADATA, metadata)?;
+    let headers = match data {
+        Some(Range { start, end }) => {
+            headers.push_display(header::DATA, format_args!("{start}-{end}"))?
+        }
+        None => headers,
+    };
+    let (headers, rest) = headers
+        .push(header::CONTENT_TYPE, content_type)?
+        .build_with_rest();
+    chunk::give_back(rest);
+    Ok(headers)
 }
 
 /// Reads an envelope from headers alone, where they hold at least id and type.

@@ -535,13 +535,12 @@ async fn store(scope: &Scope, diagnosis: &Diagnosis) -> Outcome {
         Ok(letter) => letter,
         Err(error) => return Outcome::Unavailable(error.into()),
     };
-    let letter_id = dead_letter::id_of(&letter).map(str::to_owned);
     trace!(target: "eventbus::step", step = "dead_letter.before");
     let sent = scope.runtime().bus.send(vec![letter]).await;
     trace!(target: "eventbus::step", step = "dead_letter.after");
     match sent {
         Ok(()) => {
-            log_dead_letter(scope, diagnosis, letter_id.as_deref());
+            log_dead_letter(scope, diagnosis);
             Outcome::DeadLettered
         }
         // Whatever the reason, nothing is settled before the dead letter is stored.
@@ -550,10 +549,10 @@ async fn store(scope: &Scope, diagnosis: &Diagnosis) -> Outcome {
 }
 
 #[cold]
-fn log_dead_letter(scope: &Scope, diagnosis: &Diagnosis, letter_id: Option<&str>) {
+fn log_dead_letter(scope: &Scope, diagnosis: &Diagnosis) {
     tracing::error!(
         group = %scope.group(),
-        letter_id,
+        letter_id = %dead_letter::id_of(scope),
         event_id = %scope.id(),
         event_type = scope.message().headers.get_str(header::TYPE),
         topic = scope.message().topic.as_str(),

@@ -59,17 +59,17 @@ const NAME_BYTES_MAX: usize = 255;
 /// Longest text of an error that is kept; the beginning says what happened.
 const ERROR_BYTES_MAX: usize = HEADER_BYTES_MAX / 2;
 
-/// The id of a letter, by which operators decide about it.
-pub(crate) fn id_of(letter: &Message) -> Option<&str> {
-    letter.headers.get_str(LETTER)
+/// The id of a delivery's dead letter, by which operators decide about it.
+pub(crate) fn id_of(scope: &Scope) -> EventId {
+    let redrives = redrives(&scope.message().headers);
+    EventId::derived(scope.id(), scope.group(), "dead letter", None, redrives)
 }
 
 /// Makes the dead letter of a delivery: its key, headers and payload as they are, and the diagnosis
 /// in more headers.
 pub(crate) fn into_message(scope: &Scope, diagnosis: &Diagnosis) -> Result<Message> {
     let original = scope.message();
-    let redrives = redrives(&original.headers);
-    let id = EventId::derived(scope.id(), scope.group(), "dead letter", None, redrives);
+    let id = id_of(scope);
     let now = scope.runtime().bus.clock().now();
     let mut error = diagnosis.cause.to_string();
     // The text leaves room for the rest of a letter on brokers of small messages, too.

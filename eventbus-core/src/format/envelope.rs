@@ -13,7 +13,7 @@ use crate::chunk;
 use crate::clock::{RFC_3339_MAX, Timestamp};
 use crate::envelope::{Envelope, EventId, UUID_LENGTH, parse_version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::{self, KnownHeaders};
+use crate::header::KnownHeaders;
 use crate::message::{Headers, Message};
 
 /// `{"eventId", "eventType", "eventVersion": "v1", "timestamp", "source", "correlationId",
@@ -122,13 +122,10 @@ impl Format for EnvelopeFormat {
             end = out.len();
             member(out, BEHIND_DATA, &envelope.metadata)?;
             out.extend_from_slice(b"}");
-            Ok(())
+            Ok::<_, Error>(())
         })?;
-        let (headers, rest) = envelope_headers(NAME, envelope, &time, chunk::take())?
-            .push_display(header::DATA, format_args!("{begin}-{end}"))?
-            .push(header::CONTENT_TYPE, content_type)?
-            .build_with_rest();
-        chunk::give_back(rest);
+        let data_at = Some(begin..end);
+        let headers = envelope_headers(NAME, envelope, &time, data_at, content_type)?;
         Ok((headers, payload))
     }
 

@@ -8,11 +8,10 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::{Format, Reading, envelope_from_headers, envelope_headers, require_json};
-use crate::chunk;
 use crate::clock::Timestamp;
 use crate::envelope::{Envelope, EventId, parse_version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::{self, KnownHeaders};
+use crate::header::KnownHeaders;
 use crate::message::{Headers, Message};
 
 /// `{"event_type":"OrderCreated","order_id":123,"amount":250}`.
@@ -54,10 +53,7 @@ impl Format for FlatFormat {
         };
         let members = data.strip_prefix(b"{").ok_or_else(refuse)?;
         let time = envelope.time.to_string();
-        let (headers, rest) = envelope_headers(NAME, envelope, &time, chunk::take())?
-            .push(header::CONTENT_TYPE, content_type)?
-            .build_with_rest();
-        chunk::give_back(rest);
+        let headers = envelope_headers(NAME, envelope, &time, None, content_type)?;
         if names_event_type(data) {
             let own: Option<Type<'_>> = serde_json::from_slice(data).ok();
             if own.is_none_or(|own| own.event_type != envelope.event_type) {
