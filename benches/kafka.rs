@@ -119,10 +119,7 @@ async fn compare(url: &str, pairs: usize, messages: usize, only: Option<&str>) {
         bench.sample.payload.len(),
         bench.sample.headers.packed_len(),
     );
-    for (what, name, goal) in COMPARISONS {
-        if only.is_some_and(|only| !name.contains(only)) {
-            continue;
-        }
+    for (what, name, goal) in chosen(only) {
         let (mut raw, mut bus) = (Vec::new(), Vec::new());
         for pair in 0..pairs {
             // The other one first every second time.
@@ -150,6 +147,12 @@ async fn compare(url: &str, pairs: usize, messages: usize, only: Option<&str>) {
             middle(&bus, |figure| figure.cpu),
         );
     }
+}
+
+/// All comparisons, or those whose names have this in them.
+fn chosen(only: Option<&str>) -> impl Iterator<Item = &'static (What, &'static str, f64)> {
+    let all = COMPARISONS.iter();
+    all.filter(move |(_, name, _)| only.is_none_or(|only| name.contains(only)))
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -282,10 +285,7 @@ impl Bench {
     /// One side, as often as there would be pairs.
     #[allow(clippy::print_stdout, reason = "a bench prints its figures")]
     async fn run_alone(&self, arm: &str, pairs: usize, only: Option<&str>) {
-        for (what, name, _) in COMPARISONS {
-            if only.is_some_and(|only| !name.contains(only)) {
-                continue;
-            }
+        for (what, name, _) in chosen(only) {
             for _ in 0..pairs {
                 let figure = match arm {
                     "raw" => self.raw(*what).await,

@@ -1,7 +1,7 @@
 //! Our headers in one header of Kafka: `eb-headers`, with a line `name: value` for each.
 //!
 //! The client takes memory for each header, when it is sent, when it is read, and gives it back both
-//! times: nine of them cost more than the rest of a message. What is for others, such as the content
+//! times: nine of them cost a third of a consumer's time. What is for others, such as the content
 //! type and the trace context, has headers of its own, and every tool shows the lines as the text
 //! that they are. A line has nothing but its name, a colon, a space and its value; what has no room
 //! on one, such as a value of several lines, ends the block and is a header of its own.

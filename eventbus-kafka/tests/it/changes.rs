@@ -7,7 +7,7 @@ use eventbus_core::{
     TopicSpec, Until, partition_of,
 };
 use eventbus_kafka::{KafkaBroker, KafkaConfig};
-use eventbus_testkit::{FaultProxy, Probe, Protocol, Requests, WireFault, text_of, within};
+use eventbus_testkit::{Probe, Requests, WireFault, text_of, within};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
 use rdkafka::client::DefaultClientContext;
@@ -111,12 +111,8 @@ async fn a_partition_that_is_added_is_read_from_its_beginning() {
 #[ignore = "needs brokers: ./dev/test"]
 async fn a_topic_that_is_created_anew_is_a_gap_and_read_from_its_beginning() {
     let _server = Server::new().await;
-    let url = Server::url();
-    let address = url.trim_start_matches("kafka://");
-    let proxy = FaultProxy::start_with(address, Protocol::Kafka(Requests::of(&[]))).await;
-    let proxy = proxy.expect("it starts");
-    let through = proxy.url(&url).expect("the url has a host");
-    let broker = connect(KafkaConfig::from_url(&through).expect("a good url")).await;
+    let (proxy, config) = Server::proxy(Requests::of(&[])).await;
+    let broker = connect(config).await;
     let orders = topic();
     create(&broker, &orders, 1).await;
     let key = Key::from("k");

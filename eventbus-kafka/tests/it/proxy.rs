@@ -7,8 +7,8 @@ use eventbus_core::{
     Outcome, Publisher, Receipt, Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until,
     Verdict,
 };
-use eventbus_kafka::{KafkaBroker, KafkaConfig};
-use eventbus_testkit::{FaultProxy, KafkaApi, Protocol, Requests, WireFault, within};
+use eventbus_kafka::KafkaBroker;
+use eventbus_testkit::{FaultProxy, KafkaApi, Requests, WireFault, within};
 
 use crate::server::Server;
 
@@ -28,13 +28,7 @@ struct Wire {
 impl Wire {
     async fn harmed_at(api: KafkaApi) -> Self {
         let server = Server::new().await;
-        let url = Server::url();
-        let address = url.trim_start_matches("kafka://");
-        let protocol = Protocol::Kafka(Requests::of(&[api]));
-        let proxy = FaultProxy::start_with(address, protocol).await;
-        let proxy = proxy.expect("it starts");
-        let through = proxy.url(&url).expect("the url has a host");
-        let config = KafkaConfig::from_url(&through).expect("a good url");
+        let (proxy, config) = Server::proxy(Requests::of(&[api])).await;
         let harmed = KafkaBroker::connect(config).await.expect("it answers");
         let direct = server.connect().await.expect("it answers");
         let topic = Topic::new(&format!("proxy-{:016x}", fastrand::u64(..))).expect("a good name");

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use eventbus_core::{Result, Topic};
 use eventbus_kafka::{KafkaBroker, KafkaConfig};
+use eventbus_testkit::{FaultProxy, Protocol, Requests};
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
 const URL: &str = "EVENTBUS_TEST_KAFKA";
@@ -51,6 +52,17 @@ impl Server {
         let (_, authority) = authority.expect("the url names a certificate");
         let directory = Path::new(authority).parent().expect("it is in one");
         directory.join(format!("data/{topic}-{partition}/{:020}.log", 0))
+    }
+
+    /// A wire to the server that can be harmed, also at these requests, and the way through it.
+    pub(crate) async fn proxy(requests: Requests) -> (FaultProxy, KafkaConfig) {
+        let url = Self::url();
+        let address = url.trim_start_matches("kafka://");
+        let proxy = FaultProxy::start_with(address, Protocol::Kafka(requests)).await;
+        let proxy = proxy.expect("it starts");
+        let through = proxy.url(&url).expect("the url has a host");
+        let config = KafkaConfig::from_url(&through).expect("a good url");
+        (proxy, config)
     }
 
     pub(crate) fn config() -> KafkaConfig {
