@@ -137,23 +137,27 @@ pub(crate) fn starts<C: ConsumerContext>(
     start: Start,
     deadline: Instant,
 ) -> Result<Vec<(Place, i64)>> {
-    let times = match start {
-        Start::Time(time) => at_time(operation, consumer, places, millis(time), deadline)?,
-        _ => HashMap::new(),
-    };
-    let start_of = |place: &Place| {
+    let mut starts = Vec::with_capacity(places.len());
+    for place in places {
         let (low, high) = bounds(operation, consumer, place, deadline)?;
         let offset = match start {
-            Start::Latest => high,
+            Start::Latest | Start::Time(_) => high,
             // What is before the first message is a gap where that was asked for, and behind the
             // last one is its end.
             Start::Position(position) => offset(position).min(high),
-            Start::Time(_) => times.get(place).copied().unwrap_or(high),
             _ => low,
         };
-        Ok((place.clone(), offset))
-    };
-    places.iter().map(start_of).collect()
+        starts.push((place.clone(), offset));
+    }
+    if let Start::Time(time) = start {
+        // Where no message is that late, the next one is the first: one that comes while this is
+        // found out lies behind the ends that were asked for before.
+        let times = at_time(operation, consumer, places, millis(time), deadline)?;
+        for (place, offset) in &mut starts {
+            *offset = times.get(place).copied().unwrap_or(*offset);
+        }
+    }
+    Ok(starts)
 }
 
 /// Where reading ends at each place; `None` at a time that is still to come.
@@ -164,25 +168,27 @@ pub(crate) fn ends<C: ConsumerContext>(
     until: Until,
     deadline: Instant,
 ) -> Result<Option<Vec<(Place, End)>>> {
-    let times = match until {
-        Until::Time(time) if time > SystemTime::now() => return Ok(None),
-        Until::Time(time) => at_time(operation, consumer, places, millis(time), deadline)?,
-        _ => HashMap::new(),
-    };
-    let end_of = |place: &Place| {
+    if matches!(until, Until::Time(time) if time > SystemTime::now()) {
+        return Ok(None);
+    }
+    let mut ends = Vec::with_capacity(places.len());
+    for place in places {
         let (_, high) = bounds(operation, consumer, place, deadline)?;
         let offset = match until {
             Until::Position(position) => offset(position),
-            Until::Time(_) => times.get(place).copied().unwrap_or(high),
             _ => high,
         };
-        let end = End {
-            offset,
-            is_reached: offset <= high,
-        };
-        Ok((place.clone(), end))
-    };
-    places.iter().map(end_of).collect::<Result<_>>().map(Some)
+        let is_reached = offset <= high;
+        ends.push((place.clone(), End { offset, is_reached }));
+    }
+    if let Until::Time(time) = until {
+        // Asked for after the ends, as where reading starts: what comes meanwhile is too late.
+        let times = at_time(operation, consumer, places, millis(time), deadline)?;
+        for (place, end) in &mut ends {
+            end.offset = times.get(place).copied().unwrap_or(end.offset);
+        }
+    }
+    Ok(Some(ends))
 }
 
 pub(crate) fn millis(time: SystemTime) -> i64 {

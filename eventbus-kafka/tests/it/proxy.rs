@@ -1,11 +1,11 @@
 //! Responses that are lost or wrong, between the client and a real broker.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Delivery, Error, ErrorKind, Group, Key, Member, Message,
-    Outcome, Publisher, Receipt, Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until,
-    Verdict,
+    Outcome, Position, Publisher, Receipt, Signal, Start, Subscriber, Subscription, Topic,
+    TopicSpec, Until, Verdict,
 };
 use eventbus_kafka::KafkaBroker;
 use eventbus_testkit::{FaultProxy, KafkaApi, Requests, WireFault, within};
@@ -75,17 +75,21 @@ impl Wire {
         let mut subscription = Subscription::reader(vec![self.topic.clone()]);
         subscription.start = Start::Earliest;
         subscription.until = Some(Until::Now);
-        let mut reader = self.direct.subscribe(subscription).await.expect("it reads");
-        let mut stored = Vec::new();
-        loop {
-            match within(LIMIT, reader.deliveries.next())
-                .await
-                .expect("it reads")
-            {
-                Signal::Delivered(deliveries) => stored.extend(deliveries.iter().map(number)),
-                Signal::Ended(_) => return stored,
-                _ => {}
-            }
+        read(self.direct.subscribe(subscription).await.expect("it reads")).await
+    }
+}
+
+/// All that a reader of one partition gives until its end.
+async fn read(mut reader: Member) -> Vec<u32> {
+    let mut read = Vec::new();
+    loop {
+        match within(LIMIT, reader.deliveries.next())
+            .await
+            .expect("it reads")
+        {
+            Signal::Delivered(deliveries) => read.extend(deliveries.iter().map(number)),
+            Signal::Ended(_) => return read,
+            _ => {}
         }
     }
 }
@@ -242,4 +246,31 @@ async fn a_broker_that_is_too_old_for_our_groups_is_said_to_be() {
     let error = joined.expect_err("it is not let in");
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
     assert!(error.to_string().contains("2.4 or later"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn what_comes_while_a_reader_asks_where_a_time_is_belongs_behind_it() {
+    let wire = Wire::harmed_at(KafkaApi::ListOffsets).await;
+    wire.proxy
+        .set(WireFault::DelayRequest(Duration::from_millis(300)));
+    let now = SystemTime::now();
+    let reader = Subscription::reader(vec![wire.topic.clone()]);
+    let before = reader.clone().with_start(Start::Earliest);
+    let before = wire.harmed.subscribe(before.with_until(Until::Time(now)));
+    let after = wire.harmed.subscribe(
+        reader
+            .with_start(Start::Time(now))
+            .with_until(Until::Position(Position(5))),
+    );
+    let publish = async {
+        for number in 0..30 {
+            let published = wire.direct.publish(vec![wire.message(number)]).await;
+            published.expect("it is there");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let (before, after, ()) = within(LIMIT, async { tokio::join!(before, after, publish) }).await;
+    assert_eq!(read(before.expect("it reads")).await, Vec::<u32>::new());
+    assert_eq!(read(after.expect("it reads")).await, [0, 1, 2, 3, 4]);
 }
