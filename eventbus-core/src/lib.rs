@@ -26,6 +26,7 @@ mod held_keys;
 mod key_state;
 mod lane_table;
 mod lease;
+pub mod log;
 mod memory;
 mod message;
 mod outbox;

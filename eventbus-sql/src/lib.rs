@@ -4,7 +4,6 @@
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod duration;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
-mod log;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod option;
 #[cfg(feature = "postgres")]

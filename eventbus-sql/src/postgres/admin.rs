@@ -14,7 +14,7 @@ use super::leases;
 use super::page::{ids, stored, to_u64};
 use super::tables::Tables;
 use super::topics::{Applied, saturated};
-use crate::log::TopicLanes;
+use eventbus_core::log::TopicLanes;
 
 impl Database {
     /// Answers an administrative request.

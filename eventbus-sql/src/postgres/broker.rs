@@ -17,7 +17,7 @@ use super::schedule::PostgresSchedule;
 use super::store::PostgresStore;
 use super::tables::Tables;
 use super::writer::Refused;
-use crate::log::{MemberHandle, TopicLanes};
+use eventbus_core::log::{MemberHandle, TopicLanes};
 
 /// Most bytes of one message.
 const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;

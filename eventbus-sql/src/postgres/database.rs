@@ -21,7 +21,7 @@ use super::settle::Settler;
 use super::tables::Tables;
 use super::wake::{self, Bell};
 use super::writer::Writer;
-use crate::log::{Advance, Log, Page, Place, TopicLanes, Topics, Wakes, Wanted};
+use eventbus_core::log::{Advance, Log, Page, Place, TopicLanes, Topics, Wakes, Wanted};
 
 /// The oldest version that has what the broker asks for.
 const VERSION_MIN: i32 = 130_000;

@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 
 use super::database::Database;
 use super::page::{ids, stored};
-use crate::log::{Place, TopicLanes};
+use eventbus_core::log::{Place, TopicLanes};
 
 const SUBSCRIBE: &str = "subscribe";
 const OPEN: &str = "open partitions";

@@ -5,7 +5,7 @@ use eventbus_core::{Headers, Key, Message, Result, Timestamp, Topic};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use crate::log::Unpacked;
+use eventbus_core::log::Unpacked;
 
 /// Messages of a statement, as arrays with a value for each row.
 #[derive(Debug, Default)]

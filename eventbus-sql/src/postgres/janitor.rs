@@ -13,7 +13,7 @@ use super::database::{Database, Shared};
 use super::page::stored;
 use super::session::Session;
 use super::topics::saturated;
-use crate::log::TopicLanes;
+use eventbus_core::log::TopicLanes;
 
 /// Most messages removed by one commit, so that publishing waits for none that is long.
 const PIECE: u64 = 1000;

@@ -11,7 +11,7 @@ use super::page::{ids, stored};
 use super::session::Sessions;
 use super::tables::Tables;
 use super::writer::Line;
-use crate::log::{Advance, furthest};
+use eventbus_core::log::{Advance, furthest};
 
 const SETTLE: &str = "settle";
 

@@ -19,7 +19,7 @@ use super::leases::PostgresLeases;
 use super::outbox::{self, Append, Floor};
 use super::tables::Tables;
 use super::transaction::PostgresOutbox;
-use crate::log::Wakes;
+use eventbus_core::log::Wakes;
 
 /// A service's own PostgreSQL database: what a handler or a request writes there, the record that an
 /// event was handled, and what is published commit together or not at all.

@@ -14,7 +14,7 @@ use super::database::Shared;
 use super::groups::lanes_of;
 use super::leases::PostgresLeases;
 use super::page::{LaneRow, to_u64};
-use crate::log::{LogDeliveries, LogSettlement, MemberHandle, Place, Seat, TopicLanes};
+use eventbus_core::log::{LogDeliveries, LogSettlement, MemberHandle, Place, Seat, TopicLanes};
 
 const SUBSCRIBE: &str = "subscribe";
 
@@ -104,7 +104,7 @@ async fn read(
             });
         }
     }
-    handle.lock().open(places);
+    handle.open(places);
     Ok(handle)
 }
 
@@ -123,7 +123,7 @@ fn ends(
         }
         Some(Until::Time(time)) => {
             // The reader finds out when the clock of the database is there, which may be now.
-            handle.lock().until_time = Some(time.into());
+            handle.end_at(time.into());
             HashMap::new()
         }
         Some(_) => rows.iter().map(|(lane, row)| (*lane, row.next)).collect(),

@@ -8,7 +8,7 @@ use sqlx::postgres::PgRow;
 use super::config::PARTITIONS_MAX;
 use super::database::Database;
 use super::session::{Session, column};
-use crate::log::{TopicLanes, is_dead_letters};
+use eventbus_core::log::{TopicLanes, is_dead_letters};
 
 /// A topic after it was applied.
 #[derive(Clone, Debug)]

@@ -18,7 +18,7 @@ use super::page::to_u64;
 use super::settle::cursor_seal;
 use super::tables::Tables;
 use super::topics::{Applied, saturated};
-use crate::log::TopicLanes;
+use eventbus_core::log::TopicLanes;
 
 impl Database {
     /// Answers an administrative request.

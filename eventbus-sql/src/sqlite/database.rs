@@ -28,7 +28,7 @@ use super::tables::Tables;
 use super::timer::Timer;
 use super::wake;
 use super::writer::{Writer, WriterTask};
-use crate::log::{Advance, Log, Page, Place, TopicLanes, Topics, Wakes, Wanted};
+use eventbus_core::log::{Advance, Log, Page, Place, TopicLanes, Topics, Wakes, Wanted};
 
 /// Connections that read at the same time: the SDK's own, and as many of a service.
 const READERS_MAX: u32 = 4;

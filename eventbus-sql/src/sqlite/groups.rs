@@ -14,7 +14,7 @@ use super::database::Database;
 use super::error::into_error;
 use super::settle::cursor_seal;
 use super::tables::Tables;
-use crate::log::{Place, TopicLanes};
+use eventbus_core::log::{Place, TopicLanes};
 
 /// A group as the database has it.
 #[derive(Clone, Debug)]

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use crc32fast::Hasher;
 use eventbus_core::{Error, ErrorKind, Headers, KEY_BYTES_MAX, Key, Message, Timestamp, Topic};
 
-use crate::log::Unpacked;
+use eventbus_core::log::Unpacked;
 
 /// Bits of an id that are the position.
 const POSITION_BITS: u32 = 44;

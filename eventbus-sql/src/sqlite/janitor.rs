@@ -19,7 +19,7 @@ use super::headers::{HEAD_FIXED, id_of};
 use super::tables::Tables;
 use super::topics::saturated;
 use super::writer::Writer;
-use crate::log::TopicLanes;
+use eventbus_core::log::TopicLanes;
 
 /// Most messages removed by one commit, so that publishing waits for none that is long.
 const PIECE: u64 = 1000;

@@ -7,7 +7,7 @@ use sqlx::Row;
 use super::append::{LaneRow, SELECT_LANES};
 use super::database::Database;
 use super::headers::{damaged, id_of, time_of, unpack};
-use crate::log::{PAGE_ROWS, Page, TopicLanes, Unpacked, Wanted};
+use eventbus_core::log::{PAGE_ROWS, Page, TopicLanes, Unpacked, Wanted};
 
 /// A row with as many bytes or more is read alone, so that a page is bounded.
 const LARGE: i64 = 16 * 1024;

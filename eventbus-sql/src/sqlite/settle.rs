@@ -5,7 +5,7 @@ use sqlx::SqliteConnection;
 use super::headers::seal;
 use super::tables::Tables;
 use super::writer::Failure;
-use crate::log::{Advance, furthest};
+use eventbus_core::log::{Advance, furthest};
 
 /// A place goes on only for the holder of its epoch, and never back.
 const ADVANCE: &str = "

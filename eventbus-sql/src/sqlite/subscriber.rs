@@ -13,7 +13,7 @@ use super::broker::SqliteBroker;
 use super::database::Shared;
 use super::leases::SqliteLeases;
 use super::page::to_u64;
-use crate::log::{LogDeliveries, LogSettlement, MemberHandle, Place, Seat, TopicLanes};
+use eventbus_core::log::{LogDeliveries, LogSettlement, MemberHandle, Place, Seat, TopicLanes};
 
 #[async_trait]
 impl Subscriber for SqliteBroker {
@@ -92,7 +92,7 @@ async fn read(
                     database.first_at_or_after(lane, time.into()).await?
                 }
                 Some(Until::Time(time)) => {
-                    handle.lock().until_time = Some(time.into());
+                    handle.end_at(time.into());
                     u64::MAX
                 }
                 Some(_) => row.next,
@@ -114,6 +114,6 @@ async fn read(
             });
         }
     }
-    handle.lock().open(places);
+    handle.open(places);
     Ok(handle)
 }

@@ -13,7 +13,7 @@ use super::database::Database;
 use super::error::into_error;
 use super::headers::{LANE_END, seal};
 use super::tables::Tables;
-use crate::log::{TopicLanes, is_dead_letters};
+use eventbus_core::log::{TopicLanes, is_dead_letters};
 
 fn read_topic(name: Topic, row: &SqliteRow) -> Result<TopicLanes> {
     let column = |index| -> Result<u32> {

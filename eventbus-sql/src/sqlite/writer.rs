@@ -27,7 +27,7 @@ use super::headers::Packed;
 use super::lending::{Before, Borrower, First, Lender, Loan, WritingConnection, run};
 use super::settle;
 use super::tables::Tables;
-use crate::log::{Advance, Wakes};
+use eventbus_core::log::{Advance, Wakes};
 
 /// Hands writes to the task that writes them.
 #[derive(Clone, Debug)]

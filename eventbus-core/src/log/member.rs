@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use eventbus_core::{
+use crate::{
     Assignment, Delivery, Lane, LaneTable, Limits, Position, Receipt, Settled, Signal, Timestamp,
     TopicPartition,
 };
@@ -16,21 +16,24 @@ const AHEAD_BYTES: usize = 8 * 1024 * 1024;
 
 /// A lane before it is opened.
 #[derive(Debug)]
-pub(crate) struct Place {
-    pub(crate) topic: Arc<TopicLanes>,
-    pub(crate) partition: u32,
+pub struct Place {
+    /// Its topic.
+    pub topic: Arc<TopicLanes>,
+    /// Which of its partitions.
+    pub partition: u32,
     /// Where reading starts.
-    pub(crate) position: u64,
+    pub position: u64,
     /// Where it ends, not included.
-    pub(crate) until: u64,
+    pub until: u64,
     /// The end of the log there.
-    pub(crate) end: Arc<LaneEnd>,
+    pub end: Arc<LaneEnd>,
     /// The lease it is held by; a reader has none.
-    pub(crate) epoch: Option<u64>,
+    pub epoch: Option<u64>,
 }
 
 impl Place {
-    pub(crate) fn row(&self) -> u32 {
+    /// The lane's number in the log.
+    pub fn row(&self) -> u32 {
         self.topic.first_lane + self.partition
     }
 }
@@ -61,17 +64,22 @@ enum Ahead {
 
 /// A page to read.
 #[derive(Clone, Debug)]
-pub(crate) struct Wanted {
-    pub(crate) lane: Lane,
-    pub(crate) topic: Arc<TopicLanes>,
-    pub(crate) row: u32,
-    pub(crate) from: u64,
-    pub(crate) to: u64,
+pub struct Wanted {
+    /// For which lane of the member.
+    pub lane: Lane,
+    /// Of which topic.
+    pub topic: Arc<TopicLanes>,
+    /// The lane's number in the log.
+    pub row: u32,
+    /// The first position wanted.
+    pub from: u64,
+    /// Where the lane ends as far as it was seen, or the member's interest does; not included.
+    pub to: u64,
 }
 
 /// The state of one member or reader.
 #[derive(Debug)]
-pub(crate) struct MemberState {
+pub(super) struct MemberState {
     limits: Limits,
     lanes: LaneTable,
     /// By the lane's number.
@@ -82,11 +90,11 @@ pub(crate) struct MemberState {
     turn: usize,
     read_turn: usize,
     /// Where a reader ends when it ends at a time that was still to come.
-    pub(crate) until_time: Option<Timestamp>,
+    pub(super) until_time: Option<Timestamp>,
 }
 
 impl MemberState {
-    pub(crate) fn new(limits: Limits) -> Self {
+    pub(super) fn new(limits: Limits) -> Self {
         Self {
             limits,
             lanes: LaneTable::new(limits),
@@ -100,7 +108,7 @@ impl MemberState {
     }
 
     /// Opens lanes and announces them, all in one signal.
-    pub(crate) fn open(&mut self, places: Vec<Place>) {
+    pub(super) fn open(&mut self, places: Vec<Place>) {
         if places.is_empty() {
             return;
         }
@@ -145,7 +153,7 @@ impl MemberState {
     }
 
     /// Announces that lanes are to be released; nothing of them is handed out any more.
-    pub(crate) fn revoke(&mut self, places: &[TopicPartition]) {
+    pub(super) fn revoke(&mut self, places: &[TopicPartition]) {
         let lanes = self.lanes_at(places);
         for lane in &lanes {
             self.slots[lane.id as usize].revoking = true;
@@ -157,7 +165,7 @@ impl MemberState {
     }
 
     /// Closes lanes that are gone already, and says so.
-    pub(crate) fn lose(&mut self, places: &[TopicPartition]) {
+    pub(super) fn lose(&mut self, places: &[TopicPartition]) {
         let lanes = self.lanes_at(places);
         for lane in &lanes {
             self.close(*lane);
@@ -168,7 +176,7 @@ impl MemberState {
     }
 
     /// Closes lanes that their owner gives away, and returns where they are.
-    pub(crate) fn release(&mut self, lanes: &[Lane]) -> Vec<TopicPartition> {
+    pub(super) fn release(&mut self, lanes: &[Lane]) -> Vec<TopicPartition> {
         let mut places = Vec::new();
         for lane in lanes {
             let Some(slot) = self.slot(*lane) else {
@@ -197,7 +205,7 @@ impl MemberState {
     }
 
     /// The next signal there is: control first, then messages.
-    pub(crate) fn next_signal(&mut self) -> Option<Signal> {
+    pub(super) fn next_signal(&mut self) -> Option<Signal> {
         if let Some(signal) = self.control.pop_front() {
             return Some(signal);
         }
@@ -280,7 +288,7 @@ impl MemberState {
     }
 
     /// The pages worth reading next, each of another lane.
-    pub(crate) fn wanted(&mut self, pages_max: usize) -> Vec<Wanted> {
+    pub(super) fn wanted(&mut self, pages_max: usize) -> Vec<Wanted> {
         let mut pages = Vec::new();
         if self.ahead_bytes >= AHEAD_BYTES {
             return pages;
@@ -314,7 +322,7 @@ impl MemberState {
     }
 
     /// Takes in a page, unless its lane is another one by now.
-    pub(crate) fn take_page(&mut self, wanted: &Wanted, page: Page) {
+    pub(super) fn take_page(&mut self, wanted: &Wanted, page: Page) {
         if !self.lanes.is_open(wanted.lane) {
             return;
         }
@@ -339,7 +347,7 @@ impl MemberState {
     }
 
     /// Ends every lane before the position it is given here.
-    pub(crate) fn end_at(&mut self, ends: &[u64]) {
+    pub(super) fn end_at(&mut self, ends: &[u64]) {
         self.until_time = None;
         for (index, end) in ends.iter().enumerate() {
             if let Some(slot) = self.slots.get_mut(index) {
@@ -355,12 +363,12 @@ impl MemberState {
     }
 
     /// The rows of all lanes, in the order of their numbers.
-    pub(crate) fn rows(&self) -> Vec<u32> {
+    pub(super) fn rows(&self) -> Vec<u32> {
         self.slots.iter().map(|slot| slot.place.row()).collect()
     }
 
     /// Marks messages done; returns how many were of an older epoch or done before.
-    pub(crate) fn settle(&mut self, receipts: impl Iterator<Item = Receipt>) -> u64 {
+    pub(super) fn settle(&mut self, receipts: impl Iterator<Item = Receipt>) -> u64 {
         let stale = self.lanes.stale();
         for receipt in receipts {
             if let Settled::LowWater(position) = self.lanes.settle(receipt) {
@@ -372,7 +380,7 @@ impl MemberState {
     }
 
     /// What is settled and not recorded yet.
-    pub(crate) fn advances(&self, group: i64) -> Vec<Advance> {
+    pub(super) fn advances(&self, group: i64) -> Vec<Advance> {
         let open = self
             .slots
             .iter()
@@ -391,7 +399,7 @@ impl MemberState {
     }
 
     /// Takes note that advances are on disk.
-    pub(crate) fn recorded(&mut self, advances: &[Advance]) {
+    pub(super) fn recorded(&mut self, advances: &[Advance]) {
         for advance in advances {
             let mine = self.slots.iter_mut().find(|slot| {
                 slot.place.row() == advance.lane && slot.place.epoch == Some(advance.epoch)
@@ -421,7 +429,7 @@ impl Ahead {
 
 #[cfg(test)]
 mod tests {
-    use eventbus_core::{Message, Topic};
+    use crate::{Message, Topic};
 
     use super::*;
     use crate::log::Wakes;

@@ -10,11 +10,11 @@ use std::future::{pending, ready};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use async_trait::async_trait;
-use eventbus_core::{
+use crate::{
     Deliveries, Error, ErrorKind, HeldLeases, Lane, Lease, LeaseSignal, Leaseholder, Limits,
-    MemberId, Receipt, Result, Settlement, Signal, Verdict,
+    MemberId, Receipt, Result, Settlement, Signal, Timestamp, Verdict,
 };
+use async_trait::async_trait;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::Notify;
@@ -24,11 +24,11 @@ use super::{Log, Page};
 
 /// What the two halves share; the last one to be dropped makes the member leave.
 #[derive(Debug)]
-pub(crate) struct MemberHandle<L: Log> {
+pub struct MemberHandle<L: Log> {
     log: L,
     state: Mutex<MemberState>,
     /// Wakes `next`.
-    pub(crate) notify: Arc<Notify>,
+    pub notify: Arc<Notify>,
     /// It left, or its broker handle was closed.
     ended: Arc<AtomicBool>,
     seat: Option<Seat>,
@@ -36,15 +36,18 @@ pub(crate) struct MemberHandle<L: Log> {
 
 /// A member's place in its group.
 #[derive(Debug)]
-pub(crate) struct Seat {
-    pub(crate) group: i64,
-    pub(crate) member: MemberId,
-    pub(crate) held: HeldLeases,
+pub struct Seat {
+    /// The group, as the adapter numbers it.
+    pub group: i64,
+    /// Who it is.
+    pub member: MemberId,
+    /// What it holds, to be given back.
+    pub held: HeldLeases,
 }
 
 impl<L: Log> MemberHandle<L> {
     /// A member, or a reader when it has no seat. `ended` is raised when it leaves.
-    pub(crate) fn new(log: L, limits: Limits, ended: Arc<AtomicBool>, seat: Option<Seat>) -> Self {
+    pub fn new(log: L, limits: Limits, ended: Arc<AtomicBool>, seat: Option<Seat>) -> Self {
         Self {
             log,
             state: Mutex::new(MemberState::new(limits)),
@@ -54,17 +57,28 @@ impl<L: Log> MemberHandle<L> {
         }
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, MemberState> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, MemberState> {
         // Nothing is left half done by a panic that a later call could not read.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn is_ended(&self) -> bool {
+    /// Opens lanes and announces them, all in one signal.
+    pub fn open(&self, places: Vec<Place>) {
+        self.lock().open(places);
+    }
+
+    /// Has a reader end at a time, when the broker's clock is there, which may be now.
+    pub fn end_at(&self, time: Timestamp) {
+        self.lock().until_time = Some(time);
+    }
+
+    /// Whether it left, or its broker handle was closed.
+    pub fn is_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 
     /// Ends it: `next` and `settle` answer `Closed` from now on. Returns its seat the first time.
-    pub(crate) fn end(&self) -> Option<&Seat> {
+    pub fn end(&self) -> Option<&Seat> {
         if self.ended.swap(true, Ordering::AcqRel) {
             return None;
         }
@@ -116,7 +130,7 @@ enum Found {
 }
 
 /// The receiving half.
-pub(crate) struct LogDeliveries<L: Log> {
+pub struct LogDeliveries<L: Log> {
     handle: Arc<MemberHandle<L>>,
     leaseholder: Option<Leaseholder>,
     /// Granted, and not opened yet.
@@ -135,7 +149,8 @@ impl<L: Log> std::fmt::Debug for LogDeliveries<L> {
 }
 
 impl<L: Log> LogDeliveries<L> {
-    pub(crate) fn new(handle: Arc<MemberHandle<L>>, leaseholder: Option<Leaseholder>) -> Self {
+    /// Of this member; a reader has no leases.
+    pub fn new(handle: Arc<MemberHandle<L>>, leaseholder: Option<Leaseholder>) -> Self {
         let ending = find_ends(&handle);
         Self {
             handle,
@@ -194,8 +209,6 @@ impl<L: Log> LogDeliveries<L> {
             }
             LeaseSignal::Revoking(places) => self.handle.lock().revoke(&places),
             LeaseSignal::Lost(places) => self.handle.lock().lose(&places),
-            // A signal of a later version.
-            _ => {}
         }
     }
 
@@ -318,7 +331,7 @@ impl<L: Log> Deliveries for LogDeliveries<L> {
 
 /// The answering half.
 #[derive(Debug)]
-pub(crate) struct LogSettlement<L: Log>(pub(crate) Arc<MemberHandle<L>>);
+pub struct LogSettlement<L: Log>(pub Arc<MemberHandle<L>>);
 
 #[async_trait]
 impl<L: Log> Settlement for LogSettlement<L> {

@@ -9,19 +9,19 @@ use tokio::sync::{Notify, watch};
 
 /// The end of one lane, as far as it was seen, and who waits for more.
 #[derive(Debug)]
-pub(crate) struct LaneEnd {
+pub struct LaneEnd {
     next: AtomicU64,
     readers: Mutex<Vec<Weak<Notify>>>,
 }
 
 impl LaneEnd {
     /// The position that the next message gets.
-    pub(crate) fn next(&self) -> u64 {
+    pub fn next(&self) -> u64 {
         self.next.load(Ordering::Acquire)
     }
 
     /// Takes note of an end, and wakes who waits if it is a new one.
-    pub(crate) fn reaches(&self, next: u64) {
+    pub fn reaches(&self, next: u64) {
         if self.next.fetch_max(next, Ordering::AcqRel) >= next {
             return;
         }
@@ -33,7 +33,7 @@ impl LaneEnd {
     }
 
     /// Lets `reader` be woken until it is dropped.
-    pub(crate) fn listen(&self, reader: &Arc<Notify>) {
+    pub fn listen(&self, reader: &Arc<Notify>) {
         let mut readers = lock(&self.readers);
         readers.retain(|known| known.strong_count() > 0);
         let known = readers
@@ -47,7 +47,7 @@ impl LaneEnd {
 
 /// Everything of one database that somebody may wait for.
 #[derive(Debug)]
-pub(crate) struct Wakes {
+pub struct Wakes {
     lanes: Mutex<HashMap<u32, Weak<LaneEnd>>>,
     /// The generation of each group whose members wait for changes.
     groups: Mutex<HashMap<i64, watch::Sender<i64>>>,
@@ -61,7 +61,7 @@ pub(crate) struct Wakes {
 
 /// Held while somebody waits.
 #[derive(Debug)]
-pub(crate) struct Waiting<'w>(&'w Wakes);
+pub struct Waiting<'w>(&'w Wakes);
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
@@ -69,8 +69,15 @@ impl Drop for Waiting<'_> {
     }
 }
 
+impl Default for Wakes {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Wakes {
-    pub(crate) fn new() -> Self {
+    /// Nobody waits yet.
+    pub fn new() -> Self {
         Self {
             lanes: Mutex::new(HashMap::new()),
             groups: Mutex::new(HashMap::new()),
@@ -82,7 +89,7 @@ impl Wakes {
     }
 
     /// The end of a lane, for those who read it.
-    pub(crate) fn lane(&self, lane: u32, next: u64) -> Arc<LaneEnd> {
+    pub fn lane(&self, lane: u32, next: u64) -> Arc<LaneEnd> {
         let mut lanes = lock(&self.lanes);
         let known = lanes.get(&lane).and_then(Weak::upgrade);
         let end = known.unwrap_or_else(|| {
@@ -100,7 +107,7 @@ impl Wakes {
     }
 
     /// Takes note of lanes that became longer.
-    pub(crate) fn appended(&self, ends: &[(u32, u64)]) {
+    pub fn appended(&self, ends: &[(u32, u64)]) {
         for (lane, next) in ends {
             let end = lock(&self.lanes).get(lane).and_then(Weak::upgrade);
             if let Some(end) = end {
@@ -110,15 +117,14 @@ impl Wakes {
     }
 
     /// Takes note of where a lane ends in truth, after something said that it ends later.
-    #[cfg(feature = "postgres")]
-    pub(crate) fn ends_at(&self, lane: u32, next: u64) {
+    pub fn ends_at(&self, lane: u32, next: u64) {
         if let Some(end) = lock(&self.lanes).get(&lane).and_then(Weak::upgrade) {
             end.next.store(next, Ordering::Release);
         }
     }
 
     /// Hears of changes of a group.
-    pub(crate) fn group(&self, group: i64) -> watch::Receiver<i64> {
+    pub fn group(&self, group: i64) -> watch::Receiver<i64> {
         let mut groups = lock(&self.groups);
         groups.retain(|_, sender| sender.receiver_count() > 0);
         let sender = groups.entry(group).or_insert_with(|| watch::Sender::new(0));
@@ -126,7 +132,7 @@ impl Wakes {
     }
 
     /// Takes note that members or leases of a group changed.
-    pub(crate) fn group_changed(&self, group: i64, generation: i64) {
+    pub fn group_changed(&self, group: i64, generation: i64) {
         if let Some(sender) = lock(&self.groups).get(&group) {
             sender.send_if_modified(|known| {
                 let newer = *known < generation;
@@ -137,7 +143,7 @@ impl Wakes {
     }
 
     /// Has the database looked at until the guard is dropped.
-    pub(crate) fn wait(&self) -> Waiting<'_> {
+    pub fn wait(&self) -> Waiting<'_> {
         if self.waiting.fetch_add(1, Ordering::AcqRel) == 0 {
             self.waits.notify_one();
         }
@@ -145,61 +151,59 @@ impl Wakes {
     }
 
     /// Resolves when somebody waits.
-    pub(crate) async fn wanted(&self) {
+    pub async fn wanted(&self) {
         while self.waiting.load(Ordering::Acquire) == 0 {
             self.waits.notified().await;
         }
     }
 
     /// The lanes that somebody reads.
-    pub(crate) fn watched_lanes(&self) -> Vec<u32> {
+    pub fn watched_lanes(&self) -> Vec<u32> {
         let lanes = lock(&self.lanes);
         let alive = lanes.iter().filter(|(_, end)| end.strong_count() > 0);
         alive.map(|(lane, _)| *lane).collect()
     }
 
     /// The groups whose members wait for changes.
-    pub(crate) fn watched_groups(&self) -> Vec<i64> {
+    pub fn watched_groups(&self) -> Vec<i64> {
         lock(&self.groups).keys().copied().collect()
     }
 }
 
 impl Wakes {
     /// Hears of messages that are due earlier than all others.
-    pub(crate) fn schedule(&self) -> watch::Receiver<i64> {
+    pub fn schedule(&self) -> watch::Receiver<i64> {
         self.schedule.subscribe()
     }
 
-    #[cfg(feature = "sqlite")]
-    pub(crate) fn schedule_is_heard(&self) -> bool {
+    /// Whether anybody hears of the schedule.
+    pub fn schedule_is_heard(&self) -> bool {
         self.schedule.receiver_count() > 0
     }
 
     /// Takes note of the schedule's version.
-    pub(crate) fn schedule_changed(&self, version: i64) {
+    pub fn schedule_changed(&self, version: i64) {
         self.schedule
             .send_if_modified(|known| std::mem::replace(known, version.max(*known)) < version);
     }
 
     /// Hears of what is appended to the outbox.
-    pub(crate) fn outbox(&self) -> watch::Receiver<i64> {
+    pub fn outbox(&self) -> watch::Receiver<i64> {
         self.outbox.subscribe()
     }
 
-    #[cfg(feature = "sqlite")]
-    pub(crate) fn outbox_is_heard(&self) -> bool {
+    /// Whether anybody hears of the outbox.
+    pub fn outbox_is_heard(&self) -> bool {
         self.outbox.receiver_count() > 0
     }
 
     /// Takes note that something was appended to the outbox.
-    #[cfg(feature = "postgres")]
-    pub(crate) fn outbox_grew(&self) {
+    pub fn outbox_grew(&self) {
         self.outbox.send_modify(|times| *times += 1);
     }
 
     /// Takes note of how far the outbox goes.
-    #[cfg(feature = "sqlite")]
-    pub(crate) fn outbox_reaches(&self, position: i64) {
+    pub fn outbox_reaches(&self, position: i64) {
         self.outbox.send_if_modified(|known| {
             let newer = *known < position;
             *known = position.max(*known);

@@ -1,5 +1,6 @@
-//! What members and readers of a partitioned log in a database are, whatever database it is: their
-//! lanes, what is read ahead, who is woken. No SQL is here.
+//! What members and readers of a partitioned log are where no broker shares it out: their leases and
+//! lanes, what is read ahead, who is woken. For adapters of databases and of Redis; how such a log is
+//! kept, read and written is theirs.
 
 mod deliveries;
 mod member;
@@ -10,19 +11,19 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use eventbus_core::{Lease, MemberId, Message, Result, Timestamp};
+use crate::{Lease, MemberId, Message, Result, Timestamp};
 use tokio::sync::Notify;
 
-pub(crate) use deliveries::{LogDeliveries, LogSettlement, MemberHandle, Seat};
-pub(crate) use member::{Place, Wanted};
-pub(crate) use topics::{TopicLanes, Topics, is_dead_letters};
-pub(crate) use wake::{LaneEnd, Wakes};
+pub use deliveries::{LogDeliveries, LogSettlement, MemberHandle, Seat};
+pub use member::{Place, Wanted};
+pub use topics::{TopicLanes, Topics, is_dead_letters};
+pub use wake::{LaneEnd, Waiting, Wakes};
 
 /// Most messages of a page.
-pub(crate) const PAGE_ROWS: u64 = 512;
+pub const PAGE_ROWS: u64 = 512;
 
 /// A share of an open database, as its members use it.
-pub(crate) trait Log: Clone + Debug + Send + Sync + 'static {
+pub trait Log: Clone + Debug + Send + Sync + 'static {
     /// Most pages that one question reads.
     const PAGES_MAX: usize;
 
@@ -61,35 +62,45 @@ pub(crate) trait Log: Clone + Debug + Send + Sync + 'static {
 
 /// A message out of the log.
 #[derive(Clone, Debug)]
-pub(crate) struct Unpacked {
-    pub(crate) position: u64,
-    pub(crate) time: Timestamp,
+pub struct Unpacked {
+    /// Where it is.
+    pub position: u64,
+    /// When it was taken, by the broker's clock.
+    pub time: Timestamp,
     /// Bytes of key, headers and payload.
-    pub(crate) size: usize,
-    pub(crate) message: Message,
+    pub size: usize,
+    /// The message.
+    pub message: Message,
 }
 
 /// What was found from a position on.
 #[derive(Debug)]
-pub(crate) enum Page {
+#[allow(clippy::exhaustive_enums, reason = "a lane has messages or a gap")]
+pub enum Page {
     /// These, without a gap between them.
     Messages(Vec<Unpacked>),
     /// Everything before this position is gone.
-    Gone { base: u64 },
+    Gone {
+        /// The first position that there is, or will be.
+        base: u64,
+    },
 }
 
 /// A group's new place on a lane, as the holder of this epoch says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Advance {
-    pub(crate) group: i64,
-    pub(crate) lane: u32,
-    pub(crate) epoch: u64,
+pub struct Advance {
+    /// The group, as the adapter numbers it.
+    pub group: i64,
+    /// The lane's row.
+    pub lane: u32,
+    /// Which grant of it.
+    pub epoch: u64,
     /// The first position not settled.
-    pub(crate) position: u64,
+    pub position: u64,
 }
 
 /// The furthest of several advances of each lease, by group and lane.
-pub(crate) fn furthest<'a>(advances: impl IntoIterator<Item = &'a Advance>) -> Vec<Advance> {
+pub fn furthest<'a>(advances: impl IntoIterator<Item = &'a Advance>) -> Vec<Advance> {
     let mut furthest = BTreeMap::new();
     for advance in advances {
         let lease = (advance.group, advance.lane, advance.epoch);
