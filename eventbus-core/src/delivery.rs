@@ -33,6 +33,12 @@ pub struct Lane {
 #[allow(clippy::exhaustive_structs, reason = "a number with a meaning")]
 pub struct Position(pub u128);
 
+impl From<u64> for Position {
+    fn from(number: u64) -> Self {
+        Self(number.into())
+    }
+}
+
 impl std::fmt::Display for Position {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.fmt(f)

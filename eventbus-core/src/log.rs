@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::{Lease, MemberId, Message, Result, Timestamp};
+use crate::{Lease, MemberId, Message, Position, Result, Timestamp};
 use tokio::sync::Notify;
 
 pub use deliveries::{LogDeliveries, LogSettlement, MemberHandle, Seat};
@@ -39,7 +39,7 @@ pub trait Log: Clone + Debug + Send + Sync + 'static {
         &self,
         lanes: &[u32],
         time: Timestamp,
-    ) -> impl Future<Output = Result<Vec<u64>>> + Send;
+    ) -> impl Future<Output = Result<Vec<Position>>> + Send;
 
     /// Where the group goes on at the places that were granted; one that was granted to somebody
     /// else since is left out.
@@ -64,7 +64,7 @@ pub trait Log: Clone + Debug + Send + Sync + 'static {
 #[derive(Clone, Debug)]
 pub struct Unpacked {
     /// Where it is.
-    pub position: u64,
+    pub position: Position,
     /// When it was taken, by the broker's clock.
     pub time: Timestamp,
     /// Bytes of key, headers and payload.
@@ -77,12 +77,17 @@ pub struct Unpacked {
 #[derive(Debug)]
 #[allow(clippy::exhaustive_enums, reason = "a lane has messages or a gap")]
 pub enum Page {
-    /// These, without a gap between them.
+    /// These, without a gap between them. Reading goes on behind the last one.
     Messages(Vec<Unpacked>),
+    /// None are there, and reading goes on at this position.
+    Nothing {
+        /// Where the lane ends.
+        next: Position,
+    },
     /// Everything before this position is gone.
     Gone {
         /// The first position that there is, or will be.
-        base: u64,
+        base: Position,
     },
 }
 
@@ -96,7 +101,7 @@ pub struct Advance {
     /// Which grant of it.
     pub epoch: u64,
     /// The first position not settled.
-    pub position: u64,
+    pub position: Position,
 }
 
 /// The furthest of several advances of each lease, by group and lane.
@@ -104,7 +109,7 @@ pub fn furthest<'a>(advances: impl IntoIterator<Item = &'a Advance>) -> Vec<Adva
     let mut furthest = BTreeMap::new();
     for advance in advances {
         let lease = (advance.group, advance.lane, advance.epoch);
-        let position = furthest.entry(lease).or_insert(0);
+        let position = furthest.entry(lease).or_insert(Position(0));
         *position = advance.position.max(*position);
     }
     let advance = |((group, lane, epoch), position)| Advance {

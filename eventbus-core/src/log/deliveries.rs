@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{
     Deliveries, Error, ErrorKind, HeldLeases, Lane, Lease, LeaseSignal, Leaseholder, Limits,
-    MemberId, Receipt, Result, Settlement, Signal, Timestamp, Verdict,
+    MemberId, Position, Receipt, Result, Settlement, Signal, Timestamp, Verdict,
 };
 use async_trait::async_trait;
 use futures_util::FutureExt;
@@ -137,7 +137,7 @@ pub struct LogDeliveries<L: Log> {
     granted: Vec<Lease>,
     work: Option<Work>,
     /// Where a reader ends that ends at a time still to come.
-    ending: Option<BoxFuture<'static, Result<Vec<u64>>>>,
+    ending: Option<BoxFuture<'static, Result<Vec<Position>>>>,
 }
 
 impl<L: Log> std::fmt::Debug for LogDeliveries<L> {
@@ -266,14 +266,18 @@ impl<L: Log> LogDeliveries<L> {
     }
 }
 
-fn find_ends<L: Log>(handle: &MemberHandle<L>) -> Option<BoxFuture<'static, Result<Vec<u64>>>> {
+fn find_ends<L: Log>(
+    handle: &MemberHandle<L>,
+) -> Option<BoxFuture<'static, Result<Vec<Position>>>> {
     let state = handle.lock();
     let time = state.until_time?;
     let (log, rows) = (handle.log.clone(), state.rows());
     Some(async move { log.ends_at(&rows, time).await }.boxed())
 }
 
-async fn reach(ending: &mut Option<BoxFuture<'static, Result<Vec<u64>>>>) -> Result<Vec<u64>> {
+async fn reach(
+    ending: &mut Option<BoxFuture<'static, Result<Vec<Position>>>>,
+) -> Result<Vec<Position>> {
     match ending {
         Some(ending) => ending.await,
         None => pending().await,

@@ -22,9 +22,9 @@ pub struct Place {
     /// Which of its partitions.
     pub partition: u32,
     /// Where reading starts.
-    pub position: u64,
+    pub position: Position,
     /// Where it ends, not included.
-    pub until: u64,
+    pub until: Position,
     /// The end of the log there.
     pub end: Arc<LaneEnd>,
     /// The lease it is held by; a reader has none.
@@ -44,22 +44,22 @@ struct Slot {
     lane: Lane,
     place: Place,
     /// The next position to read.
-    read_to: u64,
+    read_to: Position,
     ahead: VecDeque<Ahead>,
     /// `Ended` was said.
     ended: bool,
     /// The owner was told to release it.
     revoking: bool,
     /// Settled up to here, and recorded up to there.
-    settled: u64,
-    recorded: u64,
+    settled: Position,
+    recorded: Position,
 }
 
 /// What was read and not handed out.
 #[derive(Debug)]
 enum Ahead {
     Message(Unpacked),
-    Gap { from: u64, to: u64 },
+    Gap { from: Position, to: Position },
 }
 
 /// A page to read.
@@ -72,9 +72,9 @@ pub struct Wanted {
     /// The lane's number in the log.
     pub row: u32,
     /// The first position wanted.
-    pub from: u64,
+    pub from: Position,
     /// Where the lane ends as far as it was seen, or the member's interest does; not included.
-    pub to: u64,
+    pub to: Position,
 }
 
 /// The state of one member or reader.
@@ -117,7 +117,7 @@ impl MemberState {
         for place in places {
             let lane = self.lanes.open();
             let assignment = Assignment::new(lane, place.topic.name.clone(), place.partition);
-            assignments.push(assignment.with_position(Position(place.position.into())));
+            assignments.push(assignment.with_position(place.position));
             opened.push(lane.id as usize);
             let slot = Slot {
                 lane,
@@ -249,7 +249,6 @@ impl MemberState {
                 Some(Ahead::Gap { from, to }) => {
                     let (lane, from, to) = (slot.lane, *from, *to);
                     slot.ahead.pop_front();
-                    let (from, to) = (Position(from.into()), Position(to.into()));
                     self.control.push_back(Signal::Gap { lane, from, to });
                     // What stands before it in this batch goes first.
                     return true;
@@ -271,7 +270,7 @@ impl MemberState {
             };
             credit -= 1;
             self.ahead_bytes -= unpacked.size;
-            let position = Position(unpacked.position.into());
+            let position = unpacked.position;
             let receipt = self.lanes.hand_out(slot.lane, position, unpacked.size);
             batch.push(Delivery::new(unpacked.message, receipt).with_position(position));
         }
@@ -333,10 +332,13 @@ impl MemberState {
         }
         match page {
             Page::Messages(messages) => {
-                slot.read_to += messages.len() as u64;
+                if let Some(last) = messages.last() {
+                    slot.read_to = behind(last.position);
+                }
                 self.ahead_bytes += messages.iter().map(|message| message.size).sum::<usize>();
                 slot.ahead.extend(messages.into_iter().map(Ahead::Message));
             }
+            Page::Nothing { next } => slot.read_to = next.max(slot.read_to),
             Page::Gone { base } => {
                 let to = base.min(slot.place.until);
                 let from = slot.read_to;
@@ -347,7 +349,7 @@ impl MemberState {
     }
 
     /// Ends every lane before the position it is given here.
-    pub(super) fn end_at(&mut self, ends: &[u64]) {
+    pub(super) fn end_at(&mut self, ends: &[Position]) {
         self.until_time = None;
         for (index, end) in ends.iter().enumerate() {
             if let Some(slot) = self.slots.get_mut(index) {
@@ -372,8 +374,7 @@ impl MemberState {
         let stale = self.lanes.stale();
         for receipt in receipts {
             if let Settled::LowWater(position) = self.lanes.settle(receipt) {
-                // It was handed out here, so it fits.
-                self.slots[receipt.lane.id as usize].settled = position.0 as u64 + 1;
+                self.slots[receipt.lane.id as usize].settled = behind(position);
             }
         }
         self.lanes.stale() - stale
@@ -411,8 +412,13 @@ impl MemberState {
     }
 }
 
+/// The first position behind this one.
+fn behind(position: Position) -> Position {
+    Position(position.0 + 1)
+}
+
 impl Ahead {
-    fn position(&self) -> u64 {
+    fn position(&self) -> Position {
         match self {
             Self::Message(message) => message.position,
             Self::Gap { from, .. } => *from,
@@ -443,14 +449,14 @@ mod tests {
         state.open(vec![Place {
             topic: Arc::new(TopicLanes::new(TOPIC, 1, 1)),
             partition: 0,
-            position: 0,
-            until: u64::MAX,
-            end: Wakes::new().lane(1, messages),
+            position: Position(0),
+            until: Position(u128::MAX),
+            end: Wakes::new().lane(1, Position(messages.into())),
             epoch: None,
         }]);
         let wanted = state.wanted(1);
         let message = |position: u64| Unpacked {
-            position,
+            position: Position(position.into()),
             time: Timestamp::from_micros(position as i64),
             size: 1,
             message: Message::new(TOPIC, "x"),
@@ -466,7 +472,7 @@ mod tests {
     fn what_was_read_ahead_behind_the_end_is_not_handed_out() {
         let mut state = reader(4, Timestamp::from_micros(2));
         assert!(matches!(state.next_signal(), Some(Signal::Assigned(_))));
-        state.end_at(&[2]);
+        state.end_at(&[Position(2)]);
         let Some(Signal::Delivered(batch)) = state.next_signal() else {
             panic!("two messages are before the end");
         };

@@ -2,28 +2,34 @@
 //! modules to see; here is who waits for it.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::{Notify, watch};
 
+use crate::delivery::Position;
+
 /// The end of one lane, as far as it was seen, and who waits for more.
 #[derive(Debug)]
 pub struct LaneEnd {
-    next: AtomicU64,
+    next: Mutex<Position>,
     readers: Mutex<Vec<Weak<Notify>>>,
 }
 
 impl LaneEnd {
     /// The position that the next message gets.
-    pub fn next(&self) -> u64 {
-        self.next.load(Ordering::Acquire)
+    pub fn next(&self) -> Position {
+        *lock(&self.next)
     }
 
     /// Takes note of an end, and wakes who waits if it is a new one.
-    pub fn reaches(&self, next: u64) {
-        if self.next.fetch_max(next, Ordering::AcqRel) >= next {
-            return;
+    pub fn reaches(&self, next: Position) {
+        {
+            let mut known = lock(&self.next);
+            if *known >= next {
+                return;
+            }
+            *known = next;
         }
         for reader in lock(&self.readers).iter() {
             if let Some(reader) = reader.upgrade() {
@@ -89,13 +95,13 @@ impl Wakes {
     }
 
     /// The end of a lane, for those who read it.
-    pub fn lane(&self, lane: u32, next: u64) -> Arc<LaneEnd> {
+    pub fn lane(&self, lane: u32, next: Position) -> Arc<LaneEnd> {
         let mut lanes = lock(&self.lanes);
         let known = lanes.get(&lane).and_then(Weak::upgrade);
         let end = known.unwrap_or_else(|| {
             lanes.retain(|_, end| end.strong_count() > 0);
             let end = Arc::new(LaneEnd {
-                next: AtomicU64::new(next),
+                next: Mutex::new(next),
                 readers: Mutex::new(Vec::new()),
             });
             lanes.insert(lane, Arc::downgrade(&end));
@@ -107,19 +113,19 @@ impl Wakes {
     }
 
     /// Takes note of lanes that became longer.
-    pub fn appended(&self, ends: &[(u32, u64)]) {
+    pub fn appended<P: Copy + Into<Position>>(&self, ends: &[(u32, P)]) {
         for (lane, next) in ends {
             let end = lock(&self.lanes).get(lane).and_then(Weak::upgrade);
             if let Some(end) = end {
-                end.reaches(*next);
+                end.reaches((*next).into());
             }
         }
     }
 
     /// Takes note of where a lane ends in truth, after something said that it ends later.
-    pub fn ends_at(&self, lane: u32, next: u64) {
+    pub fn ends_at(&self, lane: u32, next: Position) {
         if let Some(end) = lock(&self.lanes).get(&lane).and_then(Weak::upgrade) {
-            end.next.store(next, Ordering::Release);
+            *lock(&end.next) = next;
         }
     }
 

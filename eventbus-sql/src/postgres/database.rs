@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use eventbus_core::{Error, ErrorKind, Lease, MemberId, Result, Timestamp, Topic};
+use eventbus_core::{Error, ErrorKind, Lease, MemberId, Position, Result, Timestamp, Topic};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 use tokio::sync::Notify;
@@ -160,7 +160,7 @@ impl Log for Shared {
         self.pages(wanted).await
     }
 
-    async fn ends_at(&self, lanes: &[u32], time: Timestamp) -> Result<Vec<u64>> {
+    async fn ends_at(&self, lanes: &[u32], time: Timestamp) -> Result<Vec<Position>> {
         // The clock of the database says when a message was taken, so it says when the end is.
         loop {
             let now = self.now().await?;
@@ -173,7 +173,7 @@ impl Log for Shared {
         let ends = self.first_at_or_after(lanes, time).await?;
         Ok(lanes
             .iter()
-            .map(|lane| ends.get(lane).copied().unwrap_or(u64::MAX))
+            .map(|lane| ends.get(lane).copied().unwrap_or(u64::MAX).into())
             .collect())
     }
 

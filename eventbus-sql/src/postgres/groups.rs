@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use eventbus_core::{Group, Lease, Result, Start};
+use eventbus_core::{Group, Lease, Position, Result, Start};
 use tokio::sync::Notify;
 
 use super::database::Database;
@@ -122,13 +122,13 @@ impl Database {
             else {
                 continue;
             };
-            let end = self.wakes.lane(lane, next as u64);
+            let end = self.wakes.lane(lane, (next as u64).into());
             end.listen(notify);
             places.push(Place {
                 topic: Arc::clone(topic),
                 partition: lease.place.partition,
-                position: position as u64,
-                until: u64::MAX,
+                position: (position as u64).into(),
+                until: Position(u128::MAX),
                 end,
                 epoch: Some(lease.epoch),
             });

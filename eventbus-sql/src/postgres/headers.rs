@@ -111,7 +111,7 @@ impl Packed {
         let mut message = Message::new(topic.clone(), payload).with_headers(headers);
         message.key = self.key.map(|end| Key::new(page.slice(self.start..end)));
         Ok(Unpacked {
-            position: self.position,
+            position: self.position.into(),
             time: self.time,
             size: self.payload - self.start,
             message,

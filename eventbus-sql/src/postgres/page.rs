@@ -79,8 +79,11 @@ impl Database {
     /// Reads messages of lanes that have some at the places where they are wanted from.
     pub(super) async fn pages(&self, wanted: &[Wanted]) -> Result<Vec<Page>> {
         let lanes: Vec<i32> = wanted.iter().map(|wanted| wanted.row as i32).collect();
-        let first: Vec<i64> = wanted.iter().map(|wanted| wanted.from as i64).collect();
-        let behind = wanted.iter().map(|wanted| stored(wanted.to));
+        let first: Vec<i64> = wanted
+            .iter()
+            .map(|wanted| stored(to_u64(wanted.from)))
+            .collect();
+        let behind = wanted.iter().map(|wanted| stored(to_u64(wanted.to)));
         let behind: Vec<i64> = behind.collect();
         let rows_max = (PAGES_ROWS / wanted.len().max(1)).max(PAGE_ROWS_MIN) as u64;
         let sql = self.tables.sql(SELECT_PAGES);
@@ -123,16 +126,16 @@ impl Database {
         let sql = self.tables.sql(SELECT_MISSING);
         let rows = self.query(READ, || {
             let query = sqlx::query(sql.clone()).bind(wanted.row as i32);
-            query.bind(stored(wanted.from))
+            query.bind(stored(to_u64(wanted.from)))
         });
         let rows = rows.await?;
         let lane = rows.first().map(|row| -> Result<(i64, i64, bool)> {
             let (base, next) = (self.column(READ, row, 0)?, self.column(READ, row, 1)?);
             Ok((base, next, self.column(READ, row, 2)?))
         });
-        let from = stored(wanted.from);
+        let from = stored(to_u64(wanted.from));
         match lane.transpose()? {
-            Some((base, _, _)) if base > from => Ok(Page::Gone { base: base as u64 }),
+            Some((base, _, _)) if base > from => Ok(Page::Gone { base: (base as u64).into() }),
             // It came between the two questions, and is read with the next.
             Some((_, _, true)) => Ok(Page::Messages(Vec::new())),
             Some((_, next, _)) if next == from => {
@@ -249,7 +252,7 @@ fn sound(rows: &[Packed], wanted: &Wanted, bytes: &Bytes) -> Result<Vec<Unpacked
 
 /// How many of the first rows are the page: of its lane, from where it is wanted, without a hole.
 fn dense(rows: &[Packed], wanted: &Wanted) -> usize {
-    let places = rows.iter().zip(wanted.from..);
+    let places = rows.iter().zip(to_u64(wanted.from)..);
     let is_next =
         |(row, position): &(&Packed, u64)| row.lane() == wanted.row && row.position() == *position;
     places.take_while(is_next).count()

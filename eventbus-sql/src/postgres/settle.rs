@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use eventbus_core::{Coalescer, Error, ErrorKind, Flushes, Result};
 use tokio::sync::oneshot;
 
-use super::page::{ids, stored};
+use super::page::{ids, stored, to_u64};
 use super::session::Sessions;
 use super::tables::Tables;
 use super::writer::Line;
@@ -112,7 +112,9 @@ impl SettlerTask {
         let groups: Vec<i64> = advances.iter().map(|advance| advance.group).collect();
         let lanes: Vec<u32> = advances.iter().map(|advance| advance.lane).collect();
         let epochs: Vec<i64> = advances.iter().map(|it| it.epoch as i64).collect();
-        let positions = advances.iter().map(|advance| stored(advance.position));
+        let positions = advances
+            .iter()
+            .map(|advance| stored(to_u64(advance.position)));
         let query = sqlx::query(self.tables.sql(ADVANCE))
             .bind(groups)
             .bind(ids(&lanes))

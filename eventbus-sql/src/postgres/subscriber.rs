@@ -92,13 +92,13 @@ async fn read(
     for topic in topics {
         for (partition, lane) in topic.lanes() {
             let next = rows.get(&lane).map_or(0, |row| row.next);
-            let end = database.wakes.lane(lane, next);
+            let end = database.wakes.lane(lane, next.into());
             end.listen(&handle.notify);
             places.push(Place {
                 topic: Arc::clone(topic),
                 partition,
-                position: starts.get(&lane).copied().unwrap_or(0),
-                until: ends.get(&lane).copied().unwrap_or(u64::MAX),
+                position: starts.get(&lane).copied().unwrap_or(0).into(),
+                until: ends.get(&lane).copied().unwrap_or(u64::MAX).into(),
                 end,
                 epoch: None,
             });

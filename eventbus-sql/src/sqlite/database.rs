@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Lease, MemberId, Result, Timestamp, Topic};
+use eventbus_core::{Error, ErrorKind, Lease, MemberId, Position, Result, Timestamp, Topic};
 use futures_util::FutureExt;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
@@ -104,13 +104,13 @@ impl Log for Shared {
         Ok(pages)
     }
 
-    async fn ends_at(&self, lanes: &[u32], time: Timestamp) -> Result<Vec<u64>> {
+    async fn ends_at(&self, lanes: &[u32], time: Timestamp) -> Result<Vec<Position>> {
         while self.now() < time {
             sleep(time.since(self.now())).await;
         }
         let mut ends = Vec::with_capacity(lanes.len());
         for lane in lanes {
-            ends.push(self.first_at_or_after(*lane, time).await?);
+            ends.push(self.first_at_or_after(*lane, time).await?.into());
         }
         Ok(ends)
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use eventbus_core::{Error, ErrorKind, Group, Lease, Result, Start};
+use eventbus_core::{Error, ErrorKind, Group, Lease, Position, Result, Start};
 use futures_util::FutureExt;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
@@ -196,13 +196,13 @@ impl Database {
             if cursor.epoch != lease.epoch {
                 continue;
             }
-            let end = self.wakes.lane(row, lane.next);
+            let end = self.wakes.lane(row, lane.next.into());
             end.listen(notify);
             places.push(Place {
                 topic,
                 partition: lease.place.partition,
-                position: cursor.position,
-                until: u64::MAX,
+                position: cursor.position.into(),
+                until: Position(u128::MAX),
                 end,
                 epoch: Some(lease.epoch),
             });

@@ -117,7 +117,7 @@ pub(super) fn unpack(
             .key
             .map(|_| Key::new(row.slice(HEAD_FIXED..headers_at)));
         Some(Unpacked {
-            position,
+            position: position.into(),
             time: time_of(&row)?,
             size: total - HEAD_FIXED,
             message,
@@ -243,7 +243,10 @@ mod tests {
             let (head, payload) = Packed::new(3, &message).row(id_of(3, 9), &[], time);
             let read = read((3, 9), &head, &payload).expect("it is sound");
             assert_eq!(read.size, message.size());
-            assert_eq!((read.message, read.time, read.position), (message, time, 9));
+            assert_eq!(
+                (read.message, read.time, read.position),
+                (message, time, 9.into())
+            );
             assert_eq!(time_of(&head), Some(time));
         }
     }

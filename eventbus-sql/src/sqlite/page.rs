@@ -31,7 +31,7 @@ const SELECT_HEAD: &str = "SELECT head FROM {p}messages WHERE id = ?";
 impl Database {
     /// Reads messages of a lane that has some at the place where they are wanted from.
     pub(super) async fn read_page(&self, wanted: &Wanted) -> Result<Page> {
-        let Wanted { from, to, .. } = *wanted;
+        let (from, to) = (to_u64(wanted.from), to_u64(wanted.to));
         let (topic, lane) = (&*wanted.topic, wanted.row);
         let query = sqlx::query(self.sql(SELECT_PAGE))
             .bind(id_of(lane, from))
@@ -70,7 +70,7 @@ impl Database {
         }
         let base = self.lane(lane).await?.base;
         if base > from {
-            return Ok(Page::Gone { base });
+            return Ok(Page::Gone { base: base.into() });
         }
         Err(self.named(damaged(&topic.name, from), topic, lane))
     }

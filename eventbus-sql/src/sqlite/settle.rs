@@ -3,6 +3,7 @@
 use sqlx::SqliteConnection;
 
 use super::headers::seal;
+use super::page::to_u64;
 use super::tables::Tables;
 use super::writer::Failure;
 use eventbus_core::log::{Advance, furthest};
@@ -39,7 +40,8 @@ pub(super) async fn record<'a>(
                 epoch,
                 position,
             } = advance;
-            let seal = cursor_seal(*group, *lane, *position);
+            let position = to_u64(*position);
+            let seal = cursor_seal(*group, *lane, position);
             format!("[{group},{lane},{epoch},{position},{seal}]")
         })
         .collect();

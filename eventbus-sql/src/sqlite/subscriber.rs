@@ -102,13 +102,13 @@ async fn read(
                 Start::Latest => row.next,
                 start => database.start_position(lane, start).await?,
             };
-            let end = database.wakes.lane(lane, row.next);
+            let end = database.wakes.lane(lane, row.next.into());
             end.listen(&handle.notify);
             places.push(Place {
                 topic: Arc::clone(topic),
                 partition,
-                position,
-                until,
+                position: position.into(),
+                until: until.into(),
                 end,
                 epoch: None,
             });
