@@ -26,6 +26,7 @@ mod held_keys;
 mod key_state;
 mod lane_table;
 mod lease;
+pub mod lines;
 pub mod log;
 mod memory;
 mod message;
@@ -119,5 +120,5 @@ pub use service::{
     BrokerHealth, ConsumerHealth, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping,
 };
 pub use unit_of_work::{Committed, InboxEntry, NoUnit, Unit, UnitOfWork, Work};
-pub use url::{redacted_option, redacted_url};
+pub use url::{duration, redacted_option, redacted_url};
 pub use whereabouts::{EventPlace, GroupProgress, HeldFor, Lookup, Progress, Unknown, Whereabouts};

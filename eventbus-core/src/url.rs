@@ -1,4 +1,7 @@
-//! URLs of brokers as they may be shown: without what may be a password. Nothing is read here.
+//! URLs of brokers as they may be shown, without what may be a password, and times as their options
+//! name them.
+
+use std::time::Duration;
 
 /// A URL without its user, password and options.
 ///
@@ -34,6 +37,34 @@ pub fn redacted_option<'o>(url: &str, option: &'o str) -> &'o str {
         .split_once('?')
         .is_some_and(|(_, behind)| behind.contains('@'));
     if is_behind { "***" } else { option }
+}
+
+/// Reads a time as an option of a URL names it: a whole number with one of the units `ms`, `s`, `m`,
+/// `h` and `d`; `None` where it is none.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use eventbus_core::duration;
+///
+/// assert_eq!(duration("90s"), Some(Duration::from_secs(90)));
+/// assert_eq!(duration("90"), None);
+/// ```
+#[must_use]
+pub fn duration(text: &str) -> Option<Duration> {
+    let digits = text.find(|letter: char| !letter.is_ascii_digit())?;
+    let (number, unit) = text.split_at(digits);
+    let number: u32 = number.parse().ok()?;
+    let unit = match unit {
+        "ms" => Duration::from_millis(1),
+        "s" => Duration::from_secs(1),
+        "m" => Duration::from_secs(60),
+        "h" => Duration::from_secs(60 * 60),
+        "d" => Duration::from_secs(24 * 60 * 60),
+        _ => return None,
+    };
+    unit.checked_mul(number)
 }
 
 fn is_scheme(text: &str) -> bool {

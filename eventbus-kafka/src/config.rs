@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Result, redacted_option, redacted_url};
+use eventbus_core::{Error, ErrorKind, Result, duration, redacted_option, redacted_url};
 use percent_encoding::percent_decode_str;
 use rdkafka::ClientConfig;
 
@@ -239,8 +239,11 @@ impl KafkaConfig {
     }
 
     fn set(mut self, name: &str, value: &str) -> Result<Self, String> {
-        let time =
-            || duration(value).ok_or("a time is a number with a unit, such as 500ms, 5s or 1m");
+        let time = || {
+            duration(value)
+                .filter(|time| !time.is_zero())
+                .ok_or("a time is a number with a unit, such as 500ms, 5s or 1m")
+        };
         let truth = || value.parse::<bool>().map_err(|_| "it is `true` or `false`");
         match name {
             "create_topics" => self.create_topics = truth()?,
@@ -430,20 +433,6 @@ fn credentials(text: &str) -> Option<(String, String)> {
     let (user, password) = text.split_once(':')?;
     let decoded = |text| Some(percent_decode_str(text).decode_utf8().ok()?.into_owned());
     Some((decoded(user)?, decoded(password)?))
-}
-
-/// Reads a number with a unit.
-fn duration(text: &str) -> Option<Duration> {
-    let digits = text.find(|letter: char| !letter.is_ascii_digit())?;
-    let (number, unit) = text.split_at(digits);
-    let millis = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        _ => return None,
-    };
-    Some(Duration::from_millis(millis).checked_mul(number.parse().ok()?)?)
-        .filter(|time| !time.is_zero())
 }
 
 #[cfg(test)]

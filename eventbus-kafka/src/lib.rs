@@ -25,7 +25,6 @@ mod deliveries;
 mod error;
 mod in_flight;
 mod lanes;
-mod lines;
 mod poller;
 mod producer;
 mod record;

@@ -3,13 +3,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bytes::{Bytes, BytesMut};
-use eventbus_core::{Headers, HeadersBuilder, Key, Message, Result, Topic, header};
+use eventbus_core::{Headers, HeadersBuilder, Key, Message, Result, Topic, header, lines};
 use rdkafka::message::{
     BorrowedHeaders, BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders,
 };
 use rdkafka::producer::BaseRecord;
-
-use crate::lines;
 
 /// Payloads of this size and more get memory of their own: a small part of a message that is kept
 /// does not keep them.
@@ -28,7 +26,7 @@ pub(crate) fn to_record<'m>(
     if let Some(key) = &message.key {
         record = record.key(key.as_bytes());
     }
-    let in_lines = lines::write(&message.headers, lines);
+    let in_lines = lines::write(&message.headers, lines::OURS, lines);
     let rest = message.headers.iter().skip(in_lines);
     // One of that name that is not ours comes behind ours, if need be behind none: it stays what it is.
     // To the client a name ends at a NUL.
@@ -100,7 +98,7 @@ impl Reader {
                 Some((lines::NAME, lines)) if !has_lines => {
                     has_lines = true;
                     let is_block = !lines.is_empty() || has_another(headers, index + 1);
-                    match lines::read(lines, builder).filter(|_| is_block) {
+                    match lines::read(lines, lines::OURS, builder).filter(|_| is_block) {
                         Some(read) => builder = read,
                         None => {
                             self.chunk = BytesMut::with_capacity(CHUNK);

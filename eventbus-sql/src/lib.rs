@@ -2,7 +2,6 @@
 #![warn(clippy::unwrap_used, clippy::print_stdout)]
 
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
-mod duration;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod option;

@@ -335,7 +335,14 @@ impl<L: Log> Deliveries for LogDeliveries<L> {
 
 /// The answering half.
 #[derive(Debug)]
-pub struct LogSettlement<L: Log>(pub Arc<MemberHandle<L>>);
+pub struct LogSettlement<L: Log>(Arc<MemberHandle<L>>);
+
+impl<L: Log> LogSettlement<L> {
+    /// Of this member.
+    pub fn new(handle: Arc<MemberHandle<L>>) -> Self {
+        Self(handle)
+    }
+}
 
 #[async_trait]
 impl<L: Log> Settlement for LogSettlement<L> {

@@ -112,20 +112,28 @@ impl Wakes {
         end
     }
 
+    /// The end of a lane that somebody reads.
+    pub fn end_of(&self, lane: u32) -> Option<Arc<LaneEnd>> {
+        lock(&self.lanes).get(&lane).and_then(Weak::upgrade)
+    }
+
     /// Takes note of lanes that became longer.
     pub fn appended<P: Copy + Into<Position>>(&self, ends: &[(u32, P)]) {
         for (lane, next) in ends {
-            let end = lock(&self.lanes).get(lane).and_then(Weak::upgrade);
-            if let Some(end) = end {
+            if let Some(end) = self.end_of(*lane) {
                 end.reaches((*next).into());
             }
         }
     }
 
-    /// Takes note of where a lane ends in truth, after something said that it ends later.
-    pub fn ends_at(&self, lane: u32, next: Position) {
-        if let Some(end) = lock(&self.lanes).get(&lane).and_then(Weak::upgrade) {
-            *lock(&end.next) = next;
+    /// Takes note of where a lane ends in truth, after something said that it ends at `said`; whoever
+    /// said something else since knows better.
+    pub fn corrects(&self, lane: u32, said: Position, next: Position) {
+        if let Some(end) = self.end_of(lane) {
+            let mut known = lock(&end.next);
+            if *known == said {
+                *known = next;
+            }
         }
     }
 

@@ -3,13 +3,14 @@
 use std::fmt;
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Result, redacted_option};
+use eventbus_core::{Error, ErrorKind, Result, duration, redacted_option};
 use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use super::tables::{SCHEMA_RULE, is_schema};
-use crate::duration::{DAY, duration};
 use crate::option::misread;
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Most partitions a topic may have on this broker.
 pub(super) const PARTITIONS_MAX: u32 = 4096;

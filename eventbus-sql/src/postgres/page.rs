@@ -140,7 +140,7 @@ impl Database {
             Some((_, _, true)) => Ok(Page::Messages(Vec::new())),
             Some((_, next, _)) if next == from => {
                 // Anybody can send a notification; this one said what is not true.
-                self.wakes.ends_at(wanted.row, wanted.from);
+                self.wakes.corrects(wanted.row, wanted.to, wanted.from);
                 Ok(Page::Messages(Vec::new()))
             }
             _ => Err(Error::new(

@@ -32,7 +32,7 @@ impl Subscriber for PostgresBroker {
         self.client().adopt(&handle)?;
         Ok(Member::new(
             Box::new(LogDeliveries::new(Arc::clone(&handle), leaseholder)),
-            Box::new(LogSettlement(handle)),
+            Box::new(LogSettlement::new(handle)),
         ))
     }
 }

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use eventbus_core::{Clock, Error, ErrorKind, Result, SystemClock, redacted_url};
+use eventbus_core::{Clock, Error, ErrorKind, Result, SystemClock, duration, redacted_url};
 
 use super::tables::Tables;
-use crate::duration::{DAY, duration};
 use crate::option::misread;
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Most partitions a topic may have on this broker.
 pub(super) const PARTITIONS_MAX: u32 = 4096;
@@ -298,7 +299,6 @@ fn unescaped(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::duration::HOUR;
 
     #[test]
     fn a_url_says_path_and_options() {
@@ -311,7 +311,7 @@ mod tests {
         assert_eq!(config.busy_timeout, Duration::from_millis(250));
         assert_eq!(
             (config.lease, config.group_expiry),
-            (Duration::from_secs(3), HOUR)
+            (Duration::from_secs(3), Duration::from_secs(3600))
         );
         assert_eq!(config.retention_interval, Duration::from_secs(60));
         let config = SqliteConfig::from_url("sqlite://shop.db").expect("a good url");

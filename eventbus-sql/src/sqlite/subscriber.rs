@@ -29,7 +29,7 @@ impl Subscriber for SqliteBroker {
         self.client().adopt(&handle)?;
         Ok(Member::new(
             Box::new(LogDeliveries::new(Arc::clone(&handle), leaseholder)),
-            Box::new(LogSettlement(handle)),
+            Box::new(LogSettlement::new(handle)),
         ))
     }
 }

@@ -1,25 +1,25 @@
-//! Our headers in one header of Kafka: `eb-headers`, with a line `name: value` for each.
+//! Several headers as one text, with a line `name: value` for each: for adapters of brokers whose
+//! clients take memory for every header of a message.
 //!
-//! The client takes memory for each header, when it is sent, when it is read, and gives it back both
-//! times: nine of them cost a third of a consumer's time. What is for others, such as the content
-//! type and the trace context, has headers of its own, and every tool shows the lines as the text
-//! that they are. A line has nothing but its name, a colon, a space and its value; what has no room
-//! on one, such as a value of several lines, ends the block and is a header of its own.
+//! A line has nothing but its name, a colon, a space and its value, and every tool shows the lines as
+//! the text that they are. What has no room on one, such as a value of several lines, ends the text
+//! and is a header of its own.
 
-use eventbus_core::{Headers, HeadersBuilder};
+use crate::message::{Headers, HeadersBuilder};
 
-/// The header with the lines: the first of that name. One that a message has itself comes behind it.
-pub(crate) const NAME: &str = "eb-headers";
+/// What the lines are called on a message.
+pub const NAME: &str = "eb-headers";
 
-/// What the names of our headers begin with.
-const OURS: &[u8] = b"eb-";
+/// What the names of the SDK's own headers begin with.
+pub const OURS: &[u8] = b"eb-";
 
-/// Writes the lines of the headers of ours that are at the front, and says how many those are.
-pub(crate) fn write(headers: &Headers, lines: &mut Vec<u8>) -> usize {
+/// Writes the lines of the headers at the front whose names begin with `prefix`, and says how many
+/// those are.
+pub fn write(headers: &Headers, prefix: &[u8], lines: &mut Vec<u8>) -> usize {
     lines.clear();
     let mut count = 0;
     for (name, value) in headers.iter_bytes() {
-        let fits = name.starts_with(OURS)
+        let fits = name.starts_with(prefix)
             && !name.iter().any(|byte| matches!(byte, b':' | b'\n'))
             && memchr::memchr(b'\n', value).is_none();
         if !fits {
@@ -32,22 +32,23 @@ pub(crate) fn write(headers: &Headers, lines: &mut Vec<u8>) -> usize {
         count += 1;
     }
     if std::str::from_utf8(lines).is_err() {
-        // Ours are text. A value that is not must be somebody's who uses our names.
+        // A value is no text, which no tool would show.
         lines.clear();
         return 0;
     }
     count
 }
 
-/// Reads lines into a set of headers; `None` where they are no lines, but a header of somebody else.
-pub(crate) fn read(lines: &[u8], mut headers: HeadersBuilder) -> Option<HeadersBuilder> {
+/// Reads lines into a set of headers; `None` where they are none of these, but a header of somebody
+/// else.
+pub fn read(lines: &[u8], prefix: &[u8], mut headers: HeadersBuilder) -> Option<HeadersBuilder> {
     // Looked at once: names are too short for that to be quick.
     let mut text = std::str::from_utf8(lines).ok()?;
     while !text.is_empty() {
         let colon = text.bytes().position(|byte| byte == b':')?;
         let (name, value) = text.split_at(colon);
         let value = value.strip_prefix(": ")?;
-        if !name.as_bytes().starts_with(OURS) || name.contains('\n') {
+        if !name.as_bytes().starts_with(prefix) || name.contains('\n') {
             return None;
         }
         let end = memchr::memchr(b'\n', value.as_bytes())?;
@@ -73,7 +74,7 @@ mod tests {
 
     fn lines(of: &Headers) -> (Vec<u8>, usize) {
         let mut lines = vec![7];
-        let count = write(of, &mut lines);
+        let count = write(of, OURS, &mut lines);
         (lines, count)
     }
 
@@ -119,12 +120,15 @@ mod tests {
             "eb-id: 17\n\n",
             "eb-id: 17\n\neb-type: x\n",
         ] {
-            let read = read(text.as_bytes(), Headers::builder());
+            let read = read(text.as_bytes(), OURS, Headers::builder());
             assert!(read.is_none(), "{text:?}");
         }
         let name: Vec<u8> = [b"eb-", &[b'n'; 256][..], b": 17\n"].concat();
-        assert!(read(&name, Headers::builder()).is_none(), "too long a name");
-        assert!(read(b"\xff: 17\n", Headers::builder()).is_none());
+        assert!(
+            read(&name, OURS, Headers::builder()).is_none(),
+            "too long a name"
+        );
+        assert!(read(b"\xff: 17\n", OURS, Headers::builder()).is_none());
     }
 
     proptest! {
@@ -135,14 +139,14 @@ mod tests {
             let all: Vec<_> = all.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect();
             let all = headers(&all);
             let (lines, count) = lines(&all);
-            let read = read(&lines, Headers::builder()).expect("lines").build();
+            let read = read(&lines, OURS, Headers::builder()).expect("lines").build();
             let front: Vec<_> = all.iter().take(count).collect();
             prop_assert_eq!(read.iter().collect::<Vec<_>>(), front);
         }
 
         #[test]
         fn what_is_read_is_written_as_it_was(text in "(eb-[a-c:]{0,2}: [a-c:]{0,2}\n|[eb:\\- \n]){0,4}") {
-            if let Some(read) = read(text.as_bytes(), Headers::builder()) {
+            if let Some(read) = read(text.as_bytes(), OURS, Headers::builder()) {
                 let (again, _) = lines(&read.build());
                 prop_assert_eq!(again, text.into_bytes());
             }
