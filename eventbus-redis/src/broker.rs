@@ -1,0 +1,258 @@
+//! The client handle: publishing, and what is declared.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use async_trait::async_trait;
+use eventbus_core::log::{MemberHandle, TopicLanes};
+use eventbus_core::{
+    AdminReply, AdminRequest, Broker, Capabilities, Error, ErrorKind, Message, Outcome,
+    PublishError, Publisher, Result, Topic, Unpublished,
+};
+
+use crate::config::RedisConfig;
+use crate::database::Shared;
+use crate::leases::{self, RedisLeases};
+use crate::topics::stream;
+use crate::writer::Placed;
+
+/// Most bytes of one message.
+const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// A client of a Redis server: each partition is a stream, which is read as a log.
+///
+/// Clones are the same client; each [`connect`](Self::connect) makes another one, with connections
+/// of its own. Processes on any number of machines share the log.
+///
+/// # Contract
+///
+/// - **Durability** is the server's: with `appendfsync always` what is acknowledged is on its disk, with
+///   `everysec` it survives the server's process and not the last second before its machine fails, and
+///   without an append-only file it is gone with the process; [`Capabilities::durability`] says which.
+///   A failover to a replica may lose what [`RedisConfig::replicas`] did not wait for.
+/// - **Topics** are created by publishing and subscribing, with [`RedisConfig::partitions`], or one for
+///   dead letters (`….dlq`). A partition is the stream `TOPIC:NUMBER`, or `TOPIC` where there is one.
+///   Keyed messages go where [`partition_of`](eventbus_core::partition_of) says, others to each
+///   partition in turn. The count of partitions never changes.
+/// - **Groups** share partitions by leases on the server's clock, and positions are moved by who holds the
+///   lease. Redis's own consumer groups are not used: they hand an entry to whoever asks, in no order of
+///   keys, and cannot refuse a member that stood still.
+/// - **Retention** removes what every group that lives has settled and that is older than the topic keeps,
+///   nothing else. What somebody else removes is a gap.
+/// - **Recovery.** A lost connection is a retryable error; the next call opens another.
+///
+/// # Examples
+///
+/// ```no_run
+/// use eventbus_core::{Group, Message, Publisher, Signal, Subscriber, Subscription, Topic};
+/// use eventbus_redis::RedisBroker;
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// let broker = RedisBroker::from_url("redis://localhost").await?;
+/// let topic = Topic::from_static("orders");
+/// broker.publish(vec![Message::new(topic.clone(), "first").with_key("42")]).await?;
+///
+/// let group = Group::from_static("payments");
+/// let mut member = broker.subscribe(Subscription::group(group, vec![topic])).await?;
+/// assert!(matches!(member.deliveries.next().await?, Signal::Assigned(lanes) if lanes.len() == 4));
+/// assert!(matches!(member.deliveries.next().await?, Signal::Delivered(batch) if batch.len() == 1));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # }).unwrap();
+/// ```
+#[derive(Clone, Debug)]
+pub struct RedisBroker {
+    client: Arc<Client>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Client {
+    pub(crate) shared: Shared,
+    closed: AtomicBool,
+    /// Ended with this client.
+    members: Mutex<Vec<Weak<MemberHandle<Shared>>>>,
+}
+
+impl RedisBroker {
+    /// Connects, looks whether the server keeps what it takes, and returns a client.
+    ///
+    /// # Errors
+    ///
+    /// Within [`RedisConfig::timeout`]: `Unavailable` when the server does not answer; `Unauthorized`
+    /// when it refuses user or password; `Unsupported` when it is older than Redis 7.0, part of a cluster,
+    /// or throws keys away when its memory is full; `InvalidInput` when an option is wrong.
+    pub async fn connect(config: RedisConfig) -> Result<Self> {
+        Ok(Self {
+            client: Arc::new(Client {
+                shared: Shared::open(config).await?,
+                closed: AtomicBool::new(false),
+                members: Mutex::new(Vec::new()),
+            }),
+        })
+    }
+
+    /// Connects to the server that `url` names, see [`RedisConfig::from_url`].
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the url and of [`connect`](Self::connect).
+    pub async fn from_url(url: &str) -> Result<Self> {
+        Self::connect(RedisConfig::from_url(url)?).await
+    }
+
+    /// Where members of any groups on this server hold leases.
+    #[must_use]
+    pub fn leases(&self) -> RedisLeases {
+        RedisLeases::new(Arc::clone(&self.client.shared.database), Arc::default())
+    }
+
+    /// How many settlements of this client were ignored because their lane had been given away or
+    /// they had been made before.
+    pub fn stale_settlements(&self) -> u64 {
+        self.client.shared.database.stale()
+    }
+
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Finds the stream of each message.
+    async fn place(&self, messages: Vec<Message>) -> Result<Vec<Placed>, (Error, Vec<Message>)> {
+        let mut topics: HashMap<Topic, Arc<TopicLanes>> = HashMap::new();
+        let mut streams: HashMap<u32, Arc<str>> = HashMap::new();
+        for message in &messages {
+            if !topics.contains_key(&message.topic) {
+                let met = self
+                    .client
+                    .shared
+                    .database
+                    .meet_topic("publish", &message.topic);
+                match met.await {
+                    Ok(topic) => topics.insert(message.topic.clone(), topic),
+                    Err(error) => return Err((error, messages)),
+                };
+            }
+        }
+        let place = |message: Message| {
+            let topic = &topics[&message.topic];
+            let row = topic.lane_for(&message);
+            let named = streams.entry(row);
+            let stream = named.or_insert_with(|| stream(topic, row - topic.first_lane).into());
+            Placed {
+                row,
+                stream: Arc::clone(stream),
+                message,
+            }
+        };
+        Ok(messages.into_iter().map(place).collect())
+    }
+}
+
+impl Client {
+    pub(crate) fn check_open(&self, operation: &'static str) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::new(
+                ErrorKind::Closed,
+                operation,
+                "the broker handle is closed: connect again",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Has a member end with this client; one that comes after its end is refused.
+    pub(crate) fn adopt(&self, member: &Arc<MemberHandle<Shared>>) -> Result<()> {
+        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_open("subscribe")?;
+        members.retain(|member| member.strong_count() > 0);
+        members.push(Arc::downgrade(member));
+        Ok(())
+    }
+
+    async fn close(&self) -> Result<()> {
+        let members = {
+            let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+            self.closed.store(true, Ordering::Release);
+            std::mem::take(&mut *members)
+        };
+        let mut closed = Ok(());
+        let database = &self.shared.database;
+        for member in members.iter().filter_map(Weak::upgrade) {
+            let Some(seat) = member.end() else { continue };
+            if let Some(group) = database.known.group_name(seat.group) {
+                let left = leases::leave(&database.server, &group, seat.member).await;
+                closed = closed.and(left);
+            }
+        }
+        closed
+    }
+}
+
+#[async_trait]
+impl Publisher for RedisBroker {
+    async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
+        let (sound, mut unpublished) = self.capabilities().check_batch(batch);
+        let (indexes, messages): (Vec<usize>, Vec<Message>) = sound.into_iter().unzip();
+        if let Err(error) = self.client.check_open("publish") {
+            unpublished.extend(not_taken(&indexes, messages, &Arc::new(error)));
+        } else if !messages.is_empty() {
+            match self.place(messages).await {
+                Err((error, messages)) => {
+                    unpublished.extend(not_taken(&indexes, messages, &Arc::new(error)));
+                }
+                Ok(placed) => {
+                    let refused = self.client.shared.writer.publish(placed).await;
+                    let refused = refused.err().unwrap_or_default();
+                    unpublished.extend(refused.into_iter().map(|it| {
+                        Unpublished::new(indexes[it.index], it.message, it.outcome, it.error)
+                    }));
+                }
+            }
+        }
+        if unpublished.is_empty() {
+            return Ok(());
+        }
+        unpublished.sort_by_key(|unpublished| unpublished.index);
+        Err(PublishError::new(unpublished))
+    }
+}
+
+/// All of a batch for the same reason.
+fn not_taken(
+    indexes: &[usize],
+    messages: Vec<Message>,
+    error: &Arc<Error>,
+) -> impl Iterator<Item = Unpublished> {
+    let again = |error: &Arc<Error>| {
+        Error::new(error.kind(), error.operation(), "the batch was not taken")
+            .with_retry(error.retry())
+            .with_source(Arc::clone(error))
+    };
+    indexes.iter().zip(messages).map(move |(index, message)| {
+        Unpublished::new(*index, message, Outcome::NotTaken, again(error))
+    })
+}
+
+#[async_trait]
+impl Broker for RedisBroker {
+    fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::default();
+        capabilities.system = "redis";
+        capabilities.message_bytes_max = MESSAGE_BYTES_MAX;
+        capabilities.durability = self.client.shared.database.server.durability;
+        capabilities.history = true;
+        capabilities.replay = true;
+        capabilities.gaps = true;
+        capabilities.lag = true;
+        capabilities
+    }
+
+    async fn admin(&self, request: AdminRequest) -> Result<AdminReply> {
+        self.client.check_open(request.operation())?;
+        self.client.shared.database.answer(request).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.client.close().await
+    }
+}

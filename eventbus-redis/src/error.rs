@@ -1,0 +1,232 @@
+//! What Redis's errors mean to a caller. Nothing else in this crate reads them.
+
+use eventbus_core::{Error, ErrorKind, Retry};
+use redis::{RedisError, ServerErrorKind};
+
+/// Turns an error of the client into one that says what to do.
+pub(crate) fn into_error(operation: &'static str, native: RedisError) -> Error {
+    let (kind, retry, message) = meaning(&native);
+    Error::new(kind, operation, message)
+        .with_retry(retry)
+        .with_source(native)
+}
+
+/// Whether the server refused a command, so that it did nothing. Otherwise nobody knows.
+pub(crate) fn is_refused(native: &RedisError) -> bool {
+    matches!(
+        native.kind(),
+        redis::ErrorKind::Server(_) | redis::ErrorKind::Extension
+    )
+}
+
+/// Kind, whether to try again, and what to do.
+fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
+    use ErrorKind::{
+        Codec, Internal, InvalidInput, RateLimited, Unauthorized, Unavailable, Unsupported,
+    };
+    let code = native.code().unwrap_or_default();
+    match (native.kind(), code) {
+        (redis::ErrorKind::AuthenticationFailed, _) | (_, "WRONGPASS" | "NOAUTH") => (
+            Unauthorized,
+            Retry::Never,
+            "the server refuses user or password: look at both in the url, redis://USER:PASSWORD@HOST, or redis://:PASSWORD@HOST for the default user",
+        ),
+        (_, "NOPERM") => (
+            Unauthorized,
+            Retry::Never,
+            "the server does not let this user do that: give it the keys of its topics and `eventbus:*`, and the commands that docs/brokers/redis.md lists",
+        ),
+        (_, "OOM") => (
+            RateLimited,
+            Retry::Later,
+            "the server's memory is full: raise its `maxmemory`, shorten the retention of topics, or see which group does not read",
+        ),
+        (_, "MISCONF") => (
+            Unavailable,
+            Retry::Later,
+            "the server cannot write to its disk and takes nothing: look at its log and the room on its disk",
+        ),
+        (_, "LOADING") => (
+            Unavailable,
+            Retry::Later,
+            "the server reads its data after a start: it is tried again",
+        ),
+        (_, "READONLY" | "MASTERDOWN") => (
+            Unavailable,
+            Retry::Later,
+            "the server is a replica, perhaps since a failover: name the primary in the url",
+        ),
+        (_, "MOVED" | "ASK" | "CLUSTERDOWN" | "CROSSSLOT") => (
+            Unsupported,
+            Retry::Never,
+            "the server is part of a cluster, which this broker does not use: name one that is not",
+        ),
+        (_, "NOREPLICAS") => (
+            Unavailable,
+            Retry::Later,
+            "fewer replicas than the server asks for have what was written: look at `min-replicas-to-write`",
+        ),
+        (_, "WRONGTYPE") => (
+            InvalidInput,
+            Retry::Never,
+            "a key with a topic's name is no stream: remove it, or give the bus a prefix for its topics",
+        ),
+        (redis::ErrorKind::Server(ServerErrorKind::ResponseError), _)
+            if is_about_password(native) =>
+        {
+            (
+                Unauthorized,
+                Retry::Never,
+                "the url names a password and the server has none: leave it out, or set one on the server",
+            )
+        }
+        (redis::ErrorKind::Parse, _) => (
+            Unavailable,
+            Retry::Later,
+            "the answer is none of Redis's: something else answers at host and port, or TLS is expected there (rediss://)",
+        ),
+        (redis::ErrorKind::UnexpectedReturnType, _) => (
+            Codec,
+            Retry::Never,
+            "a value is not what the broker wrote: somebody else wrote to the keys `eventbus:*`",
+        ),
+        (redis::ErrorKind::InvalidClientConfig, _) => (
+            InvalidInput,
+            Retry::Never,
+            "the client cannot be set up so: the url is redis://USER:PASSWORD@HOST:PORT/DATABASE",
+        ),
+        _ if native.is_connection_refusal() => (
+            Unavailable,
+            Retry::Later,
+            "no server answers there: look at host and port, and whether it runs",
+        ),
+        _ if native.is_timeout() => (
+            Unavailable,
+            Retry::Later,
+            "the server did not answer in time: look at its host, port and load, or raise `timeout`",
+        ),
+        _ if native.is_io_error() => (
+            Unavailable,
+            Retry::Later,
+            "the server cannot be reached or has closed the connection: look at its host, network and log",
+        ),
+        _ => (
+            Internal,
+            Retry::Never,
+            "the server answered what it should not",
+        ),
+    }
+}
+
+fn is_about_password(native: &RedisError) -> bool {
+    native
+        .detail()
+        .is_some_and(|detail| detail.contains("without any password configured"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    fn server(text: &str) -> RedisError {
+        let reply = redis::parse_redis_value(format!("-{text}\r\n").as_bytes());
+        let value = reply.expect("a reply");
+        value.extract_error().expect_err("an error")
+    }
+
+    #[test]
+    fn an_error_says_what_to_do() {
+        use ErrorKind::{
+            Internal, InvalidInput, RateLimited, Unauthorized, Unavailable, Unsupported,
+        };
+        let cases = [
+            (
+                "WRONGPASS invalid username-password pair or user is disabled.",
+                Unauthorized,
+                false,
+                "user or password",
+            ),
+            (
+                "NOAUTH Authentication required.",
+                Unauthorized,
+                false,
+                "user or password",
+            ),
+            (
+                "NOPERM this user has no permissions",
+                Unauthorized,
+                false,
+                "eventbus:*",
+            ),
+            (
+                "OOM command not allowed when used memory > 'maxmemory'.",
+                RateLimited,
+                true,
+                "memory is full",
+            ),
+            (
+                "MISCONF Redis is configured to save RDB snapshots",
+                Unavailable,
+                true,
+                "disk",
+            ),
+            (
+                "LOADING Redis is loading the dataset in memory",
+                Unavailable,
+                true,
+                "after a start",
+            ),
+            (
+                "READONLY You can't write against a read only replica.",
+                Unavailable,
+                true,
+                "replica",
+            ),
+            ("MOVED 1 127.0.0.1:1", Unsupported, false, "cluster"),
+            (
+                "WRONGTYPE Operation against a key holding the wrong kind of value",
+                InvalidInput,
+                false,
+                "no stream",
+            ),
+            (
+                "ERR AUTH <password> called without any password configured for the default user.",
+                Unauthorized,
+                false,
+                "has none",
+            ),
+            ("ERR unknown command", Internal, false, "should not"),
+        ];
+        for (text, kind, retryable, advice) in cases {
+            let native = server(text);
+            assert!(is_refused(&native), "{text}");
+            let error = into_error("publish", native);
+            assert_eq!(
+                (error.kind(), error.is_retryable()),
+                (kind, retryable),
+                "{text}"
+            );
+            assert!(error.to_string().contains(advice), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_is_away_is_asked_again() {
+        for kind in [
+            io::ErrorKind::ConnectionRefused,
+            io::ErrorKind::BrokenPipe,
+            io::ErrorKind::TimedOut,
+        ] {
+            let native = RedisError::from(io::Error::from(kind));
+            assert!(!is_refused(&native), "{kind}");
+            let error = into_error("publish", native);
+            assert_eq!(
+                (error.kind(), error.is_retryable()),
+                (ErrorKind::Unavailable, true),
+                "{kind}"
+            );
+        }
+    }
+}

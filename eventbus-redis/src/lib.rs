@@ -1,0 +1,22 @@
+#![doc = include_str!("../README.md")]
+
+mod admin;
+mod broker;
+mod config;
+mod database;
+mod error;
+mod groups;
+mod janitor;
+mod leases;
+mod pages;
+mod position;
+mod record;
+mod server;
+mod subscriber;
+mod topics;
+mod watch;
+mod writer;
+
+pub use broker::RedisBroker;
+pub use config::RedisConfig;
+pub use leases::RedisLeases;

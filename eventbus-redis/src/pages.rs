@@ -1,0 +1,402 @@
+//! Reading streams as logs: pages of several lanes in one question, each with what the stream says of
+//! itself at that moment, so that a gap is seen.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use eventbus_core::log::{PAGE_ROWS, Page, Unpacked, Wakes, Wanted};
+use eventbus_core::{Error, ErrorKind, Position, Result, Start, Timestamp};
+use redis::{Pipeline, Value};
+
+use crate::position::{self, EntryId};
+use crate::record;
+use crate::server::Server;
+use crate::topics::stream;
+
+const READ: &str = "read messages";
+
+/// Bytes that a page should have.
+const PAGE_BYTES: usize = 2 * 1024 * 1024;
+/// Messages of a page where nothing is known of their size.
+const PAGE_FIRST: usize = 32;
+
+/// How many entries were ever added and are there, and the first and last ids; nothing where there is
+/// no stream.
+const LOOK: &str = "
+    if redis.call('EXISTS', KEYS[1]) == 0 then return false end
+    local info = redis.call('XINFO', 'STREAM', KEYS[1])
+    local found = {}
+    for i = 1, #info, 2 do found[info[i]] = info[i + 1] end
+    return {found['entries-added'], found['length'],
+        found['recorded-first-entry-id'], found['last-generated-id']}";
+
+/// How many entries come at or after an id, at most so many, the last one looked at, and how many were
+/// ever added.
+const COUNT: &str = "
+    local found = redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])
+    local info = redis.call('XINFO', 'STREAM', KEYS[1])
+    local added = 0
+    for i = 1, #info, 2 do if info[i] == 'entries-added' then added = info[i + 1] end end
+    return {#found, #found > 0 and found[#found][1] or '', added}";
+const COUNT_MAX: u64 = 1000;
+
+/// What a stream says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Look {
+    /// Entries that were ever added.
+    pub(crate) added: u64,
+    /// Entries that are there.
+    pub(crate) length: u64,
+    first: EntryId,
+    last: EntryId,
+}
+
+impl Look {
+    fn read(reply: Value) -> Result<Self> {
+        let read = || {
+            let Value::Array(parts) = reply else {
+                return Some(Ok(Self::default()));
+            };
+            let [
+                Value::Int(added),
+                Value::Int(length),
+                Value::BulkString(first),
+                Value::BulkString(last),
+            ] = parts.as_slice()
+            else {
+                return None;
+            };
+            let ids = EntryId::read(first).and_then(|first| Ok((first, EntryId::read(last)?)));
+            Some(ids.map(|(first, last)| Self {
+                added: *added as u64,
+                length: *length as u64,
+                first,
+                last,
+            }))
+        };
+        read().unwrap_or_else(|| Err(unreadable()))
+    }
+
+    /// Entries that were added and are gone.
+    pub(crate) fn gone(&self) -> u64 {
+        self.added.saturating_sub(self.length)
+    }
+
+    /// The place of the first entry, or of the next one where there is none.
+    pub(crate) fn base(&self) -> Position {
+        match (self.length, self.added) {
+            (0, 0) => Position(0),
+            (0, _) => self.end(),
+            _ => position::entry(self.first, self.gone() + 1),
+        }
+    }
+
+    /// The place behind the last entry.
+    pub(crate) fn end(&self) -> Position {
+        match self.added {
+            0 => Position(0),
+            added => position::behind(self.last, added),
+        }
+    }
+
+    /// Whether entries at or behind this place, which nobody read, are gone.
+    ///
+    /// As long as one before it is there, none behind it was trimmed. Otherwise exactly those before it
+    /// are gone, unless more are, or the stream was removed and another one has begun.
+    fn has_gap(&self, from: position::From) -> bool {
+        let has_earlier = self.length > 0 && self.first <= from.after();
+        !has_earlier && self.gone() != from.before
+    }
+}
+
+fn unreadable() -> Error {
+    Error::new(
+        ErrorKind::Codec,
+        READ,
+        "the server answered what cannot be read: look at its version",
+    )
+}
+
+/// Reads pages, and remembers how large messages are.
+#[derive(Debug, Default)]
+pub(crate) struct Pages {
+    /// By row, the largest message of the last page.
+    sizes: Mutex<HashMap<u32, usize>>,
+}
+
+impl Pages {
+    fn count(&self, row: u32) -> usize {
+        let sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
+        match sizes.get(&row) {
+            None => PAGE_FIRST,
+            Some(size) => (PAGE_BYTES / size.max(&1)).clamp(1, PAGE_ROWS as usize),
+        }
+    }
+
+    fn remember(&self, row: u32, messages: &[Unpacked]) {
+        if let Some(size) = messages.iter().map(|message| message.size).max() {
+            let mut sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
+            sizes.insert(row, size);
+        }
+    }
+
+    /// Reads one page for each that is wanted.
+    pub(crate) async fn read(
+        &self,
+        server: &Server,
+        wakes: &Wakes,
+        wanted: &[Wanted],
+    ) -> Result<Vec<Page>> {
+        let mut pipeline = Pipeline::with_capacity(2 * wanted.len());
+        pipeline.atomic();
+        for wanted in wanted {
+            let stream = stream(&wanted.topic, wanted.row - wanted.topic.first_lane);
+            let after = position::from(wanted.from).after();
+            pipeline.cmd("EVAL").arg(LOOK).arg(1).arg(&stream);
+            pipeline
+                .cmd("XREAD")
+                .arg("COUNT")
+                .arg(self.count(wanted.row));
+            pipeline.arg("STREAMS").arg(&stream).arg(after.to_string());
+        }
+        let replies: Result<Vec<Value>, _> = server.reads.send(&pipeline).await;
+        let replies = replies.map_err(|error| crate::error::into_error(READ, error))?;
+        let mut replies = replies.into_iter();
+        let mut pages = Vec::with_capacity(wanted.len());
+        for wanted in wanted {
+            let (Some(look), Some(entries)) = (replies.next(), replies.next()) else {
+                return Err(unreadable());
+            };
+            let page = self.page(wakes, wanted, Look::read(look)?, entries);
+            let partition = wanted.row - wanted.topic.first_lane;
+            pages.push(page.map_err(|error| {
+                error
+                    .with("topic", &wanted.topic.name)
+                    .with("partition", partition)
+            })?);
+        }
+        Ok(pages)
+    }
+
+    fn page(&self, wakes: &Wakes, wanted: &Wanted, look: Look, entries: Value) -> Result<Page> {
+        let from = position::from(wanted.from);
+        if look.has_gap(from) {
+            return Ok(gap(wakes, wanted, look));
+        }
+        let mut messages = Vec::new();
+        for (number, entry) in (from.before + 1..).zip(entries_of(entries)?) {
+            let message = unpack(wanted, number, entry)?;
+            if message.position >= wanted.to {
+                break;
+            }
+            messages.push(message);
+        }
+        self.remember(wanted.row, &messages);
+        let reaches_end = match messages.last() {
+            Some(last) => position::from(last.position).id == look.last,
+            None => true,
+        };
+        if reaches_end {
+            // What the writer and the watch say of an end is later than the end itself.
+            wakes.corrects(wanted.row, wanted.to, look.end());
+        }
+        match messages.is_empty() {
+            true => Ok(Page::Nothing {
+                next: wanted.to.min(look.end()),
+            }),
+            false => Ok(Page::Messages(messages)),
+        }
+    }
+}
+
+/// Where reading goes on behind a gap. Positions of a lane only rise, also where a stream was removed
+/// and begins anew.
+fn gap(wakes: &Wakes, wanted: &Wanted, look: Look) -> Page {
+    if look.added == 0 {
+        // Removed as a whole: it is told when something is there again.
+        wakes.corrects(wanted.row, wanted.to, wanted.from);
+        return Page::Nothing { next: wanted.from };
+    }
+    let base = look.base();
+    match base > wanted.from {
+        true => Page::Gone { base },
+        // Its ids are lower than those before: whoever set the server's clock back or chose them.
+        false => Page::Gone { base: wanted.from },
+    }
+}
+
+/// The entries of what `XREAD` answers for one stream.
+fn entries_of(reply: Value) -> Result<Vec<Value>> {
+    let streams = match reply {
+        Value::Nil => return Ok(Vec::new()),
+        Value::Array(streams) => streams,
+        _ => return Err(unreadable()),
+    };
+    let Some(Value::Array(mut stream)) = streams.into_iter().next() else {
+        return Ok(Vec::new());
+    };
+    match stream.pop() {
+        Some(Value::Array(entries)) => Ok(entries),
+        _ => Err(unreadable()),
+    }
+}
+
+fn unpack(wanted: &Wanted, number: u64, entry: Value) -> Result<Unpacked> {
+    let Value::Array(parts) = entry else {
+        return Err(unreadable());
+    };
+    let mut parts = parts.into_iter();
+    let (Some(Value::BulkString(id)), Some(fields)) = (parts.next(), parts.next()) else {
+        return Err(unreadable());
+    };
+    let id = EntryId::read(&id)?;
+    let fields = match fields {
+        Value::Array(fields) => fields,
+        _ => Vec::new(),
+    };
+    let message = record::read(&wanted.topic.name, fields);
+    Ok(Unpacked {
+        position: position::entry(id, number),
+        time: time_of(id),
+        size: message.size(),
+        message,
+    })
+}
+
+fn time_of(id: EntryId) -> Timestamp {
+    // 48 bits of milliseconds fit.
+    Timestamp::from_micros(id.millis as i64 * 1000)
+}
+
+/// What a stream says of itself.
+pub(crate) async fn look(server: &Server, operation: &'static str, stream: &str) -> Result<Look> {
+    let mut look = redis::cmd("EVAL");
+    look.arg(LOOK).arg(1).arg(stream);
+    Look::read(server.control.ask(operation, &look).await?)
+}
+
+/// Where one begins on a stream.
+pub(crate) async fn start(
+    server: &Server,
+    operation: &'static str,
+    stream: &str,
+    start: Start,
+) -> Result<Position> {
+    let seen = look(server, operation, stream).await?;
+    match start {
+        Start::Latest => Ok(seen.end()),
+        Start::Position(position) => Ok(position.min(seen.end())),
+        Start::Time(time) => at_time(server, operation, stream, time.into()).await,
+        _ => Ok(seen.base()),
+    }
+}
+
+/// The place of the first entry that was added at a time or later; behind the last one where there is
+/// none.
+pub(crate) async fn at_time(
+    server: &Server,
+    operation: &'static str,
+    stream: &str,
+    time: Timestamp,
+) -> Result<Position> {
+    let micros = u64::try_from(time.as_micros()).unwrap_or(0);
+    let wanted = EntryId {
+        millis: micros.div_ceil(1000),
+        sequence: 0,
+    };
+    loop {
+        let before = look(server, operation, stream).await?;
+        if before.length == 0 || before.last < wanted {
+            return Ok(before.end());
+        }
+        if before.first >= wanted {
+            return Ok(before.base());
+        }
+        let (later, added) = count_from(server, operation, stream, wanted).await?;
+        let after = look(server, operation, stream).await?;
+        // Where some were removed meanwhile, the count is of other entries.
+        if after.gone() == before.gone() && later <= added {
+            return Ok(position::entry(wanted, added - later + 1));
+        }
+    }
+}
+
+/// How many entries come at or after an id, of how many that were ever added.
+async fn count_from(
+    server: &Server,
+    operation: &'static str,
+    stream: &str,
+    id: EntryId,
+) -> Result<(u64, u64)> {
+    let (mut from, mut total) = (id.to_string(), 0);
+    loop {
+        let mut count = redis::cmd("EVAL");
+        count
+            .arg(COUNT)
+            .arg(1)
+            .arg(stream)
+            .arg(&from)
+            .arg(COUNT_MAX);
+        let (found, last, added): (u64, String, u64) =
+            server.control.ask(operation, &count).await?;
+        total += found;
+        if found < COUNT_MAX {
+            return Ok((total, added));
+        }
+        from = format!("({last}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(millis: u64) -> EntryId {
+        EntryId {
+            millis,
+            sequence: 0,
+        }
+    }
+
+    fn look(added: u64, length: u64, first: u64, last: u64) -> Look {
+        Look {
+            added,
+            length,
+            first: id(first),
+            last: id(last),
+        }
+    }
+
+    #[test]
+    fn only_what_nobody_read_is_a_gap() {
+        let read_to = position::from(position::behind(id(30), 3));
+        for (look, has_gap, what) in [
+            (look(5, 5, 10, 50), false, "nothing is gone"),
+            (
+                look(5, 3, 30, 50),
+                false,
+                "what was read is gone, but for one",
+            ),
+            (look(5, 2, 40, 50), false, "what was read is gone"),
+            (look(3, 0, 0, 30), false, "all that was read is gone"),
+            (look(5, 1, 50, 50), true, "one more is gone"),
+            (look(5, 0, 0, 50), true, "all are gone"),
+            (look(2, 2, 60, 70), true, "another stream has begun"),
+            (look(9, 9, 60, 99), true, "another stream has as many"),
+            (look(0, 0, 0, 0), true, "there is no stream"),
+        ] {
+            assert_eq!(look.has_gap(read_to), has_gap, "{what}");
+        }
+        let nothing_read = position::from(Position(0));
+        assert!(!look(0, 0, 0, 0).has_gap(nothing_read));
+        assert!(!look(2, 2, 10, 20).has_gap(nothing_read));
+    }
+
+    #[test]
+    fn a_stream_begins_at_what_is_there_and_ends_behind_it() {
+        assert_eq!(look(5, 3, 30, 50).base(), position::entry(id(30), 3));
+        assert_eq!(look(5, 3, 30, 50).end(), position::behind(id(50), 5));
+        assert_eq!(look(5, 0, 0, 50).base(), position::behind(id(50), 5));
+        assert_eq!(look(0, 0, 0, 0).base(), Position(0));
+    }
+}

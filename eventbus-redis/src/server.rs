@@ -1,0 +1,224 @@
+//! The connections to the server, and what it says of itself.
+
+use std::time::Duration;
+
+use eventbus_core::{Durability, Error, ErrorKind, Result, Timestamp};
+use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::{
+    Client, Cmd, ConnectionAddr, FromRedisValue, IntoConnectionInfo, Pipeline, RedisConnectionInfo,
+    RedisResult,
+};
+
+use crate::config::RedisConfig;
+use crate::error::into_error;
+
+const CONNECT: &str = "connect";
+/// The oldest version whose streams say how many entries they ever had.
+const VERSION_MIN: (u32, u32) = (7, 0);
+/// How long a connection waits on the server for messages before it asks anew what to wait for.
+pub(crate) const WAIT: Duration = Duration::from_millis(250);
+
+/// The connections of one client: what waits on one does not wait for another.
+#[derive(Clone)]
+pub(crate) struct Server {
+    /// For what is published.
+    pub(crate) writes: Line,
+    /// For pages of messages, which are large.
+    pub(crate) reads: Line,
+    /// For leases, positions and questions, which are quick.
+    pub(crate) control: Line,
+    /// For waiting on the server.
+    pub(crate) waits: Line,
+    /// What an acknowledgement of the server means.
+    pub(crate) durability: Durability,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server")
+            .field("durability", &self.durability)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One connection, made anew when it is lost: by the next command, which fails if it cannot.
+#[derive(Clone)]
+pub(crate) struct Line(ConnectionManager);
+
+impl Line {
+    /// Runs one command.
+    pub(crate) async fn ask<T: FromRedisValue>(
+        &self,
+        operation: &'static str,
+        cmd: &Cmd,
+    ) -> Result<T> {
+        let answer = cmd.query_async(&mut self.0.clone()).await;
+        answer.map_err(|error| into_error(operation, error))
+    }
+
+    /// Sends several commands at once.
+    pub(crate) async fn send<T: FromRedisValue>(&self, pipeline: &Pipeline) -> RedisResult<T> {
+        pipeline.query_async(&mut self.0.clone()).await
+    }
+}
+
+impl Server {
+    /// Connects, and looks whether the server keeps what it takes.
+    pub(crate) async fn connect(config: &RedisConfig) -> Result<Self> {
+        let connecting = Self::try_connect(config);
+        let connected = match tokio::time::timeout(config.timeout, connecting).await {
+            Ok(connected) => connected,
+            Err(_) => Err(Error::new(
+                ErrorKind::Unavailable,
+                CONNECT,
+                "the server did not answer in time: look at its host and port, or raise `timeout`",
+            )),
+        };
+        connected.map_err(|error| config.named(error))
+    }
+
+    async fn try_connect(config: &RedisConfig) -> Result<Self> {
+        let native = |error| into_error(CONNECT, error);
+        let client = client(config).map_err(native)?;
+        // Tried once by itself: a line would go on trying.
+        let probe = client.get_multiplexed_async_connection().await;
+        let mut probe = probe.map_err(native)?;
+        let info: String = redis::cmd("INFO")
+            .query_async(&mut probe)
+            .await
+            .map_err(native)?;
+        check(&info)?;
+        let mut ask = redis::cmd("CONFIG");
+        ask.arg("GET").arg("appendfsync");
+        // A user may not be let to ask; then the weaker is believed.
+        let fsync: Vec<String> = ask.query_async(&mut probe).await.unwrap_or_default();
+        let line = |limit: Duration| {
+            let lines = ConnectionManagerConfig::new()
+                .set_connection_timeout(Some(config.timeout))
+                .set_response_timeout(Some(limit))
+                .set_number_of_retries(0);
+            ConnectionManager::new_lazy_with_config(client.clone(), lines)
+                .map(Line)
+                .map_err(native)
+        };
+        Ok(Self {
+            writes: line(config.timeout)?,
+            reads: line(config.timeout)?,
+            control: line(config.timeout)?,
+            waits: line(config.timeout + WAIT)?,
+            durability: durability(&info, fsync.get(1).map(String::as_str)),
+        })
+    }
+
+    /// The server's date, which is what its entries' ids are made of.
+    pub(crate) async fn now(&self, operation: &'static str) -> Result<Timestamp> {
+        let (seconds, micros): (i64, i64) =
+            self.control.ask(operation, &redis::cmd("TIME")).await?;
+        Ok(Timestamp::from_micros(seconds * 1_000_000 + micros))
+    }
+}
+
+fn client(config: &RedisConfig) -> RedisResult<Client> {
+    let address = match config.tls {
+        true => ConnectionAddr::TcpTls {
+            host: config.host.clone(),
+            port: config.port,
+            insecure: false,
+            tls_params: None,
+        },
+        false => ConnectionAddr::Tcp(config.host.clone(), config.port),
+    };
+    let mut redis = RedisConnectionInfo::default()
+        .set_db(config.database)
+        .set_lib_name("eventbus", env!("CARGO_PKG_VERSION"));
+    if let Some(user) = &config.user {
+        redis = redis.set_username(user);
+    }
+    if let Some(password) = &config.password {
+        redis = redis.set_password(password);
+    }
+    let tcp = redis::io::tcp::TcpSettings::default().set_nodelay(true);
+    let address = address.into_connection_info()?;
+    Client::open(address.set_redis_settings(redis).set_tcp_settings(tcp))
+}
+
+/// A value of what `INFO` answers.
+fn value<'i>(info: &'i str, name: &str) -> Option<&'i str> {
+    let mut lines = info.lines();
+    lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+}
+
+fn check(info: &str) -> Result<()> {
+    let refuse = |kind, message: &'static str| Err(Error::new(kind, CONNECT, message));
+    let version = value(info, "redis_version").unwrap_or_default();
+    let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
+    let version_found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version_found < VERSION_MIN {
+        return refuse(
+            ErrorKind::Unsupported,
+            "the server is too old: streams that tell a gap need Redis 7.0 or later, or Valkey",
+        )
+        .map_err(|error: Error| error.with("version", version));
+    }
+    if value(info, "cluster_enabled") == Some("1") {
+        return refuse(
+            ErrorKind::Unsupported,
+            "the server is part of a cluster, which this broker does not use: name one that is not",
+        );
+    }
+    let policy = value(info, "maxmemory_policy").unwrap_or_default();
+    let is_bounded = value(info, "maxmemory").is_some_and(|bytes| bytes != "0");
+    if is_bounded && policy.starts_with("allkeys") {
+        return refuse(
+            ErrorKind::Unsupported,
+            "the server throws keys away when its memory is full, and messages with them: set `maxmemory-policy noeviction`",
+        )
+        .map_err(|error: Error| error.with("maxmemory-policy", policy));
+    }
+    Ok(())
+}
+
+fn durability(info: &str, fsync: Option<&str>) -> Durability {
+    match (value(info, "aof_enabled"), fsync) {
+        (Some("1"), Some("always")) => Durability::Disk,
+        (Some("1"), _) => Durability::PageCache,
+        _ => Durability::Process,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_loses_messages_is_refused() {
+        let good = "redis_version:7.0.15\r\ncluster_enabled:0\r\nmaxmemory:0\r\nmaxmemory_policy:allkeys-lru\r\naof_enabled:1\r\n";
+        check(good).expect("nothing is thrown away without a bound");
+        for (from, to, advice) in [
+            ("7.0.15", "6.2.14", "7.0 or later"),
+            ("cluster_enabled:0", "cluster_enabled:1", "cluster"),
+            ("maxmemory:0", "maxmemory:1000", "noeviction"),
+        ] {
+            let error = check(&good.replace(from, to)).expect_err(to);
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            assert!(error.to_string().contains(advice), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_acknowledgement_means_what_the_file_is_set_to() {
+        assert_eq!(
+            durability("aof_enabled:1\r\n", Some("always")),
+            Durability::Disk
+        );
+        assert_eq!(
+            durability("aof_enabled:1\r\n", Some("everysec")),
+            Durability::PageCache
+        );
+        assert_eq!(durability("aof_enabled:1\r\n", None), Durability::PageCache);
+        assert_eq!(
+            durability("aof_enabled:0\r\n", Some("always")),
+            Durability::Process
+        );
+    }
+}

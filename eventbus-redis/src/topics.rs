@@ -1,0 +1,217 @@
+//! Topics: created once, with a count of partitions that never changes; and numbers for what Redis
+//! calls by name.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use eventbus_core::log::{TopicLanes, Topics, is_dead_letters};
+use eventbus_core::{Error, ErrorKind, Group, Result, Topic, TopicSpec};
+
+use crate::config::RedisConfig;
+use crate::server::Server;
+
+/// By name: how many partitions, and for how many milliseconds messages are kept that were read.
+pub(crate) const TOPICS: &str = "eventbus:topics";
+
+/// What is known of topics and groups. Rows of lanes and numbers of groups are this client's own.
+#[derive(Debug, Default)]
+pub(crate) struct Known(Mutex<Names>);
+
+#[derive(Debug, Default)]
+struct Names {
+    topics: Topics,
+    by_first_lane: BTreeMap<u32, Arc<TopicLanes>>,
+    next_lane: u32,
+    groups: HashMap<Group, i64>,
+    by_number: Vec<Group>,
+}
+
+impl Known {
+    fn lock(&self) -> MutexGuard<'_, Names> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn topic(&self, name: &Topic) -> Option<Arc<TopicLanes>> {
+        self.lock().topics.get(name)
+    }
+
+    fn remember(&self, name: &Topic, partitions: u32) -> Arc<TopicLanes> {
+        let mut names = self.lock();
+        if let Some(known) = names.topics.get(name) {
+            return known;
+        }
+        let topic = Arc::new(TopicLanes::new(name.clone(), partitions, names.next_lane));
+        names.next_lane += partitions;
+        names
+            .by_first_lane
+            .insert(topic.first_lane, Arc::clone(&topic));
+        names.topics.remember(&topic)
+    }
+
+    /// The stream that a row is about.
+    pub(crate) fn stream(&self, row: u32) -> Option<String> {
+        let names = self.lock();
+        let (first, topic) = names.by_first_lane.range(..=row).next_back()?;
+        Some(stream(topic, row - first))
+    }
+
+    /// The topic and partition of a row.
+    pub(crate) fn place(&self, row: u32) -> Option<(Topic, u32)> {
+        let names = self.lock();
+        let (first, topic) = names.by_first_lane.range(..=row).next_back()?;
+        Some((topic.name.clone(), row - first))
+    }
+
+    pub(crate) fn group(&self, name: &Group) -> i64 {
+        let mut names = self.lock();
+        if let Some(number) = names.groups.get(name) {
+            return *number;
+        }
+        let number = names.by_number.len() as i64;
+        names.by_number.push(name.clone());
+        names.groups.insert(name.clone(), number);
+        number
+    }
+
+    pub(crate) fn group_name(&self, number: i64) -> Option<Group> {
+        let names = self.lock();
+        names.by_number.get(usize::try_from(number).ok()?).cloned()
+    }
+
+    /// All topics that were used.
+    pub(crate) fn topics(&self) -> Vec<Arc<TopicLanes>> {
+        self.lock().by_first_lane.values().cloned().collect()
+    }
+}
+
+/// The key of a partition's stream: the topic's name, and a number where there are several.
+pub(crate) fn stream(topic: &TopicLanes, partition: u32) -> String {
+    match topic.partitions {
+        1 => topic.name.to_string(),
+        _ => format!("{}:{partition}", topic.name),
+    }
+}
+
+/// A topic as it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StoredTopic {
+    pub(crate) partitions: u32,
+    pub(crate) retention: Option<Duration>,
+}
+
+impl StoredTopic {
+    fn read(name: &Topic, text: &str) -> Result<Self> {
+        let parse = || {
+            let (partitions, retention) = text.split_once(' ')?;
+            let partitions = partitions.parse().ok().filter(|count| *count > 0)?;
+            let retention = match retention {
+                "-" => None,
+                millis => Some(Duration::from_millis(millis.parse().ok()?)),
+            };
+            Some(Self {
+                partitions,
+                retention,
+            })
+        };
+        parse().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Codec,
+                "find topic",
+                "what is stored of the topic cannot be read: somebody else wrote to `eventbus:topics`",
+            )
+            .with("topic", name)
+        })
+    }
+
+    fn written(self) -> String {
+        match self.retention {
+            None => format!("{} -", self.partitions),
+            Some(retention) => format!("{} {}", self.partitions, retention.as_millis()),
+        }
+    }
+}
+
+/// Finds a topic.
+pub(crate) async fn find(
+    server: &Server,
+    operation: &'static str,
+    name: &Topic,
+) -> Result<Option<StoredTopic>> {
+    let mut get = redis::cmd("HGET");
+    get.arg(TOPICS).arg(name.as_str());
+    let found: Option<String> = server.control.ask(operation, &get).await?;
+    found.map(|text| StoredTopic::read(name, &text)).transpose()
+}
+
+/// Creates a topic where it is missing; returns what it is like, and whether it was.
+pub(crate) async fn create(
+    server: &Server,
+    config: &RedisConfig,
+    operation: &'static str,
+    spec: &TopicSpec,
+) -> Result<(StoredTopic, bool)> {
+    let default = match is_dead_letters(&spec.name) {
+        true => 1,
+        false => config.partitions,
+    };
+    let new = StoredTopic {
+        partitions: spec.partitions.unwrap_or(default),
+        retention: spec.retention,
+    };
+    let mut set = redis::cmd("HSETNX");
+    set.arg(TOPICS).arg(spec.name.as_str()).arg(new.written());
+    let created: bool = server.control.ask(operation, &set).await?;
+    match created {
+        true => Ok((new, true)),
+        false => match find(server, operation, &spec.name).await? {
+            Some(found) => Ok((found, false)),
+            None => Err(Error::new(
+                ErrorKind::Unavailable,
+                operation,
+                "the topic was removed while it was looked up",
+            )
+            .with("topic", &spec.name)),
+        },
+    }
+}
+
+/// The topic, created where it is missing.
+pub(crate) async fn meet(
+    server: &Server,
+    config: &RedisConfig,
+    known: &Known,
+    operation: &'static str,
+    name: &Topic,
+) -> Result<Arc<TopicLanes>> {
+    if let Some(topic) = known.topic(name) {
+        return Ok(topic);
+    }
+    let spec = TopicSpec::new(name.clone());
+    let stored = match find(server, operation, name).await? {
+        Some(stored) => stored,
+        None => create(server, config, operation, &spec).await?.0,
+    };
+    Ok(known.remember(name, stored.partitions))
+}
+
+/// A topic that is there.
+pub(crate) async fn expect(
+    server: &Server,
+    known: &Known,
+    operation: &'static str,
+    name: &Topic,
+) -> Result<Arc<TopicLanes>> {
+    if let Some(topic) = known.topic(name) {
+        return Ok(topic);
+    }
+    match find(server, operation, name).await? {
+        Some(stored) => Ok(known.remember(name, stored.partitions)),
+        None => Err(Error::new(
+            ErrorKind::NotFound,
+            operation,
+            "there is no such topic: look at its name, or declare it",
+        )
+        .with("topic", name)),
+    }
+}

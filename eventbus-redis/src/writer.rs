@@ -1,0 +1,229 @@
+//! The one that publishes: whatever is to be published joins the next pipeline of this client.
+//!
+//! ```text
+//!  publish ─┐                  ┌ a pipeline of XADD, and WAIT where replicas are asked for
+//!  publish ─┼─▶ [ next flush ] ┤
+//!  publish ─┘                  └ then: each message is answered by itself, whoever reads is woken
+//! ```
+
+use std::future::Future;
+use std::sync::Arc;
+
+use eventbus_core::log::Wakes;
+use eventbus_core::{Coalescer, Error, ErrorKind, Flushes, Message, Outcome};
+use redis::{Pipeline, RedisError, RedisResult, Value};
+use tokio::sync::oneshot;
+use tracing::trace;
+
+use crate::config::RedisConfig;
+use crate::error::{into_error, is_refused};
+use crate::position::{EntryId, beyond};
+use crate::record;
+use crate::server::Server;
+
+const PUBLISH: &str = "publish";
+
+/// Most messages of a pipeline, and bytes after which no more are added.
+const MESSAGES_MAX: usize = 1000;
+const BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// A message with the row and the key of its stream.
+#[derive(Debug)]
+pub(crate) struct Placed {
+    pub(crate) row: u32,
+    pub(crate) stream: Arc<str>,
+    pub(crate) message: Message,
+}
+
+/// A message that was not acknowledged: its place in what was to be published.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    pub(crate) index: usize,
+    pub(crate) message: Message,
+    pub(crate) outcome: Outcome,
+    pub(crate) error: Error,
+}
+
+/// Messages to be taken together.
+#[derive(Debug)]
+struct Publish {
+    messages: Vec<Placed>,
+    reply: oneshot::Sender<Vec<Refused>>,
+}
+
+/// Hands messages to the task that publishes them.
+#[derive(Clone, Debug)]
+pub(crate) struct Writer {
+    publishes: Coalescer<Publish>,
+}
+
+impl Writer {
+    /// The handle, and the task behind it.
+    pub(crate) fn new(
+        server: Server,
+        config: &RedisConfig,
+        wakes: &Arc<Wakes>,
+    ) -> (Self, impl Future<Output = ()> + Send + use<>) {
+        let (publishes, flushes) = Coalescer::new();
+        let task = WriterTask {
+            flushes,
+            server,
+            replicas: config.replicas,
+            wait: config.timeout.as_millis() as u64 / 2,
+            wakes: Arc::clone(wakes),
+            text: Vec::new(),
+        };
+        (Self { publishes }, task.run())
+    }
+
+    /// Publishes messages in their order; returns those that were not acknowledged.
+    pub(crate) async fn publish(&self, messages: Vec<Placed>) -> Result<(), Vec<Refused>> {
+        let (reply, answer) = oneshot::channel();
+        self.publishes.add(Publish { messages, reply });
+        match answer.await {
+            Ok(refused) if refused.is_empty() => Ok(()),
+            Ok(refused) => Err(refused),
+            // The task ends with the last handle of its client, which is waiting here.
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// The task behind [`Writer`].
+struct WriterTask {
+    flushes: Flushes<Publish>,
+    server: Server,
+    replicas: u32,
+    /// For how many milliseconds replicas are waited for.
+    wait: u64,
+    wakes: Arc<Wakes>,
+    text: Vec<u8>,
+}
+
+/// What became of one message.
+type Answer = Result<EntryId, (Outcome, Arc<RedisError>)>;
+
+impl WriterTask {
+    async fn run(mut self) {
+        let mut batch = Vec::new();
+        loop {
+            // The outcome is told to each caller, so the ticket's is not asked for.
+            self.flushes.next(&mut batch).await.done();
+            self.write(std::mem::take(&mut batch)).await;
+        }
+    }
+
+    /// Publishes a batch, in pieces, and answers everybody in it.
+    async fn write(&mut self, batch: Vec<Publish>) {
+        let mut answers = Vec::new();
+        let messages: Vec<&Placed> = batch.iter().flat_map(|it| &it.messages).collect();
+        let mut from = 0;
+        while from < messages.len() {
+            let piece = &messages[from..from + piece(&messages[from..])];
+            from += piece.len();
+            answers.extend(self.add(piece).await);
+        }
+        drop(messages);
+        let mut answers = answers.into_iter();
+        for publish in batch {
+            let mut refused = Vec::new();
+            for (index, placed) in publish.messages.into_iter().enumerate() {
+                if let Some(Err((outcome, error))) = answers.next() {
+                    refused.push(Refused {
+                        index,
+                        message: placed.message,
+                        outcome,
+                        error: told(&error, outcome),
+                    });
+                }
+            }
+            // The publisher is gone, so nobody waits for the answer.
+            let _ = publish.reply.send(refused);
+        }
+    }
+
+    async fn add(&mut self, piece: &[&Placed]) -> Vec<Answer> {
+        let mut pipeline = Pipeline::with_capacity(piece.len() + 1);
+        for placed in piece {
+            pipeline.add_command(record::add(&placed.stream, &placed.message, &mut self.text));
+        }
+        if self.replicas > 0 {
+            pipeline.cmd("WAIT").arg(self.replicas).arg(self.wait);
+        }
+        pipeline.ignore_errors();
+        trace!(target: "eventbus::step", step = "redis.publish.before");
+        let sent: RedisResult<Vec<RedisResult<Value>>> = self.server.writes.send(&pipeline).await;
+        trace!(target: "eventbus::step", step = "redis.publish.after");
+        let mut replies = match sent {
+            Ok(replies) => replies.into_iter(),
+            Err(error) => {
+                let outcome = match is_refused(&error) || error.is_connection_refusal() {
+                    true => Outcome::NotTaken,
+                    false => Outcome::Unknown,
+                };
+                let error = Arc::new(error);
+                return piece
+                    .iter()
+                    .map(|_| Err((outcome, Arc::clone(&error))))
+                    .collect();
+            }
+        };
+        let mut answers = Vec::with_capacity(piece.len());
+        for placed in piece {
+            let answer = answer(replies.next());
+            if let Ok(id) = &answer {
+                self.wakes.appended(&[(placed.row, beyond(*id))]);
+            }
+            answers.push(answer);
+        }
+        if self.replicas > 0 && !has_replicas(replies.next(), self.replicas) {
+            let error = Arc::new(RedisError::from((
+                redis::ErrorKind::Extension,
+                "NOREPLICAS",
+                "fewer replicas than `replicas` asks for have it".to_owned(),
+            )));
+            for answer in answers.iter_mut().filter(|answer| answer.is_ok()) {
+                *answer = Err((Outcome::Unknown, Arc::clone(&error)));
+            }
+        }
+        answers
+    }
+}
+
+/// How many of the messages go together.
+fn piece(messages: &[&Placed]) -> usize {
+    let mut bytes = 0;
+    let count = messages.iter().take(MESSAGES_MAX).take_while(|placed| {
+        let has_room = bytes < BYTES_MAX;
+        bytes += placed.message.size();
+        has_room
+    });
+    count.count()
+}
+
+fn answer(reply: Option<RedisResult<Value>>) -> Answer {
+    let unread = || {
+        let message = "the id of an entry cannot be read";
+        let error = RedisError::from((redis::ErrorKind::UnexpectedReturnType, message));
+        (Outcome::Unknown, Arc::new(error))
+    };
+    match reply {
+        Some(Ok(Value::BulkString(id))) => EntryId::read(&id).map_err(|_| unread()),
+        Some(Err(error)) => Err((Outcome::NotTaken, Arc::new(error))),
+        _ => Err(unread()),
+    }
+}
+
+fn has_replicas(reply: Option<RedisResult<Value>>, wanted: u32) -> bool {
+    matches!(reply, Some(Ok(Value::Int(count))) if count >= wanted.into())
+}
+
+/// The error of one message.
+fn told(error: &Arc<RedisError>, outcome: Outcome) -> Error {
+    let error = into_error(PUBLISH, RedisError::clone(error));
+    // The same message again may be there twice, and whoever asks has to say so.
+    match (outcome, error.kind()) {
+        (Outcome::Unknown, ErrorKind::Codec) => error.with_retry(eventbus_core::Retry::Later),
+        _ => error,
+    }
+}

@@ -1,0 +1,5 @@
+//! Tests against the Redis that `dev/brokers up redis` starts.
+
+mod conformance;
+mod server;
+mod streams;

@@ -1,0 +1,305 @@
+//! What others do with the streams: what they add is read, and what they remove is a gap.
+
+use std::time::Duration;
+
+use eventbus_core::{
+    AdminReply, AdminRequest, Broker, Group, Key, Message, Publisher, Signal, Start, Subscriber,
+    Subscription, Topic, TopicSpec, Until,
+};
+use eventbus_redis::RedisBroker;
+use eventbus_testkit::within;
+use redis::AsyncCommands;
+
+use crate::server::Server;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+async fn native() -> redis::aio::MultiplexedConnection {
+    let client = redis::Client::open(Server::url()).expect("a good url");
+    let connection = client.get_multiplexed_async_connection().await;
+    connection.expect("it answers")
+}
+
+/// A topic of one partition.
+async fn topic(broker: &RedisBroker) -> Topic {
+    let topic = Topic::new(&format!("streams-{:016x}", fastrand::u64(..))).expect("a good name");
+    let spec = TopicSpec::new(topic.clone()).with_partitions(1);
+    let made = broker.admin(AdminRequest::ApplyTopics(vec![spec])).await;
+    made.expect("it is made");
+    topic
+}
+
+async fn publish(broker: &RedisBroker, topic: &Topic, texts: &[&'static str]) {
+    let messages = texts.iter().map(|text| Message::new(topic.clone(), *text));
+    let published = broker.publish(messages.collect()).await;
+    published.expect("it is taken");
+}
+
+/// All that a reader gives until the end there is now: texts, and gaps as `-`.
+async fn read(broker: &RedisBroker, topic: &Topic) -> Vec<String> {
+    let reader = Subscription::reader(vec![topic.clone()]).with_start(Start::Earliest);
+    let reader = broker.subscribe(reader.with_until(Until::Now)).await;
+    let mut reader = reader.expect("it reads");
+    let mut read = Vec::new();
+    loop {
+        let signal = within(LIMIT, reader.deliveries.next()).await;
+        match signal.expect("it goes on") {
+            Signal::Delivered(batch) => read.extend(
+                batch
+                    .iter()
+                    .map(|it| String::from_utf8_lossy(&it.message.payload).into_owned()),
+            ),
+            Signal::Gap { .. } => read.push("-".to_owned()),
+            Signal::Ended(_) => return read,
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn what_dapr_adds_is_read_with_its_metadata() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let topic = topic(&broker).await;
+    let mut native = native().await;
+    let fields = [
+        ("metadata", r#"{"traceid":"7"}"#),
+        ("data", r#"{"specversion":"1.0"}"#),
+    ];
+    let _: String = native
+        .xadd(topic.as_str(), "*", &fields)
+        .await
+        .expect("it is added");
+    let _: String = native
+        .xadd(topic.as_str(), "*", &[("order", "5")])
+        .await
+        .expect("it is added");
+    let reader = Subscription::reader(vec![topic.clone()]).with_start(Start::Earliest);
+    let mut reader = broker.subscribe(reader).await.expect("it reads");
+    let mut messages = Vec::new();
+    while messages.len() < 2 {
+        let signal = within(LIMIT, reader.deliveries.next()).await;
+        if let Signal::Delivered(batch) = signal.expect("it goes on") {
+            messages.extend(batch.into_iter().map(|delivery| delivery.message));
+        }
+    }
+    assert_eq!(&messages[0].payload[..], br#"{"specversion":"1.0"}"#);
+    assert_eq!(messages[0].headers.get("traceid"), Some(&b"7"[..]));
+    assert!(messages[1].payload.is_empty(), "it has no data");
+    assert_eq!(messages[1].headers.get("order"), Some(&b"5"[..]));
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_message_arrives_as_it_was_whatever_its_headers_hold() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let topic = topic(&broker).await;
+    let mut headers = eventbus_core::Headers::builder();
+    for (name, value) in [
+        ("data", &b"not the payload"[..]),
+        ("a", b""),
+        ("b", b"\xff\x00"),
+        ("c", b"two\nlines"),
+        ("a", b"again"),
+        ("h:x", b"1"),
+    ] {
+        headers = headers.push(name, value).expect("a good header");
+    }
+    let mut message =
+        Message::new(topic.clone(), b"\x00\xff".to_vec()).with_headers(headers.build());
+    message.key = Some(Key::new(b"\xfe\n".to_vec()));
+    broker
+        .publish(vec![message.clone()])
+        .await
+        .expect("it is taken");
+    let reader = Subscription::reader(vec![topic.clone()]).with_start(Start::Earliest);
+    let mut reader = broker.subscribe(reader).await.expect("it reads");
+    loop {
+        let signal = within(LIMIT, reader.deliveries.next()).await;
+        if let Signal::Delivered(batch) = signal.expect("it goes on") {
+            assert_eq!(batch[0].message, message);
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn what_somebody_trims_unread_is_a_gap_and_what_was_read_is_none() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let topic = topic(&broker).await;
+    let group = Group::new(topic.as_str()).expect("a good name");
+    publish(&broker, &topic, &["1", "2", "3", "4", "5", "6"]).await;
+    let take = async |count: usize| {
+        let group = Subscription::group(group.clone(), vec![topic.clone()]);
+        let limits = group
+            .limits
+            .with_batch(1)
+            .with_messages(1)
+            .with_lane_messages(1);
+        let joined = broker.subscribe(group.with_limits(limits)).await;
+        let mut member = joined.expect("it joins");
+        let mut taken = Vec::new();
+        while taken.len() < count {
+            let signal = within(LIMIT, member.deliveries.next()).await;
+            match signal.expect("it goes on") {
+                Signal::Delivered(batch) => {
+                    for delivery in batch {
+                        let text = String::from_utf8_lossy(&delivery.message.payload).into_owned();
+                        taken.push(text);
+                        let done = [(delivery.receipt, eventbus_core::Verdict::Done)];
+                        member
+                            .settlement
+                            .settle(&done)
+                            .await
+                            .expect("it is recorded");
+                    }
+                }
+                Signal::Gap { .. } => taken.push("-".to_owned()),
+                _ => {}
+            }
+        }
+        member.deliveries.close().await.expect("it leaves");
+        taken
+    };
+    assert_eq!(take(2).await, ["1", "2"]);
+    let mut native = native().await;
+    let trim = async |native: &mut redis::aio::MultiplexedConnection, left: usize| {
+        let mut trim = redis::cmd("XTRIM");
+        trim.arg(topic.as_str()).arg("MAXLEN").arg("=").arg(left);
+        let _: i64 = trim.query_async(native).await.expect("it is trimmed");
+    };
+    trim(&mut native, 4).await;
+    assert_eq!(take(1).await, ["3"], "what was read is no gap");
+    trim(&mut native, 2).await;
+    assert_eq!(take(2).await, ["-", "5"]);
+    trim(&mut native, 0).await;
+    publish(&broker, &topic, &["7"]).await;
+    assert_eq!(take(2).await, ["-", "7"]);
+    let _: i64 = native.del(topic.as_str()).await.expect("it is removed");
+    publish(&broker, &topic, &["8", "9"]).await;
+    assert_eq!(take(3).await, ["-", "8", "9"], "another stream has begun");
+    assert_eq!(read(&broker, &topic).await, ["8", "9"]);
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn what_every_group_has_read_is_removed_and_nothing_else() {
+    let _server = Server::new().await;
+    let config = Server::config().with_retention(Duration::from_millis(100));
+    let broker = RedisBroker::connect(config).await.expect("it answers");
+    let topic = topic(&broker).await;
+    let texts: Vec<String> = (0..1000).map(|number| number.to_string()).collect();
+    let messages = texts
+        .iter()
+        .map(|text| Message::new(topic.clone(), text.clone()));
+    broker
+        .publish(messages.collect())
+        .await
+        .expect("it is taken");
+    let group = |name: &str| Group::new(&format!("{topic}-{name}")).expect("a good name");
+    for name in ["quick", "slow"] {
+        let joined = broker
+            .subscribe(Subscription::group(group(name), vec![topic.clone()]))
+            .await;
+        let mut member = joined.expect("it joins");
+        let wanted = if name == "quick" { 1000 } else { 500 };
+        let mut taken = 0;
+        while taken < wanted {
+            let signal = within(LIMIT, member.deliveries.next()).await;
+            if let Signal::Delivered(batch) = signal.expect("it goes on") {
+                let left = wanted - taken;
+                let done = batch.iter().take(left);
+                let done: Vec<_> = done
+                    .map(|it| (it.receipt, eventbus_core::Verdict::Done))
+                    .collect();
+                taken += done.len();
+                member
+                    .settlement
+                    .settle(&done)
+                    .await
+                    .expect("it is recorded");
+            }
+        }
+        member.deliveries.close().await.expect("it leaves");
+    }
+    let mut native = native().await;
+    within(LIMIT, async {
+        // Whole nodes of the stream go, of a hundred entries.
+        while native
+            .xlen::<_, usize>(topic.as_str())
+            .await
+            .expect("it answers")
+            > 600
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let left: usize = native.xlen(topic.as_str()).await.expect("it answers");
+    assert!(left >= 500, "{left} are left, and 500 were not read by all");
+    let lag = AdminRequest::Lag {
+        group: group("slow"),
+        topics: vec![topic.clone()],
+    };
+    let AdminReply::Lag(lag) = broker.admin(lag).await.expect("it answers") else {
+        panic!("the answer to another question");
+    };
+    assert_eq!(lag[0].messages, 500);
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn reading_begins_at_a_time_behind_what_came_before_it() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let topic = topic(&broker).await;
+    // More than are counted at a time.
+    let messages = (0..2500).map(|number| Message::new(topic.clone(), number.to_string()));
+    broker
+        .publish(messages.collect())
+        .await
+        .expect("it is taken");
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let mut native = native().await;
+    let (seconds, micros): (u64, u32) = redis::cmd("TIME")
+        .query_async(&mut native)
+        .await
+        .expect("it answers");
+    let time = std::time::UNIX_EPOCH + Duration::new(seconds, micros * 1000);
+    let messages = (0..2500).map(|number| Message::new(topic.clone(), format!("late {number}")));
+    broker
+        .publish(messages.collect())
+        .await
+        .expect("it is taken");
+    let reader = Subscription::reader(vec![topic.clone()]).with_start(Start::Time(time));
+    let reader = broker.subscribe(reader.with_until(Until::Now)).await;
+    let mut reader = reader.expect("it reads");
+    let mut texts = Vec::new();
+    loop {
+        let signal = within(LIMIT, reader.deliveries.next()).await;
+        match signal.expect("it goes on") {
+            Signal::Delivered(batch) => {
+                let done: Vec<_> = batch
+                    .iter()
+                    .map(|it| (it.receipt, eventbus_core::Verdict::Done))
+                    .collect();
+                texts.extend(batch.into_iter().map(|it| it.message.payload));
+                reader
+                    .settlement
+                    .settle(&done)
+                    .await
+                    .expect("it is recorded");
+            }
+            Signal::Gap { .. } => panic!("nothing is missing"),
+            Signal::Ended(_) => break,
+            _ => {}
+        }
+    }
+    assert_eq!(texts.len(), 2500);
+    assert_eq!(&texts[0][..], b"late 0");
+}
