@@ -1,0 +1,513 @@
+//! CloudEvents, byte for byte as we write them, and as others do.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use eventbus_core::{
+    CloudEventsBinaryFormat, CloudEventsBinding, CloudEventsFormat, Envelope, ErrorKind, EventId,
+    Format, Formats, Headers, Message, Timestamp, header,
+};
+use proptest::prelude::{Strategy, any, prop, prop_assert_eq, proptest};
+use serde_json::{Value, json};
+
+use crate::formats::{DATA, assert_golden, envelope, fallback, message, texts};
+
+const JSON: &str = "application/json";
+const STRUCTURED: CloudEventsFormat = CloudEventsFormat::new();
+const BINARY: CloudEventsBinaryFormat = CloudEventsBinaryFormat::new();
+
+/// What a consumer sees of a message.
+struct Seen {
+    format: &'static str,
+    content_type: Option<String>,
+    data: Bytes,
+    envelope: Envelope,
+}
+
+fn see(message: &Message) -> eventbus_core::Result<Seen> {
+    let formats = Formats::default();
+    let known = header::KnownHeaders::of(&message.headers);
+    let (format, reading) = formats.read(message, &known)?;
+    Ok(Seen {
+        format: format.name(),
+        content_type: reading.content_type.map(|it| it.into_owned()),
+        data: reading.data,
+        envelope: formats.envelope(message, fallback())?,
+    })
+}
+
+fn headers(of: &[(&str, &str)]) -> Headers {
+    let mut headers = Headers::builder();
+    for (name, value) in of {
+        headers = headers.push(name, value).expect("within limits");
+    }
+    headers.build()
+}
+
+fn golden_json(name: &str) -> Value {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let text = std::fs::read_to_string(path.join(name)).expect("the golden file is there");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+/// A message as the script has it.
+fn message_of(sent: &Value) -> Message {
+    let pairs = sent["headers"].as_object().expect("headers");
+    let pairs = pairs
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str().expect("text")));
+    let payload = match sent["bytes"].as_str() {
+        Some(hex) => (0..hex.len() / 2)
+            .map(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).expect("hexadecimal"))
+            .collect(),
+        None => sent["payload"]
+            .as_str()
+            .expect("a payload")
+            .to_owned()
+            .into_bytes(),
+    };
+    message(headers(&pairs.collect::<Vec<_>>()), payload)
+}
+
+// ---- what we write
+
+#[test]
+fn the_structured_mode_is_written_as_it_always_was() {
+    let written = STRUCTURED.write(&envelope(), JSON, DATA);
+    let (headers, payload) = written.expect("it is written");
+    assert_golden("cloudevents.txt", &headers, &payload);
+
+    let copies = STRUCTURED.with_header_copies(CloudEventsBinding::Amqp);
+    let written = copies.write(&envelope(), "application/avro", b"\0\x01\xff");
+    let (headers, payload) = written.expect("it is written");
+    assert_golden("cloudevents_copies.txt", &headers, &payload);
+}
+
+#[test]
+fn the_binary_mode_is_written_as_it_always_was() {
+    let written = BINARY.write(&envelope(), JSON, DATA);
+    let (headers, payload) = written.expect("it is written");
+    assert_golden("cloudevents_binary.txt", &headers, &payload);
+    assert_eq!(payload, DATA);
+}
+
+#[test]
+fn a_legal_name_is_an_attribute_and_other_metadata_stand_together() {
+    let mut envelope = envelope();
+    envelope.source = "Order Service/ä".into();
+    envelope.metadata = BTreeMap::from(
+        [
+            ("tenant", "acme"),
+            ("userId", "u-1"),
+            ("subject", "somebody else's"),
+            ("empty", ""),
+            ("line", "one\ntwo"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned())),
+    );
+    let (headers, payload) = STRUCTURED
+        .write(&envelope, JSON, DATA)
+        .expect("it is written");
+    let body: Value = serde_json::from_slice(&payload).expect("JSON");
+    assert_eq!(body["tenant"], "acme");
+    assert_eq!(body["source"], "Order%20Service/%C3%A4", "a URI reference");
+    assert_eq!(body.get("subject"), None);
+    let rest = body["metadata"].as_str().expect("text");
+    let rest: Value = serde_json::from_str(rest).expect("JSON");
+    let expected =
+        json!({"userId": "u-1", "subject": "somebody else's", "empty": "", "line": "one\ntwo"});
+    assert_eq!(rest, expected);
+
+    // With our headers all of it comes back, without them all but the letters of the source.
+    let seen = see(&message(headers, payload.clone())).expect("it is read");
+    assert_eq!(seen.envelope, envelope);
+    let seen = see(&message(Headers::new(), payload)).expect("the body says it");
+    envelope.source = "Order%20Service/%C3%A4".into();
+    assert_eq!(seen.envelope, envelope);
+}
+
+#[test]
+fn more_metadata_than_there_is_room_for_in_headers_stand_together() {
+    let mut written = envelope();
+    written.metadata = (0..200)
+        .map(|it| (format!("m{it}"), it.to_string()))
+        .collect();
+    for format in [&STRUCTURED as &dyn Format, &BINARY] {
+        let (headers, payload) = format.write(&written, JSON, DATA).expect("it is written");
+        let ours_left_out = headers.iter().filter(|(name, _)| !name.starts_with("eb-"));
+        let ours_left_out = ours_left_out.fold(Headers::builder(), |headers, (name, value)| {
+            headers.push(name, value).expect("within limits")
+        });
+        let seen = see(&message(ours_left_out.build(), payload)).expect("it is read");
+        assert_eq!(seen.envelope, written);
+    }
+}
+
+#[test]
+fn an_event_that_can_be_no_cloud_event_is_refused() {
+    let mut nameless = envelope();
+    nameless.source.clear();
+    let mut untyped = envelope();
+    untyped.event_type = "two\nlines".into();
+    for wrong in [nameless, untyped] {
+        for format in [&STRUCTURED as &dyn Format, &BINARY] {
+            let error = format.write(&wrong, JSON, DATA).expect_err("it is none");
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        }
+    }
+}
+
+#[test]
+fn data_of_any_codec_come_back() {
+    for format in [&STRUCTURED as &dyn Format, &BINARY] {
+        for data in [&b""[..], b"\0\xff", b"text"] {
+            let written = format.write(&envelope(), "application/avro", data);
+            let (headers, payload) = written.expect("it is written");
+            let seen = see(&message(headers, payload)).expect("it is read");
+            assert_eq!(seen.data, data);
+        }
+    }
+}
+
+#[test]
+fn a_body_that_was_rewritten_is_read_although_the_header_says_where_the_data_were() {
+    let (headers, payload) = STRUCTURED
+        .write(&envelope(), JSON, DATA)
+        .expect("it is written");
+    let document: Value = serde_json::from_slice(&payload).expect("JSON");
+    let pretty = serde_json::to_vec_pretty(&document).expect("JSON");
+    let seen = see(&message(headers, pretty)).expect("it is read");
+    assert_eq!(
+        serde_json::from_slice::<Value>(&seen.data).expect("JSON"),
+        document["data"]
+    );
+}
+
+proptest! {
+    #[test]
+    fn both_modes_read_back_what_they_wrote(
+        source in texts(),
+        correlation in texts(),
+        cause in prop::option::of(texts()),
+        metadata in prop::collection::btree_map(names(), texts(), 0..5),
+        event_type in "[A-Za-z.]{1,30}",
+        version in 1u32..100,
+        micros in 0i64..4_000_000_000_000_000,
+        data in prop::collection::vec(any::<u8>(), 0..40),
+        number in any::<i64>(),
+        amqp in any::<bool>(),
+    ) {
+        let mut written = Envelope::new(EventId::new(), event_type, version, Timestamp::from_micros(micros));
+        written.source = format!("s{}", source.replace(char::is_control, "").replace(is_no_character, ""));
+        written.correlation_id = correlation;
+        written.causation_id = cause;
+        written.metadata = metadata;
+        let as_json = serde_json::to_vec(&json!({ "number": number })).expect("JSON");
+        let binding = if amqp { CloudEventsBinding::Amqp } else { CloudEventsBinding::Kafka };
+        let formats: [&dyn Format; 3] = [&STRUCTURED, &STRUCTURED.with_header_copies(binding), &BINARY.with_binding(binding)];
+        for format in formats {
+            for (content_type, data) in [(JSON, &as_json), ("application/avro", &data)] {
+                let (headers, payload) = format.write(&written, content_type, data).expect("it is written");
+                let seen = see(&message(headers.clone(), payload.clone())).expect("it is read");
+                prop_assert_eq!(seen.format, format.name());
+                prop_assert_eq!(&seen.data, data);
+                prop_assert_eq!(&seen.envelope, &written);
+
+                // By who sees nothing of ours.
+                let mut others = Headers::builder();
+                for (name, value) in headers.iter().filter(|(name, _)| !name.starts_with("eb-")) {
+                    others = others.push(name, value).expect("within limits");
+                }
+                let seen = see(&message(others.build(), payload)).expect("it is read");
+                prop_assert_eq!(seen.format, format.name());
+                prop_assert_eq!(&seen.data, data);
+                prop_assert_eq!(seen.content_type.as_deref(), Some(content_type));
+                prop_assert_eq!(&seen.envelope.id, &written.id);
+                prop_assert_eq!(seen.envelope.time, written.time);
+                prop_assert_eq!(seen.envelope.version, version);
+                prop_assert_eq!(&seen.envelope.metadata, &written.metadata);
+            }
+        }
+    }
+
+    #[test]
+    fn no_bytes_make_them_panic(
+        payload in prop::collection::vec(any::<u8>(), 0..200),
+        names in prop::collection::vec("(ce_|ce-|cloudEvents[_:])(id|type|source|specversion|time|data)|content-type", 0..6),
+        value in "[ -~é]{0,12}|1\\.0|application/cloudevents[-+a-z]{0,9}",
+    ) {
+        let pairs: Vec<_> = names.iter().map(|name| (name.as_str(), value.as_str())).collect();
+        // Any answer is good.
+        let _ = see(&message(headers(&pairs), payload));
+    }
+}
+
+fn is_no_character(letter: char) -> bool {
+    matches!(letter, '\u{fdd0}'..='\u{fdef}') || u32::from(letter) & 0xfffe == 0xfffe
+}
+
+/// Names of metadata, legal and not.
+fn names() -> impl Strategy<Value = String> {
+    let taken = prop::sample::select(vec!["subject", "metadata", "data", "topic", "tenant"]);
+    proptest::prop_oneof![
+        taken.prop_map(str::to_owned),
+        "[a-z][a-z0-9]{0,24}",
+        texts()
+    ]
+}
+
+// ---- what others write
+
+/// What every event of the script says.
+fn assert_is_of_the_sdk(name: &str, seen: &Seen) {
+    let envelope = &seen.envelope;
+    assert_eq!(
+        (&*envelope.event_type, envelope.version),
+        ("OrderCreated", 1),
+        "{name}"
+    );
+    assert_eq!(envelope.source, "/shop/orders", "{name}");
+    let metadata = &envelope.metadata;
+    assert_eq!(metadata["tenant"], "Zürich & Söhne", "{name}");
+    assert_eq!(metadata["subject"], "order/123", "{name}");
+    assert_eq!(metadata["sampledrate"], "30", "{name}");
+    assert_eq!(
+        metadata.len(),
+        if name == "kafka_structured" { 4 } else { 3 },
+        "{name}"
+    );
+    // AMQP has a time of its own, of milliseconds.
+    let micros = if name.starts_with("amqp_binary") {
+        123_000
+    } else {
+        123_456
+    };
+    let time = Timestamp::from_micros(1_795_244_400_000_000 + micros);
+    assert_eq!(envelope.time, time, "{name}");
+    let is_structured = name.contains("structured");
+    assert_eq!(
+        seen.format,
+        if is_structured {
+            "cloudevents"
+        } else {
+            "cloudevents-binary"
+        },
+        "{name}"
+    );
+}
+
+#[test]
+fn events_of_the_python_sdk_are_read_in_every_mode_and_binding() {
+    let golden = golden_json("cloudevents_sdk.json");
+    let golden = golden.as_object().expect("messages by name");
+    assert_eq!(golden.len(), 10);
+    for (name, sent) in golden {
+        let seen = see(&message_of(sent)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_is_of_the_sdk(name, &seen);
+        let (content_type, data) = match name.as_str() {
+            "kafka_structured_bytes" => ("application/avro", &b"\0\x01\xff"[..]),
+            "kafka_binary_bytes" => ("application/avro", &b"\0\x01\x7f"[..]),
+            "kafka_structured_text" => ("text/plain", &b"12 glasses"[..]),
+            _ => {
+                let data: Value = serde_json::from_slice(&seen.data).expect("JSON");
+                assert_eq!(
+                    data,
+                    json!({"order_id": 123, "amount": 250, "note": "zwölf Gläser ☕"})
+                );
+                (JSON, &seen.data[..])
+            }
+        };
+        assert_eq!(
+            (seen.content_type.as_deref(), &seen.data[..]),
+            (Some(content_type), data),
+            "{name}"
+        );
+        let id = seen.envelope.id.to_string();
+        match name.as_str() {
+            "kafka_structured" | "kafka_binary" => {
+                assert_eq!(id, "5c1b2f0e-9a63-4f0e-8f5e-0a3f7c9d1b22");
+                assert_eq!(seen.envelope.correlation_id, "request-7");
+                assert_eq!(
+                    seen.envelope.causation_id.as_deref(),
+                    Some("A234-1234-1233")
+                );
+            }
+            _ => assert_eq!(id, "/shop/orders A234-1234-1234"),
+        }
+    }
+}
+
+#[test]
+fn an_event_of_dapr_is_known_by_its_body_alone() {
+    let body = serde_json::to_vec(&golden_json("cloudevents_dapr.json")).expect("JSON");
+    for said in [headers(&[]), headers(&[("content-type", "text/plain")])] {
+        let seen = see(&message(said, body.clone())).expect("it is read");
+        assert_eq!(seen.format, "cloudevents");
+        assert_eq!(seen.envelope.event_type, "com.dapr.event.sent");
+        assert_eq!(
+            seen.envelope.id.to_string(),
+            "7b6d4c3e-0f61-4b87-9d0a-52ad3c5f8a11"
+        );
+        assert_eq!(seen.envelope.source, "checkout");
+        assert_eq!(seen.envelope.time.as_micros(), 1_795_244_400_000_000);
+        assert_eq!(seen.envelope.metadata["pubsubname"], "orders-pubsub");
+        let data: Value = serde_json::from_slice(&seen.data).expect("JSON");
+        assert_eq!(data, json!({"order_id": 123, "amount": 250}));
+    }
+}
+
+const MINIMAL: [(&str, &str); 4] = [
+    ("ce_specversion", "1.0"),
+    ("ce_id", "7"),
+    ("ce_source", "/shop"),
+    ("ce_type", "OrderCreated"),
+];
+
+#[test]
+fn ids_of_two_sources_are_two_ids() {
+    let of = |source: &str, id: &str| {
+        let mut said = MINIMAL;
+        said[1].1 = id;
+        said[2].1 = source;
+        see(&message(headers(&said), "{}"))
+            .expect("it is read")
+            .envelope
+            .id
+    };
+    assert_ne!(
+        of("/a", "partition:0/offset:7"),
+        of("/b", "partition:0/offset:7")
+    );
+    assert_eq!(of("/a", "7"), of("/a", "7"));
+    assert_ne!(of("a b", "c"), of("a", "b c"));
+    let long = "x".repeat(300);
+    assert_ne!(of("/a", &long), of("/b", &long));
+    let uuid = "5C1B2F0E-9A63-4F0E-8F5E-0A3F7C9D1B22";
+    assert_eq!(of("/a", uuid).to_string(), uuid);
+}
+
+#[test]
+fn the_headers_decide_before_what_the_data_look_like() {
+    for body in [
+        r#"{"event_type":"Other"}"#,
+        r#"{"eventType":"Other","data":{}}"#,
+        r#"{"specversion":"1.0","id":"x"}"#,
+        "",
+    ] {
+        let said = message(headers(&MINIMAL), body);
+        for formats in [
+            Formats::default(),
+            Formats::default().with(std::sync::Arc::new(eventbus_core::FlatFormat)),
+        ] {
+            let known = header::KnownHeaders::of(&said.headers);
+            let (format, reading) = formats.read(&said, &known).expect(body);
+            assert_eq!(format.name(), "cloudevents-binary");
+            assert_eq!(reading.data, body);
+        }
+    }
+}
+
+#[test]
+fn a_member_called_like_an_attribute_makes_no_cloud_event() {
+    for (body, format) in [
+        (
+            r#"{"event_type":"SpecReleased","specversion":"1.0"}"#,
+            "flat",
+        ),
+        (
+            r#"{"eventType":"X","specversion":"1.0","data":{}}"#,
+            "envelope",
+        ),
+        (
+            r#"{"eventType":"X","data":{"specversion":"1.0","id":"1","type":"t"}}"#,
+            "envelope",
+        ),
+    ] {
+        let seen = see(&message(Headers::new(), body)).expect(body);
+        assert_eq!(seen.format, format);
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_cloud_event_is_said() {
+    let json = [(
+        "content-type",
+        "application/cloudevents+json; charset=UTF-8",
+    )];
+    let body = |change: &dyn Fn(&mut Value)| {
+        let mut event =
+            json!({"specversion": "1.0", "id": "7", "source": "/shop", "type": "OrderCreated"});
+        change(&mut event);
+        message(headers(&json), event.to_string())
+    };
+    assert!(see(&body(&|_| {})).is_ok());
+    let no_time = see(&body(&|event| event["time"] = Value::Null)).expect("null is none");
+    assert_eq!(no_time.envelope.time, fallback().1);
+    assert_eq!(no_time.data, "");
+
+    let mut wrong: Vec<(&str, Message)> = Vec::new();
+    for name in ["specversion", "id", "source", "type"] {
+        wrong.push((
+            "missing",
+            body(&|event| drop(event.as_object_mut().expect("one").remove(name))),
+        ));
+        wrong.push(("missing", body(&|event| event[name] = "".into())));
+        wrong.push(("text", body(&|event| event[name] = 7.into())));
+        let fewer: Vec<_> = MINIMAL
+            .into_iter()
+            .filter(|(it, _)| !it.ends_with(name))
+            .collect();
+        let text = if name == "specversion" {
+            "no format claims it"
+        } else {
+            "missing"
+        };
+        wrong.push((text, message(headers(&fewer), "{}")));
+    }
+    wrong.extend([
+        (
+            "not read",
+            body(&|event| event["specversion"] = "0.3".into()),
+        ),
+        (
+            "RFC 3339",
+            body(&|event| event["time"] = "yesterday".into()),
+        ),
+        (
+            "a version is",
+            body(&|event| event["eventversion"] = "new".into()),
+        ),
+        ("base64", body(&|event| event["data_base64"] = "?".into())),
+        (
+            "both",
+            body(&|event| {
+                event["data"] = 1.into();
+                event["data_base64"] = "AA==".into();
+            }),
+        ),
+        ("JSON object", message(headers(&json), "[]")),
+        ("JSON object", message(headers(&json), "")),
+        (
+            "batch",
+            message(
+                headers(&[("Content-Type", "application/cloudevents-batch+json")]),
+                "[]",
+            ),
+        ),
+        (
+            "JSON alone",
+            message(
+                headers(&[("content-type", "Application/CloudEvents+protobuf")]),
+                "{}",
+            ),
+        ),
+    ]);
+    for (text, message) in wrong {
+        let error = see(&message)
+            .err()
+            .unwrap_or_else(|| panic!("{message:?} is read"));
+        assert_eq!(error.kind(), ErrorKind::Codec, "{message:?}");
+        assert!(error.to_string().contains(text), "{error} of {message:?}");
+    }
+}
