@@ -124,6 +124,16 @@ impl EventId {
         ])
     }
 
+    /// The id of an event whose publisher makes ids unique per source: both of them, as text where
+    /// that can be told apart and is short enough.
+    pub(crate) fn of_source(source: &str, id: &str) -> Self {
+        let is_short = source.len() + 1 + id.len() <= ID_LENGTH_MAX;
+        match is_short && !source.contains(' ') {
+            true => Self(IdText::Text(Arc::from(format!("{source} {id}")))),
+            false => Self::hashed(&[b"source", source.as_bytes(), id.as_bytes()]),
+        }
+    }
+
     /// Hashes fields, each with its length, so that no two lists of fields run together.
     fn hashed(fields: &[&[u8]]) -> Self {
         let mut bytes = Vec::with_capacity(fields.iter().map(|field| field.len() + 4).sum());

@@ -5,7 +5,8 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{BufMut as _, Bytes, BytesMut};
+use serde::Serialize;
 
 use crate::chunk;
 use crate::clock::Timestamp;
@@ -14,9 +15,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::header::{self, KnownHeaders};
 use crate::message::{Headers, HeadersBuilder, Message};
 
+mod cloud_events;
 mod envelope;
 mod flat;
 
+pub use cloud_events::{CloudEventsBinaryFormat, CloudEventsBinding, CloudEventsFormat};
 pub use envelope::EnvelopeFormat;
 pub use flat::FlatFormat;
 
@@ -76,8 +79,10 @@ pub struct Reading<'m> {
     pub event_type: Cow<'m, str>,
     /// The version of the data.
     pub version: u32,
-    /// The data, a part of the payload.
+    /// The data, a part of the payload where they stand in it as they are.
     pub data: Bytes,
+    /// The media type of the data, where it is not the header [`header::CONTENT_TYPE`] that says it.
+    pub content_type: Option<Cow<'m, str>>,
 }
 
 impl<'m> Reading<'m> {
@@ -87,7 +92,15 @@ impl<'m> Reading<'m> {
             event_type: event_type.into(),
             version,
             data,
+            content_type: None,
         }
+    }
+
+    /// Sets the media type of the data, for a format that says it in the payload.
+    #[must_use]
+    pub fn with_content_type(mut self, content_type: Option<Cow<'m, str>>) -> Self {
+        self.content_type = content_type;
+        self
     }
 }
 
@@ -100,6 +113,8 @@ impl Default for Formats {
         Self(Arc::from([
             Arc::new(EnvelopeFormat) as Arc<dyn Format>,
             Arc::new(FlatFormat),
+            Arc::new(CloudEventsFormat::new()),
+            Arc::new(CloudEventsBinaryFormat::new()),
         ]))
     }
 }
@@ -185,7 +200,7 @@ pub(crate) fn envelope_headers(
     time: &str,
     data: Option<Range<usize>>,
     content_type: &str,
-) -> Result<Headers> {
+) -> Result<HeadersBuilder> {
     let metadata = match envelope.metadata.is_empty() {
         true => None,
         false => Some(metadata_json(&envelope.metadata)?),
@@ -206,18 +221,26 @@ pub(crate) fn envelope_headers(
         }
         None => headers,
     };
-    let (headers, rest) = headers
-        .push(header::CONTENT_TYPE, content_type)?
-        .build_with_rest();
+    headers.push(header::CONTENT_TYPE, content_type)
+}
+
+/// The headers that are written, packed into memory that small messages share.
+fn pack(headers: HeadersBuilder) -> Headers {
+    let (headers, rest) = headers.build_with_rest();
     chunk::give_back(rest);
-    Ok(headers)
+    headers
+}
+
+/// Writes the value of a member of a JSON document behind its name.
+fn member(out: &mut BytesMut, name: &[u8], value: &(impl Serialize + ?Sized)) -> Result<()> {
+    out.extend_from_slice(name);
+    serde_json::to_writer(out.writer(), value).map_err(|error| {
+        Error::new(ErrorKind::Codec, "write event", "it has no JSON form").with_source(error)
+    })
 }
 
 /// Reads an envelope from headers alone, where they hold at least id and type.
-pub(crate) fn envelope_from_headers(
-    known: &KnownHeaders<'_>,
-    now: Timestamp,
-) -> Result<Option<Envelope>> {
+fn envelope_from_headers(known: &KnownHeaders<'_>, now: Timestamp) -> Result<Option<Envelope>> {
     let (Some(id), Some(event_type)) = (known.id(), known.event_type()) else {
         return Ok(None);
     };
@@ -251,7 +274,7 @@ fn metadata_json(metadata: &Metadata) -> Result<String> {
 }
 
 /// Whether the data may stand inside a JSON document.
-pub(crate) fn require_json(format: &'static str, content_type: &str) -> Result<()> {
+fn require_json(format: &'static str, content_type: &str) -> Result<()> {
     if content_type == "application/json" || content_type.ends_with("+json") {
         return Ok(());
     }

@@ -64,7 +64,10 @@ pub use error::{BoxError, Error, ErrorKind, Result, Retry, error_chain, find_cau
 #[doc(hidden)]
 pub use event::assert_upcast;
 pub use event::{Event, read_event, unknown_version, upcast_from};
-pub use format::{EnvelopeFormat, FlatFormat, Format, Formats, Reading};
+pub use format::{
+    CloudEventsBinaryFormat, CloudEventsBinding, CloudEventsFormat, EnvelopeFormat, FlatFormat,
+    Format, Formats, Reading,
+};
 pub use key_state::{
     Claim, Due, DueName, HELD_KEYS_MAX, HeldMessage, HeldName, HeldPlace, HeldReport, HoldEntry,
     KeyAction, KeyDecision, KeyStateDesk, KeyStateStore, Wait,

@@ -2,8 +2,9 @@
 
 use eventbus_core::header::KnownHeaders;
 use eventbus_core::{
-    Envelope, EnvelopeFormat, ErrorKind, EventId, FlatFormat, Format, Formats, Headers, Message,
-    Reading, Timestamp, Topic, read_event,
+    CloudEventsBinaryFormat, CloudEventsBinding, CloudEventsFormat, Envelope, EnvelopeFormat,
+    ErrorKind, EventId, FlatFormat, Format, Formats, Headers, Message, Reading, Timestamp, Topic,
+    read_event,
 };
 use serde_json::Value;
 
@@ -24,16 +25,18 @@ fn run(data: &[u8]) {
     let formats = Formats::default();
     let known = KnownHeaders::of(&message.headers);
     let envelope = formats.envelope(&message, fallback());
-    let reading = match formats.read(&message, &known) {
-        Ok((_, reading)) => reading,
+    let (format, reading) = match formats.read(&message, &known) {
+        Ok((format, reading)) => (format, reading),
         Err(error) => {
             assert_eq!(error.kind(), ErrorKind::Codec, "{error}");
             assert!(envelope.is_err(), "an envelope of what cannot be read");
             return;
         }
     };
-    let is_part =
-        reading.data.is_empty() || message::find(&message.payload, &reading.data).is_some();
+    // Only this one may hold them as another text: escaped, or as base64.
+    let is_part = format.name() == CloudEventsFormat::new().name()
+        || reading.data.is_empty()
+        || message::find(&message.payload, &reading.data).is_some();
     assert!(is_part, "the data are no part of the payload");
     // Any version, through the conversion of the one before.
     if let Err(error) = read_event::<OrderCreated>(reading.version, &reading.data) {
@@ -47,6 +50,19 @@ fn run(data: &[u8]) {
     if let Ok(data) = serde_json::from_slice::<Value>(&reading.data) {
         comes_back(&EnvelopeFormat, &envelope, &reading, &data);
         comes_back(&FlatFormat, &envelope, &reading, &data);
+    }
+    let (kafka, amqp) = (CloudEventsBinding::Kafka, CloudEventsBinding::Amqp);
+    for content_type in ["application/json", "application/avro"] {
+        let data = &reading.data;
+        // What is no JSON has no place in a document.
+        if content_type.ends_with("avro") || serde_json::from_slice::<Value>(data).is_ok() {
+            let structured = CloudEventsFormat::new();
+            comes_back_to_all(&structured, &envelope, content_type, data);
+            let with_copies = structured.with_header_copies(amqp);
+            comes_back_to_all(&with_copies, &envelope, content_type, data);
+            let binary = CloudEventsBinaryFormat::new().with_binding(kafka);
+            comes_back_to_all(&binary, &envelope, content_type, data);
+        }
     }
 }
 
@@ -101,4 +117,47 @@ fn comes_back(format: &dyn Format, envelope: &Envelope, before: &Reading<'_>, da
         assert_eq!(&again.expect("the body says all of it"), envelope);
     }
     assert_eq!(bare.headers, Headers::new());
+}
+
+/// As [`comes_back`], for what also those read who know nothing of our headers.
+fn comes_back_to_all(format: &dyn Format, envelope: &Envelope, content_type: &str, data: &[u8]) {
+    let (headers, payload) = match format.write(envelope, content_type, data) {
+        Ok(written) => written,
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+            return;
+        }
+    };
+    let mut others = Headers::builder();
+    for (name, value) in headers.iter().filter(|(name, _)| !name.starts_with("eb-")) {
+        others = others.push(name, value).expect("within limits");
+    }
+    let whole = Message::new(TOPIC, payload).with_headers(headers);
+    let foreign = whole.clone().with_headers(others.build());
+    let formats = Formats::default();
+    for message in [&whole, &foreign] {
+        let known = KnownHeaders::of(&message.headers);
+        let (found, reading) = formats
+            .read(message, &known)
+            .unwrap_or_else(|error| panic!("{} is not read: {error:?}", format.name()));
+        assert_eq!(found.name(), format.name(), "claimed by another format");
+        assert_eq!(reading.event_type, envelope.event_type);
+        assert_eq!(reading.version, envelope.version);
+        let is_same = match content_type {
+            "application/json" => {
+                let value = |data: &[u8]| serde_json::from_slice::<Value>(data).expect("JSON");
+                value(&reading.data) == value(data)
+            }
+            _ => reading.data == data,
+        };
+        assert!(is_same, "other data");
+    }
+    let again = formats.envelope(&whole, fallback());
+    assert_eq!(&again.expect("it was just written"), envelope);
+    // The rest of it may have no form that every reader of CloudEvents takes.
+    let again = formats
+        .envelope(&foreign, fallback())
+        .expect("it says what it is");
+    assert_eq!(again.id, envelope.id);
+    assert_eq!(again.metadata, envelope.metadata);
 }

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use eventbus::broker::PublishError;
-use eventbus::format::{EnvelopeFormat, FlatFormat, Format};
+use eventbus::format::{
+    CloudEventsBinaryFormat, CloudEventsFormat, EnvelopeFormat, FlatFormat, Format,
+};
 use eventbus::prelude::{EventBus, EventId, Topic, TopicSpec};
 use eventbus::{Envelope, Key, Message};
 use serde::Serialize;
@@ -61,7 +63,7 @@ pub(crate) struct PublishArgs {
     #[arg(long, default_value = "eventbus-cli")]
     source: String,
     /// How the event is laid out
-    #[arg(long, default_value = "envelope", value_parser = ["envelope", "flat"])]
+    #[arg(long, default_value = "envelope", value_parser = ["envelope", "flat", "cloudevents", "cloudevents-binary"])]
     format: String,
     /// Read the data from this file
     #[arg(long, conflicts_with = "data")]
@@ -230,6 +232,8 @@ fn message(args: &PublishArgs, bus: &EventBus, data: &str) -> anyhow::Result<Mes
     }
     let format: &dyn Format = match args.format.as_str() {
         "flat" => &FlatFormat,
+        "cloudevents" => &const { CloudEventsFormat::new() },
+        "cloudevents-binary" => &const { CloudEventsBinaryFormat::new() },
         _ => &EnvelopeFormat,
     };
     let (headers, payload) = format.write(&envelope, "application/json", data.get().as_bytes())?;

@@ -101,13 +101,18 @@ impl Edit {
                 message.payload = payload.clone();
             }
             Body::Data(data) => {
+                // Without the place of the data, so that the document is read, which may say what
+                // they are.
+                let headers = without(&original.headers, &[header::DATA])?.build();
+                let original = original.clone().with_headers(headers);
                 let known = KnownHeaders::of(&original.headers);
-                let (format, _) = bus.formats().read(original, &known)?;
+                let (format, reading) = bus.formats().read(&original, &known)?;
                 let mut envelope =
-                    format.envelope(original, &known, (old.clone(), bus.clock().now()))?;
+                    format.envelope(&original, &known, (old.clone(), bus.clock().now()))?;
                 envelope.id = id.clone();
                 envelope.causation_id = Some(old.to_string());
-                let content_type = known.content_type().unwrap_or("application/json");
+                let said = reading.content_type.as_deref().or(known.content_type());
+                let content_type = said.unwrap_or("application/json");
                 let (written, payload) = format.write(&envelope, content_type, data)?;
                 message.headers = joined(&written, &original.headers)?;
                 message.payload = payload;

@@ -4,11 +4,14 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::Bytes;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-use super::{Format, Reading, envelope_from_headers, envelope_headers, require_json};
+use super::{
+    Format, Reading, cloud_events, envelope_from_headers, envelope_headers, member, pack,
+    require_json,
+};
 use crate::chunk;
 use crate::clock::{RFC_3339_MAX, Timestamp};
 use crate::envelope::{Envelope, EventId, UUID_LENGTH, parse_version};
@@ -33,14 +36,6 @@ impl<T: fmt::Display> Serialize for Text<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&self.0)
     }
-}
-
-/// Writes the value of a member behind its name.
-fn member(out: &mut BytesMut, name: &[u8], value: &(impl Serialize + ?Sized)) -> Result<()> {
-    out.extend_from_slice(name);
-    serde_json::to_writer(out.writer(), value).map_err(|error| {
-        Error::new(ErrorKind::Codec, "write envelope", "it has no JSON form").with_source(error)
-    })
 }
 
 /// The document as it is read: only `data` has to be there when headers give the rest.
@@ -126,7 +121,7 @@ impl Format for EnvelopeFormat {
         })?;
         let data_at = Some(begin..end);
         let headers = envelope_headers(NAME, envelope, &time, data_at, content_type)?;
-        Ok((headers, payload))
+        Ok((pack(headers), payload))
     }
 
     fn read<'m>(
@@ -153,6 +148,9 @@ impl Format for EnvelopeFormat {
                 }
             };
             return Ok(Some(Reading::new(event_type, version, data)));
+        }
+        if format.is_none() && cloud_events::mode_of(message).is_some() {
+            return Ok(None);
         }
         let document: Document<'m> = match parse(&message.payload) {
             Ok(document) => document,

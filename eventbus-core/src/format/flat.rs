@@ -7,7 +7,9 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::{Format, Reading, envelope_from_headers, envelope_headers, require_json};
+use super::{
+    Format, Reading, cloud_events, envelope_from_headers, envelope_headers, pack, require_json,
+};
 use crate::clock::Timestamp;
 use crate::envelope::{Envelope, EventId, parse_version};
 use crate::error::{Error, ErrorKind, Result};
@@ -53,7 +55,7 @@ impl Format for FlatFormat {
         };
         let members = data.strip_prefix(b"{").ok_or_else(refuse)?;
         let time = envelope.time.to_string();
-        let headers = envelope_headers(NAME, envelope, &time, None, content_type)?;
+        let headers = pack(envelope_headers(NAME, envelope, &time, None, content_type)?);
         if names_event_type(data) {
             let own: Option<Type<'_>> = serde_json::from_slice(data).ok();
             if own.is_none_or(|own| own.event_type != envelope.event_type) {
@@ -95,6 +97,9 @@ impl Format for FlatFormat {
                 version,
                 message.payload.clone(),
             )));
+        }
+        if known.format().is_none() && cloud_events::mode_of(message).is_some() {
+            return Ok(None);
         }
         match serde_json::from_slice::<Type<'m>>(&message.payload) {
             Ok(body) => Ok(Some(Reading::new(

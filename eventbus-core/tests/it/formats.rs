@@ -10,9 +10,9 @@ use eventbus_core::{
 };
 use proptest::prelude::{Strategy, any, prop, prop_assert_eq, proptest};
 
-const DATA: &[u8] = br#"{"order_id":123,"amount":250}"#;
+pub(super) const DATA: &[u8] = br#"{"order_id":123,"amount":250}"#;
 
-fn envelope() -> Envelope {
+pub(super) fn envelope() -> Envelope {
     let id = EventId::parse("0192f1c4-0000-7000-8000-00000000002a").expect("an id");
     let time = Timestamp::from_micros(1_795_244_400_123_000);
     let mut envelope = Envelope::new(id, "OrderCreated", 1, time);
@@ -26,11 +26,11 @@ fn envelope() -> Envelope {
     envelope
 }
 
-fn message(headers: Headers, payload: impl Into<Bytes>) -> Message {
+pub(super) fn message(headers: Headers, payload: impl Into<Bytes>) -> Message {
     Message::new(Topic::from_static("order-events"), payload.into()).with_headers(headers)
 }
 
-fn fallback() -> (EventId, Timestamp) {
+pub(super) fn fallback() -> (EventId, Timestamp) {
     (
         EventId::parse("by-place").expect("an id"),
         Timestamp::from_micros(7),
@@ -38,7 +38,7 @@ fn fallback() -> (EventId, Timestamp) {
 }
 
 /// Compares with a file of `tests/golden`; `UPDATE_GOLDEN=1` writes it.
-fn assert_golden(name: &str, headers: &Headers, payload: &[u8]) {
+pub(super) fn assert_golden(name: &str, headers: &Headers, payload: &[u8]) {
     let mut text = String::new();
     for (name, value) in headers.iter() {
         writeln!(text, "{name}: {}", String::from_utf8_lossy(value)).expect("text grows");
@@ -186,7 +186,7 @@ fn data_that_are_not_json_have_no_place_in_a_json_document() {
     );
 }
 
-fn texts() -> impl Strategy<Value = String> {
+pub(super) fn texts() -> impl Strategy<Value = String> {
     // Anything a service may be called: quotes, controls and other scripts included.
     prop::collection::vec(any::<char>(), 0..20).prop_map(String::from_iter)
 }
@@ -229,7 +229,7 @@ proptest! {
     #[test]
     fn no_bytes_make_a_format_panic(
         payload in prop::collection::vec(any::<u8>(), 0..200),
-        format in prop::option::of("envelope|flat|other"),
+        format in prop::option::of("envelope|flat|cloudevents|cloudevents-binary|other"),
         place in prop::option::of("[0-9]{0,4}-?[0-9]{0,4}"),
     ) {
         let headers = Headers::builder()

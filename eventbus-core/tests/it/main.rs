@@ -2,6 +2,7 @@
 
 mod batches;
 mod breaker;
+mod cloud_events;
 mod conformance;
 mod dead_letters;
 mod drained;
@@ -19,6 +20,7 @@ mod memory;
 mod order;
 mod outbox;
 mod publishing;
+mod python;
 mod relay;
 mod replay;
 mod review;
