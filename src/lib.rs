@@ -36,6 +36,8 @@ pub use eventbus_core::{
 };
 #[cfg(feature = "kafka")]
 pub use eventbus_kafka::{KafkaBroker, KafkaConfig};
+#[cfg(feature = "rabbitmq")]
+pub use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;
 #[cfg(feature = "postgres")]
