@@ -151,15 +151,6 @@ pub(crate) fn difference(error: &lapin::Error) -> Option<Difference> {
     Difference::read(&text(error)?)
 }
 
-/// Whether the connection is gone, and not only a channel of it.
-pub(crate) fn is_lost(error: &lapin::Error) -> bool {
-    match error.kind() {
-        Native::ProtocolError(said) => matches!(said.kind(), AMQPErrorKind::Hard(_)),
-        Native::InvalidChannelState(..) => false,
-        _ => true,
-    }
-}
-
 /// The exchange that a message was published to and that does not exist.
 pub(crate) fn missing_exchange(error: &lapin::Error) -> Option<String> {
     if !is_missing(error) {
@@ -285,6 +276,5 @@ mod tests {
     fn a_missing_exchange_is_named() {
         let error = server(404, "NOT_FOUND - no exchange 'orders' in vhost '/'");
         assert_eq!(missing_exchange(&error).as_deref(), Some("orders"));
-        assert!(!is_lost(&error));
     }
 }
