@@ -7,14 +7,20 @@ use std::time::Duration;
 use eventbus_core::{AdminRequest, Broker, Group, Result, Topic, TopicSpec};
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
 use lapin::{Connection, ConnectionProperties};
-use tokio::sync::{OwnedRwLockReadGuard, RwLock};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 const URL: &str = "EVENTBUS_TEST_RABBITMQ";
 
 /// Held by every test that uses the server, and alone by one that restarts it.
 static IN_USE: LazyLock<Arc<RwLock<()>>> = LazyLock::new(Arc::default);
 
-pub(crate) struct Server(Mutex<Option<OwnedRwLockReadGuard<()>>>);
+pub(crate) struct Server(Mutex<Option<Use>>);
+
+/// How a test uses the server; the others get it back when the test ends, however it does.
+enum Use {
+    Shared(#[allow(dead_code, reason = "it is held")] OwnedRwLockReadGuard<()>),
+    Alone(OwnedRwLockWriteGuard<()>),
+}
 
 impl Server {
     pub(crate) async fn new() -> Self {
@@ -24,7 +30,7 @@ impl Server {
             .with_writer(std::io::stderr)
             .try_init();
         let in_use = Arc::clone(&IN_USE).read_owned().await;
-        Self(Mutex::new(Some(in_use)))
+        Self(Mutex::new(Some(Use::Shared(in_use))))
     }
 
     pub(crate) fn url() -> String {
@@ -60,19 +66,17 @@ impl Server {
         let mine = self.0.lock().expect("not poisoned").take();
         drop(mine);
         let alone = Arc::clone(&IN_USE).write_owned().await;
-        // Downgraded at once where it is shared again.
-        *ALONE.lock().expect("not poisoned") = Some(alone);
+        *self.0.lock().expect("not poisoned") = Some(Use::Alone(alone));
     }
 
     /// Lets others use it, too.
     pub(crate) fn shared(&self) {
-        let alone = ALONE.lock().expect("not poisoned").take();
-        let mine = alone.map(tokio::sync::OwnedRwLockWriteGuard::downgrade);
-        *self.0.lock().expect("not poisoned") = mine;
+        let mut mine = self.0.lock().expect("not poisoned");
+        if let Some(Use::Alone(alone)) = mine.take() {
+            *mine = Some(Use::Shared(alone.downgrade()));
+        }
     }
 }
-
-static ALONE: Mutex<Option<tokio::sync::OwnedRwLockWriteGuard<()>>> = Mutex::new(None);
 
 /// Restarts the server, whoever uses it.
 pub(crate) async fn restart() {
