@@ -204,7 +204,9 @@ impl Subscriber for RabbitMqBroker {
                 subscriber::join(&shared.config, &shared.publishing, reading).await?
             }
             None => {
-                let Shared { config, publishing, .. } = &**shared;
+                let Shared {
+                    config, publishing, ..
+                } = &**shared;
                 reader::open(config, publishing, &subscription, topics).await?
             }
         };
@@ -230,11 +232,15 @@ fn check(subscription: &Subscription) -> Result<()> {
     let logs = logs.count();
     if subscription.group.is_some() {
         if logs > 0 {
-            return refuse("dead letters are kept in a log that is read without a group: use `bus.dead_letters` or a reader");
+            return refuse(
+                "dead letters are kept in a log that is read without a group: use `bus.dead_letters` or a reader",
+            );
         }
         return match subscription.start {
             Start::Earliest | Start::Latest => Ok(()),
-            _ => refuse("a group's queues have what was published since they were created, and cannot be read from another place: start at the earliest or the latest"),
+            _ => refuse(
+                "a group's queues have what was published since they were created, and cannot be read from another place: start at the earliest or the latest",
+            ),
         };
     }
     if logs > 0 && logs < subscription.topics.len() {

@@ -141,7 +141,8 @@ async fn acknowledge(lane: &Acknowledgement, is_group: bool) -> Result<()> {
             false => acked.await,
         }
     });
-    done.await?.map_err(|error| crate::error::into_error(SETTLE, error))
+    done.await?
+        .map_err(|error| crate::error::into_error(SETTLE, error))
 }
 
 /// The member, held by both halves; the last one to be dropped makes it leave.

@@ -111,9 +111,10 @@ fn of_server(operation: &'static str, said: &AMQPError) -> (ErrorKind, &'static 
             Kind::Conflict,
             "something of that name is there with other settings: delete it, or choose another name",
         ),
-        AMQPErrorKind::Soft(Soft::CONTENTTOOLARGE) => {
-            (Kind::InvalidInput, "the message is larger than the server takes")
-        }
+        AMQPErrorKind::Soft(Soft::CONTENTTOOLARGE) => (
+            Kind::InvalidInput,
+            "the message is larger than the server takes",
+        ),
         AMQPErrorKind::Hard(Hard::NOTIMPLEMENTED | Hard::COMMANDINVALID) => too_old(),
         AMQPErrorKind::Hard(Hard::CONNECTIONFORCED) => {
             (Kind::Unavailable, "the server has ended the connection")
@@ -226,26 +227,158 @@ mod tests {
         let refused = std::io::ErrorKind::ConnectionRefused;
         let other = std::io::ErrorKind::Other;
         let cases = [
-            (socket(refused, "Connection refused (os error 111)"), "connect", Kind::Unavailable, true, "whether RabbitMQ runs there"),
-            (socket(other, "failed to lookup address information"), "connect", Kind::Unavailable, true, "host of the url is unknown"),
-            (socket(other, "broken pipe"), "publish", Kind::Unavailable, true, "connection to the server broke"),
-            (socket(other, "invalid peer certificate: UnknownIssuer"), "connect", Kind::Unavailable, true, "certificate"),
-            (server(403, "ACCESS_REFUSED - Login was refused"), "connect", Kind::Unauthorized, false, "user and password"),
-            (server(403, "ACCESS_REFUSED - write access refused"), "publish", Kind::Unauthorized, false, "permissions"),
-            (server(530, "NOT_ALLOWED - vhost x not found"), "connect", Kind::Unauthorized, false, "virtual host"),
-            (server(404, "NOT_FOUND - no exchange 'x' in vhost '/'"), "publish", Kind::NotFound, false, "apply_topics"),
-            (server(404, "NOT_FOUND - home node 'a' of durable queue 'q' is down or inaccessible"), "subscribe", Kind::Unavailable, true, "is away"),
-            (server(405, "RESOURCE_LOCKED"), "subscribe", Kind::Conflict, false, "holds the queue"),
-            (server(406, "PRECONDITION_FAILED - message size 17 is larger than configured max size 16"), "publish", Kind::InvalidInput, false, "max_message_size"),
-            (server(406, "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received 'quorum' but current is 'classic'"), "subscribe", Kind::Conflict, false, "other settings"),
-            (server(406, "PRECONDITION_FAILED - invalid arg 'x-queue-type' for queue 'q'"), "subscribe", Kind::Unsupported, false, "3.9"),
-            (server(540, "NOT_IMPLEMENTED"), "subscribe", Kind::Unsupported, false, "3.9"),
-            (server(320, "CONNECTION_FORCED - broker forced connection closure"), "read", Kind::Unavailable, true, "ended the connection"),
-            (server(506, "RESOURCE_ERROR"), "publish", Kind::RateLimited, true, "alarms"),
-            (server(501, "FRAME_ERROR"), "publish", Kind::InvalidInput, false, "headers short"),
-            (server(541, "INTERNAL_ERROR"), "publish", Kind::Unavailable, true, "did not do it"),
-            (Native::MissingHeartbeatError.into(), "read", Kind::Unavailable, true, "heartbeat"),
-            (Native::ChannelsLimitReached.into(), "subscribe", Kind::InvalidInput, false, "channel_max"),
+            (
+                socket(refused, "Connection refused (os error 111)"),
+                "connect",
+                Kind::Unavailable,
+                true,
+                "whether RabbitMQ runs there",
+            ),
+            (
+                socket(other, "failed to lookup address information"),
+                "connect",
+                Kind::Unavailable,
+                true,
+                "host of the url is unknown",
+            ),
+            (
+                socket(other, "broken pipe"),
+                "publish",
+                Kind::Unavailable,
+                true,
+                "connection to the server broke",
+            ),
+            (
+                socket(other, "invalid peer certificate: UnknownIssuer"),
+                "connect",
+                Kind::Unavailable,
+                true,
+                "certificate",
+            ),
+            (
+                server(403, "ACCESS_REFUSED - Login was refused"),
+                "connect",
+                Kind::Unauthorized,
+                false,
+                "user and password",
+            ),
+            (
+                server(403, "ACCESS_REFUSED - write access refused"),
+                "publish",
+                Kind::Unauthorized,
+                false,
+                "permissions",
+            ),
+            (
+                server(530, "NOT_ALLOWED - vhost x not found"),
+                "connect",
+                Kind::Unauthorized,
+                false,
+                "virtual host",
+            ),
+            (
+                server(404, "NOT_FOUND - no exchange 'x' in vhost '/'"),
+                "publish",
+                Kind::NotFound,
+                false,
+                "apply_topics",
+            ),
+            (
+                server(
+                    404,
+                    "NOT_FOUND - home node 'a' of durable queue 'q' is down or inaccessible",
+                ),
+                "subscribe",
+                Kind::Unavailable,
+                true,
+                "is away",
+            ),
+            (
+                server(405, "RESOURCE_LOCKED"),
+                "subscribe",
+                Kind::Conflict,
+                false,
+                "holds the queue",
+            ),
+            (
+                server(
+                    406,
+                    "PRECONDITION_FAILED - message size 17 is larger than configured max size 16",
+                ),
+                "publish",
+                Kind::InvalidInput,
+                false,
+                "max_message_size",
+            ),
+            (
+                server(
+                    406,
+                    "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received 'quorum' but current is 'classic'",
+                ),
+                "subscribe",
+                Kind::Conflict,
+                false,
+                "other settings",
+            ),
+            (
+                server(
+                    406,
+                    "PRECONDITION_FAILED - invalid arg 'x-queue-type' for queue 'q'",
+                ),
+                "subscribe",
+                Kind::Unsupported,
+                false,
+                "3.9",
+            ),
+            (
+                server(540, "NOT_IMPLEMENTED"),
+                "subscribe",
+                Kind::Unsupported,
+                false,
+                "3.9",
+            ),
+            (
+                server(320, "CONNECTION_FORCED - broker forced connection closure"),
+                "read",
+                Kind::Unavailable,
+                true,
+                "ended the connection",
+            ),
+            (
+                server(506, "RESOURCE_ERROR"),
+                "publish",
+                Kind::RateLimited,
+                true,
+                "alarms",
+            ),
+            (
+                server(501, "FRAME_ERROR"),
+                "publish",
+                Kind::InvalidInput,
+                false,
+                "headers short",
+            ),
+            (
+                server(541, "INTERNAL_ERROR"),
+                "publish",
+                Kind::Unavailable,
+                true,
+                "did not do it",
+            ),
+            (
+                Native::MissingHeartbeatError.into(),
+                "read",
+                Kind::Unavailable,
+                true,
+                "heartbeat",
+            ),
+            (
+                Native::ChannelsLimitReached.into(),
+                "subscribe",
+                Kind::InvalidInput,
+                false,
+                "channel_max",
+            ),
         ];
         for (native, operation, kind, is_retryable, text) in cases {
             let shown = native.to_string();
@@ -260,11 +393,19 @@ mod tests {
     fn what_differs_is_read_from_what_the_server_says() {
         let cases = [
             ("received '5' but current is '3'", Some("3")),
-            ("received none but current is the value '3' of type 'signedint'", Some("3")),
-            ("received the value '5' of type 'signedint' but current is none", None),
+            (
+                "received none but current is the value '3' of type 'signedint'",
+                Some("3"),
+            ),
+            (
+                "received the value '5' of type 'signedint' but current is none",
+                None,
+            ),
         ];
         for (text, current) in cases {
-            let text = format!("PRECONDITION_FAILED - inequivalent arg 'x-max-length' for queue 'a'' in vhost '/': {text}");
+            let text = format!(
+                "PRECONDITION_FAILED - inequivalent arg 'x-max-length' for queue 'a'' in vhost '/': {text}"
+            );
             let found = difference(&server(406, &text)).expect("it differs");
             assert_eq!(found.argument, "x-max-length");
             assert_eq!(found.current.as_deref(), current, "{text}");

@@ -64,7 +64,9 @@ impl Drop for Source {
         }
         let channel = self.channel.clone();
         match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn(async move { close(&channel, Some(consumer)).await })),
+            Ok(runtime) => {
+                drop(runtime.spawn(async move { close(&channel, Some(consumer)).await }))
+            }
             // Nothing is sent any more: the connection ends with its thread.
             Err(_) => std::mem::forget(consumer),
         }
@@ -435,7 +437,10 @@ impl Lanes {
                 slot.ended = true;
                 continue;
             }
-            if let Some(offset) = ahead.offset.filter(|offset| *offset > slot.next && slot.next > 0) {
+            if let Some(offset) = ahead
+                .offset
+                .filter(|offset| *offset > slot.next && slot.next > 0)
+            {
                 let from = slot.next;
                 let is_behind_others = !batch.is_empty();
                 slot.ahead.push_front(ahead);

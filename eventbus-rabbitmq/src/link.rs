@@ -138,7 +138,9 @@ pub(crate) async fn within<T>(
     operation: &'static str,
     asked: impl Future<Output = lapin::Result<T>>,
 ) -> Result<T> {
-    let answered = timeout(ANSWER, asked).await.map_err(|_| silent(operation))?;
+    let answered = timeout(ANSWER, asked)
+        .await
+        .map_err(|_| silent(operation))?;
     answered.map_err(|error| into_error(operation, error))
 }
 

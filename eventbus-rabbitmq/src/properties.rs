@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use eventbus_core::{Error, ErrorKind, Headers, HeadersBuilder, Key, Message, Result, Topic, header};
+use eventbus_core::{
+    Error, ErrorKind, Headers, HeadersBuilder, Key, Message, Result, Topic, header,
+};
 use lapin::BasicProperties;
 use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldArray, FieldTable, LongString, ShortString};
@@ -142,7 +144,11 @@ pub(crate) fn read(topic: &Topic, delivery: Delivery) -> Read {
         && read.message.headers.get(header::CONTENT_TYPE).is_none()
     {
         let mut builder = read.message.headers.to_builder().unlimited();
-        if add(&mut builder, header::CONTENT_TYPE, content_type.as_str().as_bytes()) {
+        if add(
+            &mut builder,
+            header::CONTENT_TYPE,
+            content_type.as_str().as_bytes(),
+        ) {
             read.message.headers = builder.build();
         }
     }
@@ -271,7 +277,17 @@ mod tests {
     use super::*;
 
     fn name() -> impl Strategy<Value = &'static str> {
-        let names = ["eb-id", "eb-key", "eb-order", "eb-packed", "x-death", "a", "b", "B", "CC"];
+        let names = [
+            "eb-id",
+            "eb-key",
+            "eb-order",
+            "eb-packed",
+            "x-death",
+            "a",
+            "b",
+            "B",
+            "CC",
+        ];
         proptest::sample::select(names.to_vec())
     }
 
@@ -330,7 +346,10 @@ mod tests {
         table.insert("flag".into(), AMQPValue::Boolean(true));
         table.insert("list".into(), AMQPValue::FieldArray(list));
         table.insert("nothing".into(), AMQPValue::Void);
-        table.insert("nested".into(), AMQPValue::FieldTable(FieldTable::default()));
+        table.insert(
+            "nested".into(),
+            AMQPValue::FieldTable(FieldTable::default()),
+        );
         table.insert("".into(), long(b"nameless"));
         table.insert(ORDER.into(), long(&[9, 9]));
         table.insert(DELIVERY_COUNT.into(), AMQPValue::LongLongInt(2));
@@ -357,7 +376,9 @@ mod tests {
     fn headers_that_fit_no_frame_are_refused() {
         let mut headers = Headers::builder().unlimited();
         for _ in 0..16 {
-            headers = headers.push("h", vec![0; 8 * 1024]).expect("there is no limit");
+            headers = headers
+                .push("h", vec![0; 8 * 1024])
+                .expect("there is no limit");
         }
         let message = Message::new(Topic::from_static("t"), "").with_headers(headers.build());
         let error = check(&message).expect_err("the server takes less");

@@ -12,9 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
-use eventbus_core::{
-    Error, ErrorKind, Message, Outcome, PublishError, Result, Retry, Unpublished,
-};
+use eventbus_core::{Error, ErrorKind, Message, Outcome, PublishError, Result, Retry, Unpublished};
 use lapin::message::BasicReturnMessage;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{Channel, Confirmation, PublisherConfirm};
@@ -121,7 +119,9 @@ impl Publisher {
             waiting.requests.push_back(request);
         }
         self.queue.changed.notify_one();
-        answered.await.expect("each request that was taken is answered, unless a task has panicked")
+        answered
+            .await
+            .expect("each request that was taken is answered, unless a task has panicked")
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -257,7 +257,11 @@ impl Worker {
         let mut alone = VecDeque::new();
         while !window.is_empty() {
             if Instant::now() >= deadline {
-                let outcome = if was_sent { Outcome::Unknown } else { Outcome::NotTaken };
+                let outcome = if was_sent {
+                    Outcome::Unknown
+                } else {
+                    Outcome::NotTaken
+                };
                 failed.extend(window.into_iter().map(|it| it.fail(outcome, silent(None))));
                 let rest = alone.into_iter();
                 failed.extend(rest.map(|it: OnItsWay| it.fail(Outcome::Unknown, silent(None))));
@@ -271,7 +275,11 @@ impl Worker {
                     continue;
                 }
                 Err(error) => {
-                    let outcome = if was_sent { Outcome::Unknown } else { Outcome::NotTaken };
+                    let outcome = if was_sent {
+                        Outcome::Unknown
+                    } else {
+                        Outcome::NotTaken
+                    };
                     let rest = window.into_iter().chain(alone);
                     failed.extend(rest.map(|it| it.fail(outcome, copy(&error))));
                     break;
@@ -310,7 +318,10 @@ impl Worker {
                 self.channel = None;
             }
             if !again.is_empty() {
-                tracing::debug!(messages = again.len(), "messages are published again: whether the server took them is unknown");
+                tracing::debug!(
+                    messages = again.len(),
+                    "messages are published again: whether the server took them is unknown"
+                );
             }
             if is_too_large_for_it {
                 alone.extend(again.drain(..));
@@ -363,7 +374,10 @@ impl Worker {
 impl OnItsWay {
     fn fail(self, outcome: Outcome, error: Error) -> (usize, Unpublished) {
         let Routed { index, message, .. } = self.routed;
-        (self.request, Unpublished::new(index, message, outcome, error))
+        (
+            self.request,
+            Unpublished::new(index, message, outcome, error),
+        )
     }
 }
 
@@ -378,15 +392,16 @@ fn window(waiting: &mut VecDeque<OnItsWay>) -> Vec<OnItsWay> {
     waiting.drain(..count).collect()
 }
 
-type Sending<'m> =
-    Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send + 'm>>;
+type Sending<'m> = Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send + 'm>>;
 
 /// Writes messages side by side, in their order, and waits for what becomes of each.
 async fn publish_all(channel: &Channel, window: &[OnItsWay], deadline: Instant) -> Vec<Came> {
     let mut sending: Vec<Sending<'_>> = window
         .iter()
         .map(|it| {
-            let Routed { partition, message, .. } = &it.routed;
+            let Routed {
+                partition, message, ..
+            } = &it.routed;
             let sent = channel.basic_publish(
                 names::exchange(&message.topic),
                 names::routing_key(*partition),
@@ -447,7 +462,9 @@ fn find(window: &[OnItsWay], came: &[Came], returned: &BasicReturnMessage) -> Op
     let (exchange, key) = (&returned.exchange, &returned.routing_key);
     let mut places = window.iter().zip(came);
     places.position(|(it, came)| {
-        let Routed { partition, message, .. } = &it.routed;
+        let Routed {
+            partition, message, ..
+        } = &it.routed;
         matches!(came, Came::Taken)
             && names::exchange(&message.topic) == *exchange
             && names::routing_key(*partition) == *key

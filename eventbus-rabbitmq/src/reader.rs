@@ -31,13 +31,17 @@ pub(crate) fn check(subscription: &Subscription, is_log: bool) -> Result<()> {
     if !is_log {
         return match (subscription.start, subscription.until) {
             (Start::Latest, None) => Ok(()),
-            _ => refuse("RabbitMQ keeps a topic for its groups only, in their queues: a reader without a group gets what comes from now on (`Start::Latest`, without an end); only dead letters are kept in a log that can be read again"),
+            _ => refuse(
+                "RabbitMQ keeps a topic for its groups only, in their queues: a reader without a group gets what comes from now on (`Start::Latest`, without an end); only dead letters are kept in a log that can be read again",
+            ),
         };
     }
     let by_time = matches!(subscription.start, Start::Time(_))
         || matches!(subscription.until, Some(Until::Time(_)));
     match by_time {
-        true => refuse("a stream of RabbitMQ knows the time of a chunk of messages only, not of each: start and end at a position"),
+        true => refuse(
+            "a stream of RabbitMQ knows the time of a chunk of messages only, not of each: start and end at a position",
+        ),
         false => Ok(()),
     }
 }
@@ -51,7 +55,10 @@ pub(crate) async fn open(
 ) -> Result<Arc<Member>> {
     let link = Link::connect(config, "reader").await?;
     let is_log = topics.iter().any(|(topic, _)| names::is_log(topic));
-    let most = subscription.limits.lane_messages.min(subscription.limits.messages);
+    let most = subscription
+        .limits
+        .lane_messages
+        .min(subscription.limits.messages);
     let prefetch = u16::try_from(most).unwrap_or(u16::MAX);
     let task = Task {
         config: config.clone(),

@@ -186,7 +186,9 @@ mod tests {
 
     fn said(member: u64, keeps: &[u32]) -> Announcement {
         let topic = Topic::from_static("orders");
-        let keeps = keeps.iter().map(|it| TopicPartition::new(topic.clone(), *it));
+        let keeps = keeps
+            .iter()
+            .map(|it| TopicPartition::new(topic.clone(), *it));
         Announcement {
             member,
             joined: 1000 + member,

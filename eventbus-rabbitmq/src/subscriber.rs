@@ -179,7 +179,10 @@ impl Task {
             let error = match opened {
                 Ok(session) => {
                     self.due = Due::now();
-                    tracing::info!(group = self.reading.group.as_str(), "a consumer is connected again");
+                    tracing::info!(
+                        group = self.reading.group.as_str(),
+                        "a consumer is connected again"
+                    );
                     return Some(session);
                 }
                 Err(error) => error,
@@ -310,7 +313,8 @@ impl Task {
             self.member.lanes().revoke(|place| !keeps.contains(place))
         };
         let until = Instant::now() + self.reading.limits.revoke_timeout;
-        self.revoking.extend(lanes.iter().map(|lane| (*lane, until)));
+        self.revoking
+            .extend(lanes.iter().map(|lane| (*lane, until)));
         if !lanes.is_empty() {
             self.member.wake();
         }
@@ -394,8 +398,15 @@ impl Task {
             Some(0) => {}
             Some(_) => return Ok(None),
             None => {
-                tracing::error!(queue = queue.as_str(), "a queue was deleted, and what was in it is gone: it is created anew");
-                let count = self.reading.topics.iter().find(|(topic, _)| *topic == place.topic);
+                tracing::error!(
+                    queue = queue.as_str(),
+                    "a queue was deleted, and what was in it is gone: it is created anew"
+                );
+                let count = self
+                    .reading
+                    .topics
+                    .iter()
+                    .find(|(topic, _)| *topic == place.topic);
                 let count = count.map_or(0, |(_, count)| *count);
                 declare_group("subscribe", &session.link, group, &place.topic, count).await?;
             }

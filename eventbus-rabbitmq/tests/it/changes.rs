@@ -30,7 +30,9 @@ async fn a_queue_that_is_deleted_is_a_lane_that_is_lost_and_comes_back() {
         let name = format!("{orders}:{billing}:1").as_str().into();
         let deleted = channel.queue_delete(name, QueueDeleteOptions::default());
         deleted.await.expect("it is deleted");
-        probe.hear_until(|probe| probe.lost().contains(&before)).await;
+        probe
+            .hear_until(|probe| probe.lost().contains(&before))
+            .await;
         probe.hold(2).await;
         let after = probe.lane(&orders, 1);
         assert!(after.epoch > before.epoch || after.id != before.id);
@@ -38,7 +40,10 @@ async fn a_queue_that_is_deleted_is_a_lane_that_is_lost_and_comes_back() {
         let messages = (0..20).map(|key| {
             Message::new(orders.clone(), "x").with_key(eventbus_core::Key::display(key))
         });
-        broker.publish(messages.collect()).await.expect("it is taken");
+        broker
+            .publish(messages.collect())
+            .await
+            .expect("it is taken");
         let deliveries = probe.collect(20).await;
         probe.settle(&deliveries).await;
     })
@@ -72,7 +77,11 @@ async fn messages_of_others_are_read() {
             .with_content_type("application/json".into())
             .with_headers(headers),
     );
-    published.await.expect("it is sent").await.expect("it is taken");
+    published
+        .await
+        .expect("it is sent")
+        .await
+        .expect("it is taken");
     within(MINUTE, async {
         let delivery = probe.collect(1).await.remove(0);
         assert_eq!(delivery.message.key, Some(eventbus_core::Key::from("k")));

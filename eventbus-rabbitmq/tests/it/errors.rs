@@ -106,9 +106,10 @@ async fn a_message_that_nobody_would_get_is_refused() {
     let subscription = Subscription::group(group("reads"), vec![read.clone()]);
     let _member = broker.subscribe(subscription).await.expect("it joins");
     let topics = [&lonely, &read, &lonely, &read, &read, &lonely];
-    let messages = topics.iter().enumerate().map(|(index, topic)| {
-        Message::new((*topic).clone(), format!("{index}")).with_key("same")
-    });
+    let messages = topics
+        .iter()
+        .enumerate()
+        .map(|(index, topic)| Message::new((*topic).clone(), format!("{index}")).with_key("same"));
     let error = broker.publish(messages.collect()).await;
     let error = error.expect_err("a topic has no group");
     let refused: Vec<_> = error.unpublished.iter().map(|it| it.index).collect();
@@ -226,7 +227,10 @@ async fn what_cannot_be_honoured_says_how_to_get_it() {
     let letters = eventbus_core::Topic::new(&format!("{orders}.g.dlq")).expect("a good name");
     let cases = [
         (reader, "Start::Latest"),
-        (Subscription::group(group("g"), vec![letters]), "bus.dead_letters"),
+        (
+            Subscription::group(group("g"), vec![letters]),
+            "bus.dead_letters",
+        ),
     ];
     for (subscription, text) in cases {
         let error = broker.subscribe(subscription).await;
@@ -235,9 +239,14 @@ async fn what_cannot_be_honoured_says_how_to_get_it() {
         assert!(error.to_string().contains(text), "{error}");
     }
     let tail = Subscription::reader(vec![orders.clone()]).with_start(Start::Latest);
-    let mut tail = eventbus_testkit::Probe::join(&broker, tail).await.expect("it reads");
+    let mut tail = eventbus_testkit::Probe::join(&broker, tail)
+        .await
+        .expect("it reads");
     tail.step().await.expect("it is assigned");
     let messages = ["a", "b"].map(|text| Message::new(orders.clone(), text).with_key("k"));
-    broker.publish(messages.to_vec()).await.expect("somebody gets it");
+    broker
+        .publish(messages.to_vec())
+        .await
+        .expect("somebody gets it");
     assert_eq!(tail.collect_texts(2).await, ["a", "b"]);
 }

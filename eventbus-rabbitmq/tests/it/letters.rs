@@ -46,10 +46,8 @@ async fn what_cannot_be_handled_is_a_letter_that_can_be_re_driven() {
     let handled = Arc::new(AtomicUsize::new(0));
     let (seen_broken, count) = (Arc::clone(&is_broken), Arc::clone(&handled));
     let group = topic("billing").to_string();
-    let consumer = bus
-        .consumer(&group)
-        .retry(RetryPolicy::immediate(2))
-        .on(move |order: OrderPlaced, _: Context| {
+    let consumer = bus.consumer(&group).retry(RetryPolicy::immediate(2)).on(
+        move |order: OrderPlaced, _: Context| {
             let (broken, count) = (seen_broken.load(Ordering::SeqCst), Arc::clone(&count));
             async move {
                 if broken && order.order_id % 2 == 0 {
@@ -58,7 +56,8 @@ async fn what_cannot_be_handled_is_a_letter_that_can_be_re_driven() {
                 count.fetch_add(1, Ordering::SeqCst);
                 Ok(())
             }
-        });
+        },
+    );
     let consumer = consumer.spawn().await.expect("it joins");
     within(MINUTE, async {
         for order_id in 0..10 {
@@ -103,8 +102,13 @@ async fn a_log_is_read_from_any_place_to_its_end() {
         probe.hear_until(|probe| probe.ended().len() == 1).await;
         assert_eq!(probe.waiting(), 0);
         let texts: Vec<_> = (0..700).map(|number| number.to_string()).collect();
-        let messages = texts.iter().map(|text| Message::new(letters.clone(), text.clone()));
-        broker.publish(messages.collect()).await.expect("it is taken");
+        let messages = texts
+            .iter()
+            .map(|text| Message::new(letters.clone(), text.clone()));
+        broker
+            .publish(messages.collect())
+            .await
+            .expect("it is taken");
         let mut probe = Probe::join(&broker, reader()).await.expect("it reads");
         let behind = vec![Message::new(letters.clone(), "behind")];
         broker.publish(behind).await.expect("it is taken");
