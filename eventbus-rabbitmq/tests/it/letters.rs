@@ -50,7 +50,7 @@ async fn what_cannot_be_handled_is_a_letter_that_can_be_re_driven() {
         move |order: OrderPlaced, _: Context| {
             let (broken, count) = (seen_broken.load(Ordering::SeqCst), Arc::clone(&count));
             async move {
-                if broken && order.order_id % 2 == 0 {
+                if broken && order.order_id.is_multiple_of(2) {
                     return Err(BoxError::from("the bank does not answer"));
                 }
                 count.fetch_add(1, Ordering::SeqCst);
