@@ -15,6 +15,10 @@ const SCHEMES: &[(&str, &str)] = &[
     ("postgres", "postgres"),
     ("postgresql", "postgres"),
     ("kafka", "kafka"),
+    ("redis", "redis"),
+    ("rediss", "redis"),
+    ("amqp", "rabbitmq"),
+    ("amqps", "rabbitmq-tls"),
 ];
 
 /// Schemes of what can keep held keys and events for later beside a broker.
@@ -23,7 +27,7 @@ const STORES: &[&str] = &["sqlite", "postgres", "postgresql"];
 /// Connects an [`EventBus`]; in scope with the prelude, so that `EventBus::connect` is there.
 pub trait Connect: Sized {
     /// Connects to the broker that `url` names, such as `sqlite://shop.db`, `postgres://db.example/shop`,
-    /// `kafka://kafka.example:9092`, `memory:`, `memory:shop` for one that several parts of a process share, or `memory:?like=kafka`.
+    /// `kafka://kafka.example:9092`, `amqp://rabbit.example/%2f`, `memory:`, `memory:shop` for one that several parts of a process share, or `memory:?like=kafka`.
     ///
     /// # Errors
     ///
@@ -122,6 +126,14 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
         #[cfg(feature = "kafka")]
         "kafka" => Ok(EventBus::builder(
             eventbus_kafka::KafkaBroker::from_url(url).await?,
+        )),
+        #[cfg(feature = "rabbitmq")]
+        "amqp" | "amqps" => Ok(EventBus::builder(
+            eventbus_rabbitmq::RabbitMqBroker::from_url(url).await?,
+        )),
+        #[cfg(feature = "redis")]
+        "redis" | "rediss" => Ok(EventBus::builder(
+            eventbus_redis::RedisBroker::from_url(url).await?,
         )),
         scheme => Err(unknown(scheme, url)),
     }

@@ -38,6 +38,10 @@ pub use eventbus_core::{
 pub use eventbus_kafka::{KafkaBroker, KafkaConfig};
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;
+#[cfg(feature = "rabbitmq")]
+pub use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
+#[cfg(feature = "redis")]
+pub use eventbus_redis::{RedisBroker, RedisConfig};
 #[cfg(feature = "postgres")]
 pub use eventbus_sql::{
     PostgresBroker, PostgresConfig, PostgresOutbox, PostgresStore, PostgresTransaction,

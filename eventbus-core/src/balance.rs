@@ -1,19 +1,25 @@
 //! Which member of a group is to have which partition: even, and with as few moves as can be. The
-//! in-memory broker and leases share out by it.
+//! in-memory broker, leases, and adapters whose broker shares out nothing do it by this.
 
 /// One partition to be given to a member.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Share {
-    pub(crate) topic: usize,
+#[allow(
+    clippy::exhaustive_structs,
+    reason = "a plain pair that adapters create"
+)]
+pub struct Share {
+    /// Its topic, as a number that [`balance`] asks with who may read it.
+    pub topic: usize,
     /// The member that has it, or that it is promised to.
-    pub(crate) holder: Option<usize>,
+    pub holder: Option<usize>,
 }
 
 /// Answers for each of `shares` the index of the member that is to have it.
 ///
 /// `may_read(member, topic)` says who may have what. Members that may read the same topics differ
-/// by at most one partition, counted over all topics; a partition moves only for that.
-pub(crate) fn balance(
+/// by at most one partition, counted over all topics; a partition moves only for that. Whoever asks
+/// with the same shares and members gets the same answer.
+pub fn balance(
     shares: &[Share],
     members: usize,
     may_read: impl Fn(usize, usize) -> bool,

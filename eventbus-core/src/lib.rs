@@ -45,6 +45,7 @@ mod url;
 mod whereabouts;
 
 pub use activity::Activity;
+pub use balance::{Share, balance};
 pub use broker::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Durability, GroupPosition, LaneLag,
     Member, Outcome, PublishError, Publisher, Settlement, Subscriber, TopicReport, Unpublished,

@@ -4,20 +4,21 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use eventbus_core::{
-    AdminReply, AdminRequest, Delivery, ErrorKind, Group, GroupPosition, Key, Position, Start,
-    Subscription, Until,
+    AdminReply, AdminRequest, Delivery, ErrorKind, Group, GroupPosition, Key, Outcome, Position,
+    Start, Subscription, Until,
 };
 
 use super::{BrokerHarness, DEADLINE, Stage, unique_group, unique_topic};
 use crate::probe::{Probe, text_of, within};
 
 /// A new group that starts at the earliest message sees what was published before it existed,
-/// where `history` is declared; otherwise it sees what comes from then on.
+/// where `history` is declared; otherwise it sees what comes from then on, and what is published before
+/// is refused or passed over.
 pub async fn start_earliest_sees_history_where_declared(harness: &dyn BrokerHarness) {
     within(DEADLINE, async {
         let stage = Stage::new(harness, 1).await;
         let key = Key::from("k");
-        stage.publish(&key, &["before"]).await;
+        publish_before_any_group(&stage, &key).await;
         let mut probe = stage.member().await;
         stage.publish(&key, &["after"]).await;
         let texts = stage.drain_texts(&mut probe).await;
@@ -30,13 +31,26 @@ pub async fn start_earliest_sees_history_where_declared(harness: &dyn BrokerHarn
     .await;
 }
 
+/// Publishes to a topic that has no group. Where a broker keeps messages for groups only, it may say
+/// that nobody would get this one.
+async fn publish_before_any_group(stage: &Stage, key: &Key) {
+    let batch = vec![stage.message(key, "before")];
+    let Err(error) = stage.broker.publish(batch).await else {
+        return;
+    };
+    assert!(!stage.capabilities.history, "{error}");
+    let refused = &error.unpublished[0];
+    assert_eq!(refused.outcome, Outcome::NotTaken, "{error}");
+    assert!(refused.error.is_retryable(), "a group may come: {error}");
+}
+
 /// A new group that starts at the latest message sees only what comes; one that exists goes on
 /// where it was, whatever it asks for.
 pub async fn start_latest_sees_only_what_comes(harness: &dyn BrokerHarness) {
     within(DEADLINE, async {
         let stage = Stage::new(harness, 1).await;
         let key = Key::from("k");
-        stage.publish(&key, &["before"]).await;
+        publish_before_any_group(&stage, &key).await;
         let latest = stage.subscription().with_start(Start::Latest);
         let mut probe = stage.only_member(latest.clone()).await;
         stage.publish(&key, &["after"]).await;

@@ -1,0 +1,278 @@
+//! The client handle.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use async_trait::async_trait;
+use eventbus_core::{
+    AdminReply, AdminRequest, Broker, Capabilities, Durability, Error, ErrorKind, Member, Message,
+    Outcome, PublishError, Publisher, Result, Start, Subscriber, Subscription, Topic, Unpublished,
+    partition_of,
+};
+
+use crate::config::RabbitMqConfig;
+use crate::deliveries::{self, Owner, RabbitMqDeliveries, RabbitMqSettlement};
+use crate::link::{SharedLink, closed};
+use crate::publisher::{self, Publisher as Channels, Routed};
+use crate::reader;
+use crate::subscriber::{self, Reading};
+use crate::topics::Topics;
+use crate::{names, properties};
+
+/// A client of RabbitMQ; clones are the same client.
+///
+/// An acknowledged message is on the disks of most nodes that keep its queue, for each group that
+/// there was; a dead letter is in their memory at least, and written to disk later.
+///
+/// # Examples
+///
+/// ```no_run
+/// # async fn example() -> eventbus_core::Result<()> {
+/// use eventbus_core::EventBus;
+/// use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
+///
+/// let config = RabbitMqConfig::new("rabbit.example:5672").with_credentials("shop", "secret");
+/// let bus = EventBus::builder(RabbitMqBroker::connect(config).await?).build();
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct RabbitMqBroker(Arc<Shared>);
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: RabbitMqConfig,
+    capabilities: Capabilities,
+    /// Publishes, and nothing else: the server stops hearing it when it is short of memory.
+    pub(crate) publishing: Arc<SharedLink>,
+    /// Asks and declares.
+    pub(crate) asking: Arc<SharedLink>,
+    channels: Channels,
+    pub(crate) topics: Arc<Topics>,
+    /// Where the next message without a key goes.
+    turn: AtomicU32,
+    members: Mutex<Vec<Weak<deliveries::Member>>>,
+    closed: AtomicBool,
+}
+
+impl RabbitMqBroker {
+    /// Connects, and waits for an answer.
+    ///
+    /// # Errors
+    ///
+    /// `Unauthorized` for wrong credentials or a virtual host that is not there; `Unavailable` when
+    /// no server answers within 8 seconds; `Unsupported` when it is to be encrypted and this build
+    /// cannot.
+    pub async fn connect(config: RabbitMqConfig) -> Result<Self> {
+        let asking = Arc::new(SharedLink::new(config.clone(), "client"));
+        asking.get("connect").await?;
+        let publishing = Arc::new(SharedLink::new(config.clone(), "publisher"));
+        let topics = Arc::new(Topics::new(Arc::clone(&asking), &config));
+        Ok(Self(Arc::new(Shared {
+            capabilities: capabilities(&config),
+            channels: Channels::new(&publishing, &topics, config.publish_timeout),
+            publishing,
+            asking,
+            topics,
+            turn: AtomicU32::new(fastrand::u32(..)),
+            config,
+            members: Mutex::default(),
+            closed: AtomicBool::new(false),
+        })))
+    }
+
+    /// Connects as a URL says, see [`RabbitMqConfig::from_url`].
+    ///
+    /// # Errors
+    ///
+    /// As [`connect`](Self::connect), and those of reading the URL.
+    pub async fn from_url(url: &str) -> Result<Self> {
+        Self::connect(RabbitMqConfig::from_url(url)?).await
+    }
+}
+
+fn capabilities(config: &RabbitMqConfig) -> Capabilities {
+    let mut capabilities = Capabilities::default();
+    capabilities.system = "rabbitmq";
+    capabilities.message_bytes_max = config.message_bytes_max;
+    // Quorum queues write to disk before they confirm; streams, which keep dead letters, do not.
+    capabilities.durability = Durability::PageCache;
+    capabilities.hand_out_count = true;
+    capabilities
+}
+
+impl Shared {
+    pub(crate) fn check_open(&self, operation: &'static str) -> Result<()> {
+        match self.closed.load(Ordering::Acquire) {
+            true => Err(closed(operation)),
+            false => Ok(()),
+        }
+    }
+
+    fn members(&self) -> MutexGuard<'_, Vec<Weak<deliveries::Member>>> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where a message goes on a topic of so many partitions.
+    fn partition(&self, message: &Message, partitions: u32) -> u32 {
+        match &message.key {
+            Some(key) => partition_of(key, partitions),
+            None => self.turn.fetch_add(1, Ordering::Relaxed) % partitions.max(1),
+        }
+    }
+
+    /// Finds out where messages go; what goes nowhere is refused.
+    async fn route(&self, batch: Vec<Message>, refused: &mut Vec<Unpublished>) -> Vec<Routed> {
+        const PUBLISH: &str = "publish";
+        let (sound, unsound) = self.capabilities.check_batch(batch);
+        refused.extend(unsound);
+        let mut routed = Vec::with_capacity(sound.len());
+        let mut last: Option<(Topic, Result<u32>)> = None;
+        for (index, message) in sound {
+            // Mostly a batch is of one topic.
+            let known = match last.take().filter(|(topic, _)| *topic == message.topic) {
+                Some((_, known)) => known,
+                None => self.topics.ensure(PUBLISH, &message.topic).await,
+            };
+            let partitions = match &known {
+                Ok(partitions) => properties::check(&message).map(|()| *partitions),
+                Err(error) => Err(Error::new(error.kind(), PUBLISH, error.to_string())
+                    .with_retry(error.retry())
+                    .with("topic", &message.topic)),
+            };
+            last = Some((message.topic.clone(), known));
+            match partitions {
+                Ok(partitions) => routed.push(Routed {
+                    index,
+                    partition: self.partition(&message, partitions),
+                    message,
+                }),
+                Err(error) => {
+                    let outcome = Outcome::NotTaken;
+                    refused.push(Unpublished::new(index, message, outcome, error));
+                }
+            }
+        }
+        routed
+    }
+}
+
+#[async_trait]
+impl Publisher for RabbitMqBroker {
+    async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        if self.0.channels.is_closed() {
+            let all = batch.into_iter().enumerate();
+            let refused = all.map(|(index, message)| {
+                Unpublished::new(index, message, Outcome::NotTaken, closed("publish"))
+            });
+            return Err(PublishError::new(refused.collect()));
+        }
+        let mut refused = Vec::new();
+        let routed = self.0.route(batch, &mut refused).await;
+        if !routed.is_empty() {
+            refused.extend(self.0.channels.publish(routed).await);
+        }
+        publisher::result(refused)
+    }
+}
+
+#[async_trait]
+impl Subscriber for RabbitMqBroker {
+    async fn subscribe(&self, mut subscription: Subscription) -> Result<Member> {
+        const SUBSCRIBE: &str = "subscribe";
+        let shared = &self.0;
+        shared.check_open(SUBSCRIBE)?;
+        subscription.check()?;
+        subscription.topics.sort();
+        subscription.topics.dedup();
+        check(&subscription)?;
+        let mut topics = Vec::with_capacity(subscription.topics.len());
+        for topic in &subscription.topics {
+            let partitions = shared.topics.ensure(SUBSCRIBE, topic).await?;
+            topics.push((topic.clone(), partitions));
+        }
+        let member = match &subscription.group {
+            Some(group) => {
+                let reading = Reading {
+                    group: group.clone(),
+                    topics,
+                    limits: subscription.limits,
+                };
+                subscriber::join(&shared.config, &shared.publishing, reading).await?
+            }
+            None => {
+                let Shared {
+                    config, publishing, ..
+                } = &**shared;
+                reader::open(config, publishing, &subscription, topics).await?
+            }
+        };
+        {
+            let mut members = shared.members();
+            members.retain(|member| member.strong_count() > 0);
+            members.push(Arc::downgrade(&member));
+        }
+        let owner = Arc::new(Owner(member));
+        // It may have been closed meanwhile, and have ended all members but this one.
+        shared.check_open(SUBSCRIBE)?;
+        Ok(Member::new(
+            Box::new(RabbitMqDeliveries(Arc::clone(&owner))),
+            Box::new(RabbitMqSettlement(owner)),
+        ))
+    }
+}
+
+/// Refuses what RabbitMQ cannot honour.
+fn check(subscription: &Subscription) -> Result<()> {
+    let refuse = |message: &str| Err(Error::new(ErrorKind::Unsupported, "subscribe", message));
+    let logs = subscription.topics.iter().filter(|it| names::is_log(it));
+    let logs = logs.count();
+    if subscription.group.is_some() {
+        if logs > 0 {
+            return refuse(
+                "dead letters are kept in a log that is read without a group: use `bus.dead_letters` or a reader",
+            );
+        }
+        return match subscription.start {
+            Start::Earliest | Start::Latest => Ok(()),
+            _ => refuse(
+                "a group's queues have what was published since they were created, and cannot be read from another place: start at the earliest or the latest",
+            ),
+        };
+    }
+    if logs > 0 && logs < subscription.topics.len() {
+        return refuse("dead letters and other topics are read apart: open a reader for each");
+    }
+    reader::check(subscription, logs > 0)
+}
+
+#[async_trait]
+impl Broker for RabbitMqBroker {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities.clone()
+    }
+
+    async fn admin(&self, request: AdminRequest) -> Result<AdminReply> {
+        self.0.check_open(request.operation())?;
+        self.0.answer(request).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        let shared = &self.0;
+        shared.closed.store(true, Ordering::Release);
+        let members: Vec<_> = shared.members().iter().filter_map(Weak::upgrade).collect();
+        for member in &members {
+            member.end();
+        }
+        shared.channels.close().await;
+        for member in &members {
+            member.left().await;
+        }
+        shared.publishing.close().await;
+        shared.asking.close().await;
+        Ok(())
+    }
+}

@@ -1,0 +1,387 @@
+//! A message as the properties of one of AMQP, and back. Nothing is sent here.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use eventbus_core::{
+    Error, ErrorKind, Headers, HeadersBuilder, Key, Message, Result, Topic, header,
+};
+use lapin::BasicProperties;
+use lapin::message::Delivery;
+use lapin::types::{AMQPValue, FieldArray, FieldTable, LongString, ShortString};
+
+/// The key.
+const KEY: &str = "eb-key";
+/// In which order the headers are, where that is not the one of their names: a byte for each header,
+/// which is the place of its name among all names in their order. AMQP's table has no order, and each
+/// name once; of one that is repeated it has a list.
+const ORDER: &str = "eb-order";
+/// All headers as [`Headers::packed`] gives them, where the table cannot hold them.
+const PACKED: &str = "eb-packed";
+
+/// The server counts how often it took a message back.
+const DELIVERY_COUNT: &str = "x-delivery-count";
+/// The place of a message in a stream.
+const STREAM_OFFSET: &str = "x-stream-offset";
+
+/// Headers of more bytes do not fit one frame of 128 KiB, which is what servers take.
+const HEADER_BYTES: usize = 120 * 1024;
+
+/// Kept when the server ends.
+const PERSISTENT: u8 = 2;
+
+/// What the server, or its other clients, give a meaning of their own.
+fn is_reserved(name: &str) -> bool {
+    matches!(name, KEY | ORDER | PACKED | "CC" | "BCC") || name.starts_with("x-")
+}
+
+/// Checks what a server would close the connection for.
+///
+/// # Errors
+///
+/// `InvalidInput` when the headers do not fit a frame.
+pub(crate) fn check(message: &Message) -> Result<()> {
+    let key = message.key.as_ref().map_or(0, |key| key.as_bytes().len());
+    let bytes = key + message.headers.packed_len() + 2 * message.headers.iter_bytes().count();
+    if bytes <= HEADER_BYTES {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::InvalidInput,
+        "publish",
+        "key and headers have more bytes than fit one frame, at most 122,880: put the rest into the payload",
+    )
+    .with("bytes", bytes)
+    .with("topic", &message.topic))
+}
+
+/// The properties of a message that is to be kept.
+pub(crate) fn to_properties(message: &Message) -> BasicProperties {
+    let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+    if message.key.is_none() && message.headers.is_empty() {
+        return properties;
+    }
+    let mut table = BTreeMap::new();
+    if let Some(key) = &message.key {
+        table.insert(ShortString::from(KEY), long(key.as_bytes()));
+    }
+    if !write(&message.headers, &mut table) {
+        let packed = long(message.headers.packed());
+        table.insert(ShortString::from(PACKED), packed);
+    }
+    properties.with_headers(FieldTable::from(table))
+}
+
+fn long(bytes: &[u8]) -> AMQPValue {
+    AMQPValue::LongString(LongString::from(bytes))
+}
+
+/// Adds headers to a table; false, with nothing added, where it cannot hold them.
+fn write(headers: &Headers, table: &mut BTreeMap<ShortString, AMQPValue>) -> bool {
+    if headers.iter().any(|(name, _)| is_reserved(name)) {
+        return false;
+    }
+    let is_in_order = headers
+        .iter()
+        .zip(headers.iter().skip(1))
+        .all(|((before, _), (after, _))| before < after);
+    if !is_in_order {
+        let mut names: Vec<_> = headers.iter().map(|(name, _)| name).collect();
+        names.sort_unstable();
+        names.dedup();
+        if names.len() > usize::from(u8::MAX) {
+            return false;
+        }
+        let places = headers.iter().map(|(name, _)| {
+            // Each name is among them, and there are at most 255.
+            names.binary_search(&name).unwrap_or_default() as u8
+        });
+        let order: Vec<u8> = places.collect();
+        table.insert(ShortString::from(ORDER), long(&order));
+    }
+    for (name, value) in headers.iter() {
+        // A name has at most 255 bytes.
+        let name = ShortString::from(name);
+        match table.get_mut(&name) {
+            None => drop(table.insert(name, long(value))),
+            Some(AMQPValue::FieldArray(values)) => values.push(long(value)),
+            Some(first) => {
+                let all = vec![std::mem::replace(first, AMQPValue::Void), long(value)];
+                *first = AMQPValue::FieldArray(FieldArray::from(all));
+            }
+        }
+    }
+    true
+}
+
+/// What a delivery of AMQP says.
+#[derive(Debug)]
+pub(crate) struct Read {
+    pub(crate) message: Message,
+    /// How often the server took it back before.
+    pub(crate) returned: Option<u32>,
+    /// Its place in a stream.
+    pub(crate) offset: Option<u64>,
+}
+
+/// The message of a delivery.
+pub(crate) fn read(topic: &Topic, delivery: Delivery) -> Read {
+    let mut read = Read {
+        message: Message::new(topic.clone(), Bytes::from(delivery.data)),
+        returned: None,
+        offset: None,
+    };
+    let table = delivery.properties.headers().as_ref();
+    if let Some(table) = table.map(FieldTable::inner) {
+        read.message.key = table
+            .get(KEY)
+            .map(|key| Key::new(Bytes::copy_from_slice(&text(key))));
+        read.returned = table.get(DELIVERY_COUNT).and_then(number);
+        read.offset = table.get(STREAM_OFFSET).and_then(number);
+        read.message.headers = headers(table);
+    }
+    if let Some(content_type) = delivery.properties.content_type()
+        && read.message.headers.get(header::CONTENT_TYPE).is_none()
+    {
+        let mut builder = read.message.headers.to_builder().unlimited();
+        if add(
+            &mut builder,
+            header::CONTENT_TYPE,
+            content_type.as_str().as_bytes(),
+        ) {
+            read.message.headers = builder.build();
+        }
+    }
+    read
+}
+
+fn headers(table: &BTreeMap<ShortString, AMQPValue>) -> Headers {
+    if let Some(AMQPValue::LongString(packed)) = table.get(PACKED)
+        && let Ok(headers) = Headers::from_packed(Bytes::copy_from_slice(packed.as_bytes()))
+    {
+        return headers;
+    }
+    let others = || {
+        table.iter().filter(|(name, _)| {
+            !matches!(name.as_str(), KEY | ORDER | DELIVERY_COUNT | STREAM_OFFSET)
+        })
+    };
+    let mut builder = Headers::builder().unlimited();
+    if let Some(AMQPValue::LongString(order)) = table.get(ORDER) {
+        let named: Vec<_> = others().collect();
+        if let Some(ordered) = in_order(&named, order.as_bytes()) {
+            for (name, value) in ordered {
+                add(&mut builder, name, &text(value));
+            }
+            return builder.build();
+        }
+    }
+    let mut left_out = 0_usize;
+    for (name, value) in others() {
+        let values = match value {
+            AMQPValue::FieldArray(values) => values.as_slice(),
+            value => std::slice::from_ref(value),
+        };
+        for value in values {
+            let is_structured =
+                matches!(value, AMQPValue::FieldTable(_) | AMQPValue::FieldArray(_));
+            if is_structured || !add(&mut builder, name.as_str(), &text(value)) {
+                left_out += 1;
+            }
+        }
+    }
+    if left_out > 0 {
+        let count = left_out.to_string();
+        add(&mut builder, header::HEADERS_LEFT_OUT, count.as_bytes());
+    }
+    builder.build()
+}
+
+/// Adds a header, unless no message can have it: its name is empty.
+fn add(builder: &mut HeadersBuilder, name: &str, value: &[u8]) -> bool {
+    builder.add(name, value).is_ok()
+}
+
+/// The headers in the order that was noted; none where the note does not fit them.
+fn in_order<'t>(
+    named: &[(&'t ShortString, &'t AMQPValue)],
+    order: &[u8],
+) -> Option<Vec<(&'t str, &'t AMQPValue)>> {
+    let mut taken = vec![0_usize; named.len()];
+    let mut ordered = Vec::with_capacity(order.len());
+    for place in order {
+        let (name, value) = named.get(usize::from(*place))?;
+        let taken = &mut taken[usize::from(*place)];
+        let value = match value {
+            AMQPValue::FieldArray(values) => values.as_slice().get(*taken)?,
+            value if *taken == 0 => value,
+            _ => return None,
+        };
+        *taken += 1;
+        ordered.push((name.as_str(), value));
+    }
+    let all = named.iter().zip(&taken).all(|((_, value), taken)| {
+        *taken
+            == match value {
+                AMQPValue::FieldArray(values) => values.as_slice().len(),
+                _ => 1,
+            }
+    });
+    all.then_some(ordered)
+}
+
+/// A value as bytes: those of a text, and of anything else what it is written like.
+fn text(value: &AMQPValue) -> std::borrow::Cow<'_, [u8]> {
+    let shown = |value: &dyn std::fmt::Display| value.to_string().into_bytes().into();
+    match value {
+        AMQPValue::LongString(text) => text.as_bytes().into(),
+        AMQPValue::ShortString(text) => text.as_str().as_bytes().into(),
+        AMQPValue::ByteArray(bytes) => bytes.as_slice().into(),
+        AMQPValue::Boolean(value) => shown(value),
+        AMQPValue::ShortShortInt(value) => shown(value),
+        AMQPValue::ShortShortUInt(value) => shown(value),
+        AMQPValue::ShortInt(value) => shown(value),
+        AMQPValue::ShortUInt(value) => shown(value),
+        AMQPValue::LongInt(value) => shown(value),
+        AMQPValue::LongUInt(value) => shown(value),
+        AMQPValue::LongLongInt(value) => shown(value),
+        AMQPValue::Timestamp(value) => shown(value),
+        AMQPValue::Float(value) => shown(value),
+        AMQPValue::Double(value) => shown(value),
+        AMQPValue::DecimalValue(value) => {
+            let value = f64::from(value.value) / 10_f64.powi(i32::from(value.scale));
+            shown(&value)
+        }
+        AMQPValue::Void | AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_) => (&[][..]).into(),
+    }
+}
+
+fn number<N: TryFrom<i64>>(value: &AMQPValue) -> Option<N> {
+    let number = match value {
+        AMQPValue::LongLongInt(number) => *number,
+        AMQPValue::LongInt(number) => i64::from(*number),
+        AMQPValue::LongUInt(number) => i64::from(*number),
+        AMQPValue::ShortInt(number) => i64::from(*number),
+        AMQPValue::ShortUInt(number) => i64::from(*number),
+        AMQPValue::ShortShortInt(number) => i64::from(*number),
+        AMQPValue::ShortShortUInt(number) => i64::from(*number),
+        _ => return None,
+    };
+    N::try_from(number).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn name() -> impl Strategy<Value = &'static str> {
+        let names = [
+            "eb-id",
+            "eb-key",
+            "eb-order",
+            "eb-packed",
+            "x-death",
+            "a",
+            "b",
+            "B",
+            "CC",
+        ];
+        proptest::sample::select(names.to_vec())
+    }
+
+    fn value() -> impl Strategy<Value = &'static [u8]> {
+        let values: [&[u8]; 5] = [b"", b"17", b"\xff", b"\x00\x01", b"one\ntwo"];
+        proptest::sample::select(values.to_vec())
+    }
+
+    fn delivery(properties: BasicProperties) -> Delivery {
+        let mut delivery = Delivery::mock(1, "".into(), "".into(), false, b"payload".to_vec());
+        delivery.properties = properties;
+        delivery
+    }
+
+    proptest! {
+        #[test]
+        fn a_message_comes_back_as_it_was(
+            sent in proptest::collection::vec((name(), value()), 0..9),
+            key in proptest::option::of(value()),
+        ) {
+            let mut headers = Headers::builder();
+            for (name, value) in &sent {
+                headers = headers.push(name, value).expect("within limits");
+            }
+            let topic = Topic::from_static("orders");
+            let mut message = Message::new(topic.clone(), "payload").with_headers(headers.build());
+            message.key = key.map(Key::new);
+            let read = read(&topic, delivery(to_properties(&message)));
+            prop_assert_eq!(read.message, message);
+            prop_assert_eq!((read.returned, read.offset), (None, None));
+        }
+    }
+
+    #[test]
+    fn headers_are_there_by_their_names_for_everybody() {
+        let headers = Headers::builder()
+            .push("eb-type", "Paid")
+            .and_then(|headers| headers.push("eb-id", "17"))
+            .expect("within limits")
+            .build();
+        let message = Message::new(Topic::from_static("t"), "").with_headers(headers);
+        let properties = to_properties(&message.with_key("k"));
+        let table = properties.headers().as_ref().expect("it has headers");
+        for (name, value) in [("eb-type", &b"Paid"[..]), ("eb-id", b"17"), (KEY, b"k")] {
+            assert_eq!(table.inner().get(name), Some(&long(value)), "{name}");
+        }
+    }
+
+    #[test]
+    fn headers_of_others_are_read_as_text() {
+        let mut table = FieldTable::default();
+        let mut list = FieldArray::default();
+        list.push(long(b"one"));
+        list.push(AMQPValue::LongInt(2));
+        table.insert("count".into(), AMQPValue::LongLongInt(-3));
+        table.insert("flag".into(), AMQPValue::Boolean(true));
+        table.insert("list".into(), AMQPValue::FieldArray(list));
+        table.insert("nothing".into(), AMQPValue::Void);
+        table.insert(
+            "nested".into(),
+            AMQPValue::FieldTable(FieldTable::default()),
+        );
+        table.insert("".into(), long(b"nameless"));
+        table.insert(ORDER.into(), long(&[9, 9]));
+        table.insert(DELIVERY_COUNT.into(), AMQPValue::LongLongInt(2));
+        table.insert(STREAM_OFFSET.into(), AMQPValue::LongLongInt(70));
+        let properties = BasicProperties::default()
+            .with_headers(table)
+            .with_content_type("application/json".into());
+        let read = read(&Topic::from_static("t"), delivery(properties));
+        assert_eq!((read.returned, read.offset), (Some(2), Some(70)));
+        let found: Vec<_> = read.message.headers.iter().collect();
+        let expected: [(&str, &[u8]); 7] = [
+            ("count", b"-3"),
+            ("flag", b"true"),
+            ("list", b"one"),
+            ("list", b"2"),
+            ("nothing", b""),
+            (header::HEADERS_LEFT_OUT, b"2"),
+            (header::CONTENT_TYPE, b"application/json"),
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn headers_that_fit_no_frame_are_refused() {
+        let mut headers = Headers::builder().unlimited();
+        for _ in 0..16 {
+            headers = headers
+                .push("h", vec![0; 8 * 1024])
+                .expect("there is no limit");
+        }
+        let message = Message::new(Topic::from_static("t"), "").with_headers(headers.build());
+        let error = check(&message).expect_err("the server takes less");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+}

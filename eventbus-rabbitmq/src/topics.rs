@@ -1,0 +1,394 @@
+//! Topics: which there are, creating what is missing, and how they differ from what is declared.
+//!
+//! A topic is an exchange and a queue without messages whose `x-max-length` is the number of its
+//! partitions: the server creates it once, whoever comes first, refuses any other number, and says
+//! which one there is. A log has a stream for each partition beside them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use eventbus_core::{Error, ErrorKind, Group, Result, Retry, Topic, TopicReport, TopicSpec};
+use lapin::options::{
+    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Channel, ExchangeKind};
+
+use crate::config::{PARTITIONS_MAX, RabbitMqConfig};
+use crate::error::{Difference, difference, into_error, is_missing};
+use crate::link::{SharedLink, natively, within};
+use crate::names;
+
+/// The topics of a virtual host, through a connection that asks for them.
+#[derive(Debug)]
+pub(crate) struct Topics {
+    link: Arc<SharedLink>,
+    /// Partitions of topics that are known to be there.
+    known: Mutex<HashMap<Topic, u32>>,
+    /// Held while a topic is looked for, so that many who publish to it ask once.
+    looking: tokio::sync::Mutex<()>,
+    /// Whether what is missing is created.
+    create: bool,
+    /// Partitions of what is created without a declaration.
+    partitions: u32,
+}
+
+/// How a queue is set up on the server.
+const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
+    passive: false,
+    durable: true,
+    exclusive: false,
+    auto_delete: false,
+    nowait: false,
+};
+
+/// Only asks whether a queue is there.
+const PASSIVE: QueueDeclareOptions = QueueDeclareOptions {
+    passive: true,
+    ..DURABLE
+};
+
+/// Above the limit that servers from 4.0 on have by default, after which they drop a message: it is
+/// taken back whenever its lane moves.
+const DELIVERY_LIMIT: i32 = i32::MAX;
+
+/// From so many queues of one group on, a warning says what they cost.
+const MANY_QUEUES: u32 = 128;
+
+impl Topics {
+    pub(crate) fn new(link: Arc<SharedLink>, config: &RabbitMqConfig) -> Self {
+        Self {
+            link,
+            known: Mutex::default(),
+            looking: tokio::sync::Mutex::default(),
+            create: config.create_topics,
+            partitions: config.partitions,
+        }
+    }
+
+    pub(crate) fn known(&self, topic: &Topic) -> Option<u32> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(topic).copied()
+    }
+
+    fn note(&self, topic: &Topic, partitions: u32) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert(topic.clone(), partitions);
+    }
+
+    /// Looks for the topic anew when it is needed next: it may have been deleted.
+    pub(crate) fn forget(&self, topic: &str) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.remove(topic);
+    }
+
+    /// Partitions of a topic, which is created where it is missing and that is wished.
+    pub(crate) async fn ensure(&self, operation: &'static str, topic: &Topic) -> Result<u32> {
+        if let Some(partitions) = self.known(topic) {
+            return Ok(partitions);
+        }
+        let _looking = self.looking.lock().await;
+        if let Some(partitions) = self.known(topic) {
+            return Ok(partitions);
+        }
+        if let Some(partitions) = self.find(operation, topic).await? {
+            return Ok(partitions);
+        }
+        // What a message that cannot be handled goes to has to be there.
+        if !self.create && !names::is_log(topic) {
+            return Err(missing(operation, topic));
+        }
+        self.create(operation, &TopicSpec::new(topic.clone())).await
+    }
+
+    /// Partitions of a topic, as the server says now.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` when there is no such topic.
+    pub(crate) async fn partitions(&self, operation: &'static str, topic: &Topic) -> Result<u32> {
+        let found = self.find(operation, topic).await?;
+        found.ok_or_else(|| missing(operation, topic))
+    }
+
+    /// Partitions of a topic, as the server says now; none where there is none.
+    async fn find(&self, operation: &'static str, topic: &Topic) -> Result<Option<u32>> {
+        let channel = self.link.channel(operation).await?;
+        let is_there = exchange(&channel, topic, true);
+        match natively(operation, is_there).await? {
+            Err(error) if is_missing(&error) => return Ok(None),
+            is_there => is_there.map_err(|error| explain(operation, topic, error))?,
+        }
+        let name = names::partitions_queue(topic);
+        let is_there = channel.queue_declare(name, PASSIVE, FieldTable::default());
+        match natively(operation, is_there).await? {
+            // Its exchange is there, so somebody is creating it, or it is no topic of ours.
+            Err(error) if is_missing(&error) => return Ok(None),
+            is_there => is_there.map_err(|error| explain(operation, topic, error))?,
+        };
+        // No topic has 0 partitions: the server refuses that, and says how many there are.
+        let partitions = self.declare_count(operation, topic, 0).await?;
+        if partitions == 0 {
+            // It was deleted just now, and this has created it.
+            let name = names::partitions_queue(topic);
+            let deleted = channel.queue_delete(name, QueueDeleteOptions::default());
+            within(operation, deleted).await?;
+            return Ok(None);
+        }
+        self.note(topic, partitions);
+        Ok(Some(partitions))
+    }
+
+    /// Creates the queue that says how many partitions there are, unless it is there. Answers how many
+    /// there are.
+    async fn declare_count(
+        &self,
+        operation: &'static str,
+        topic: &Topic,
+        partitions: u32,
+    ) -> Result<u32> {
+        let channel = self.link.channel(operation).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), text("quorum"));
+        // Far below 2^31.
+        let count = AMQPValue::LongInt(partitions as i32);
+        arguments.insert("x-max-length".into(), count);
+        let name = names::partitions_queue(topic);
+        let declared = channel.queue_declare(name, DURABLE, arguments);
+        let Err(error) = natively(operation, declared).await? else {
+            return Ok(partitions);
+        };
+        let current = match difference(&error) {
+            Some(Difference { argument, current }) if argument == "x-max-length" => {
+                current.and_then(|text| text.parse().ok())
+            }
+            _ => None,
+        };
+        current.ok_or_else(|| explain(operation, topic, error))
+    }
+
+    /// Creates what of a topic is missing. Answers how many partitions it has, which is what whoever
+    /// came first has declared.
+    async fn create(&self, operation: &'static str, spec: &TopicSpec) -> Result<u32> {
+        let topic = &spec.name;
+        let is_log = names::is_log(topic);
+        let default = if is_log { 1 } else { self.partitions };
+        let partitions = spec.partitions.unwrap_or(default);
+        if partitions > PARTITIONS_MAX {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                operation,
+                "a topic has at most 1,024 partitions: each is a queue for every group",
+            )
+            .with("topic", topic)
+            .with("partitions", partitions));
+        }
+        let partitions = self.declare_count(operation, topic, partitions).await?;
+        let channel = self.link.channel(operation).await?;
+        let declared = natively(operation, exchange(&channel, topic, false)).await?;
+        declared.map_err(|error| explain(operation, topic, error))?;
+        if is_log {
+            for partition in 0..partitions {
+                let name = names::log_queue(topic, partition);
+                let arguments = log_arguments(spec, partitions);
+                let declared = channel.queue_declare(name.clone(), DURABLE, arguments);
+                let declared = natively(operation, declared).await?;
+                declared.map_err(|error| explain(operation, topic, error))?;
+                bind(operation, &channel, topic, name, partition).await?;
+            }
+        }
+        tracing::info!(topic = topic.as_str(), partitions, "topic created");
+        self.note(topic, partitions);
+        Ok(partitions)
+    }
+
+    /// Creates what is missing and says what differs.
+    pub(crate) async fn apply(&self, spec: &TopicSpec) -> Result<TopicReport> {
+        const APPLY: &str = "apply topics";
+        let topic = &spec.name;
+        let found = self.find(APPLY, topic).await?;
+        let partitions = match found {
+            Some(partitions) => partitions,
+            None => self.create(APPLY, spec).await?,
+        };
+        let mut report = TopicReport::new(topic.clone(), partitions);
+        if let Some(count) = spec.partitions.filter(|count| *count != partitions) {
+            report = report.with_drift(format!(
+                "{count} partitions are declared, the topic has {partitions}; keys would move to other partitions, so it stays"
+            ));
+        }
+        let keeps = spec.retention.is_some() || spec.retention_bytes.is_some();
+        if keeps && !names::is_log(topic) {
+            report = report.with_drift("a retention is declared; RabbitMQ keeps a message until each group has settled it, and no longer: bound a queue by a policy, which may drop what is unread".to_owned());
+        } else if keeps && found.is_some() {
+            report = self.compare_log(report, spec, partitions).await?;
+        }
+        if found.is_none() && report.partitions == spec.partitions.unwrap_or(partitions) {
+            report = report.with_created();
+        }
+        Ok(report)
+    }
+
+    /// Whether a log keeps what is declared.
+    async fn compare_log(
+        &self,
+        report: TopicReport,
+        spec: &TopicSpec,
+        partitions: u32,
+    ) -> Result<TopicReport> {
+        const APPLY: &str = "apply topics";
+        let channel = self.link.channel(APPLY).await?;
+        let name = names::log_queue(&spec.name, 0);
+        let declared = channel.queue_declare(name, DURABLE, log_arguments(spec, partitions));
+        let Err(error) = natively(APPLY, declared).await? else {
+            return Ok(report);
+        };
+        let Some(Difference { argument, current }) = difference(&error) else {
+            return Err(explain(APPLY, &spec.name, error));
+        };
+        let current = current.as_deref().unwrap_or("none");
+        Ok(report.with_drift(format!(
+            "another {argument} is declared than the topic has, which is {current}; messages could vanish, so it stays: to change it, set a policy"
+        )))
+    }
+}
+
+/// Creates the queues of a group that are missing, so that all that is published from now on is kept
+/// for it.
+///
+/// # Errors
+///
+/// `Conflict` when a queue of such a name would not keep the order or hand messages to several.
+pub(crate) async fn declare_group(
+    operation: &'static str,
+    link: &crate::link::Link,
+    group: &Group,
+    topic: &Topic,
+    partitions: u32,
+) -> Result<()> {
+    names::check(operation, topic, group)?;
+    if partitions >= MANY_QUEUES {
+        tracing::warn!(
+            topic = topic.as_str(),
+            group = group.as_str(),
+            partitions,
+            "many partitions: each is a quorum queue for every group"
+        );
+    }
+    let mut channel = link.channel(operation).await?;
+    for partition in 0..partitions {
+        let name = names::group_queue(topic, group, partition);
+        let declared = channel.queue_declare(name.clone(), DURABLE, group_arguments());
+        if let Err(error) = natively(operation, declared).await? {
+            let is_fit = difference(&error).is_some_and(|difference| {
+                !matches!(
+                    difference.argument.as_str(),
+                    "x-queue-type" | "x-single-active-consumer"
+                )
+            });
+            if !is_fit {
+                return Err(explain(operation, topic, error).with("queue", name));
+            }
+            // An operator has set it up otherwise, in what is theirs to decide.
+            channel = link.channel(operation).await?;
+        }
+        bind(operation, &channel, topic, name, partition).await?;
+    }
+    Ok(())
+}
+
+fn group_arguments() -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), text("quorum"));
+    let single = AMQPValue::Boolean(true);
+    arguments.insert("x-single-active-consumer".into(), single);
+    let limit = AMQPValue::LongInt(DELIVERY_LIMIT);
+    arguments.insert("x-delivery-limit".into(), limit);
+    arguments
+}
+
+fn log_arguments(spec: &TopicSpec, partitions: u32) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), text("stream"));
+    if let Some(time) = spec.retention {
+        let seconds = time.max(Duration::from_secs(1)).as_secs();
+        arguments.insert("x-max-age".into(), text(&format!("{seconds}s")));
+    }
+    if let Some(bytes) = spec.retention_bytes {
+        let bytes = bytes.div_ceil(u64::from(partitions.max(1)));
+        let bytes = AMQPValue::LongLongInt(i64::try_from(bytes).unwrap_or(i64::MAX));
+        arguments.insert("x-max-length-bytes".into(), bytes);
+    }
+    arguments
+}
+
+async fn exchange(channel: &Channel, topic: &Topic, passive: bool) -> lapin::Result<()> {
+    let options = ExchangeDeclareOptions {
+        passive,
+        durable: true,
+        ..ExchangeDeclareOptions::default()
+    };
+    let (name, none) = (names::exchange(topic), FieldTable::default());
+    let declared = channel.exchange_declare(name, ExchangeKind::Topic, options, none);
+    declared.await
+}
+
+async fn bind(
+    operation: &'static str,
+    channel: &Channel,
+    topic: &Topic,
+    queue: ShortString,
+    partition: u32,
+) -> Result<()> {
+    let bound = channel.queue_bind(
+        queue,
+        names::exchange(topic),
+        names::routing_key(partition),
+        QueueBindOptions::default(),
+        FieldTable::default(),
+    );
+    let bound = natively(operation, bound).await?;
+    bound.map_err(|error| explain(operation, topic, error))
+}
+
+/// How many consumers a queue has that are handed messages; none where there is no such queue.
+pub(crate) async fn consumers(
+    operation: &'static str,
+    channel: &Channel,
+    queue: ShortString,
+) -> Result<Option<u32>> {
+    let asked = channel.queue_declare(queue, PASSIVE, FieldTable::default());
+    match natively(operation, asked).await? {
+        Ok(queue) => Ok(Some(queue.consumer_count())),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(into_error(operation, error)),
+    }
+}
+
+/// Returns when the server has done whatever was asked of a queue through this channel before.
+pub(crate) async fn settle_down(
+    channel: &Channel,
+    queue: ShortString,
+) -> lapin::Result<lapin::Queue> {
+    let asked = channel.queue_declare(queue, PASSIVE, FieldTable::default());
+    asked.await
+}
+
+fn explain(operation: &'static str, topic: &Topic, error: lapin::Error) -> Error {
+    into_error(operation, error).with("topic", topic)
+}
+
+fn missing(operation: &'static str, topic: &Topic) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        operation,
+        "the topic does not exist: create it with `apply_topics`",
+    )
+    .with("topic", topic)
+    .with_retry(Retry::Never)
+}
+
+fn text(text: &str) -> AMQPValue {
+    AMQPValue::LongString(text.into())
+}

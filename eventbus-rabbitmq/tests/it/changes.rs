@@ -1,0 +1,100 @@
+//! What operators and other programs do to queues and connections under a consumer.
+
+use std::time::Duration;
+
+use eventbus_core::{Message, Publisher, Subscription};
+use eventbus_testkit::{Probe, within};
+use lapin::BasicProperties;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeleteOptions};
+use lapin::types::{AMQPValue, FieldTable};
+
+use crate::server::{Server, create, group, topic};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A server that closes the channel cancels the consumer as well.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_queue_that_is_deleted_is_a_lane_that_is_lost_and_comes_back() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let (orders, billing) = (topic("orders"), group("billing"));
+    create(&broker, &orders, 2).await;
+    let subscription = Subscription::group(billing.clone(), vec![orders.clone()]);
+    let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
+    within(MINUTE, async {
+        probe.hold(2).await;
+        let before = probe.lane(&orders, 1);
+        let raw = server.raw().await;
+        let channel = raw.create_channel().await.expect("there is one");
+        let name = format!("{orders}:{billing}:1").as_str().into();
+        let deleted = channel.queue_delete(name, QueueDeleteOptions::default());
+        deleted.await.expect("it is deleted");
+        probe
+            .hear_until(|probe| probe.lost().contains(&before))
+            .await;
+        probe.hold(2).await;
+        let after = probe.lane(&orders, 1);
+        assert!(after.epoch > before.epoch || after.id != before.id);
+        // Whatever partition a message is on, it arrives.
+        let messages = (0..20).map(|key| {
+            Message::new(orders.clone(), "x").with_key(eventbus_core::Key::display(key))
+        });
+        broker
+            .publish(messages.collect())
+            .await
+            .expect("it is taken");
+        let deliveries = probe.collect(20).await;
+        probe.settle(&deliveries).await;
+    })
+    .await;
+}
+
+/// What another client of RabbitMQ publishes is read, its headers as text.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn messages_of_others_are_read() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let orders = topic("orders");
+    create(&broker, &orders, 1).await;
+    let subscription = Subscription::group(group("billing"), vec![orders.clone()]);
+    let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
+    let raw = server.raw().await;
+    let channel = raw.create_channel().await.expect("there is one");
+    let confirms = channel.confirm_select(ConfirmSelectOptions::default());
+    confirms.await.expect("it confirms");
+    let mut headers = FieldTable::default();
+    headers.insert("tenant".into(), AMQPValue::LongString("acme".into()));
+    headers.insert("attempt".into(), AMQPValue::LongInt(3));
+    headers.insert("eb-key".into(), AMQPValue::LongString("k".into()));
+    let published = channel.basic_publish(
+        orders.as_str().into(),
+        "0".into(),
+        BasicPublishOptions::default(),
+        br#"{"event_type":"Paid"}"#,
+        BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_headers(headers),
+    );
+    published
+        .await
+        .expect("it is sent")
+        .await
+        .expect("it is taken");
+    within(MINUTE, async {
+        let delivery = probe.collect(1).await.remove(0);
+        assert_eq!(delivery.message.key, Some(eventbus_core::Key::from("k")));
+        let headers = &delivery.message.headers;
+        for (name, value) in [
+            ("tenant", "acme"),
+            ("attempt", "3"),
+            ("content-type", "application/json"),
+        ] {
+            assert_eq!(headers.get_str(name), Some(value), "{name}");
+        }
+        assert_eq!(delivery.handed_out, Some(1));
+        probe.settle([&delivery]).await;
+    })
+    .await;
+}
