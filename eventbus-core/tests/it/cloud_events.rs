@@ -102,6 +102,28 @@ fn a_legal_name_is_an_attribute_and_other_metadata_stand_together() {
     assert_eq!(seen.envelope, envelope);
 }
 
+/// Metadata are the user's: an entry with the name of an attribute must not become that attribute, by
+/// which others route the event.
+#[test]
+fn metadata_called_as_an_attribute_stay_metadata() {
+    let names = ["specversion", "id", "source", "type", "time", "subject"];
+    let mut event = envelope();
+    let entries = names.map(|name| (name.to_owned(), "of the user".to_owned()));
+    event.metadata = entries.into_iter().collect();
+    for format in [&STRUCTURED as &dyn Format, &BINARY] {
+        let (headers, payload) = format.write(&event, JSON, DATA).expect("it is written");
+        let of_others = headers.iter().filter(|(name, _)| !name.starts_with("eb-"));
+        let mut foreign = Headers::builder();
+        for (name, value) in of_others {
+            foreign = foreign.push(name, value).expect("within limits");
+        }
+        let seen = see(&message(foreign.build(), payload)).expect("it is one");
+        assert_eq!(seen.envelope.event_type, "OrderCreated");
+        assert_eq!(seen.envelope.source, event.source);
+        assert_eq!(seen.envelope.metadata, event.metadata);
+    }
+}
+
 #[test]
 fn more_metadata_than_there_is_room_for_in_headers_stand_together() {
     let mut written = envelope();

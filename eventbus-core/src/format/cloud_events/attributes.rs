@@ -13,7 +13,7 @@ use crate::header::KnownHeaders;
 
 /// Names that are no name of a metadata entry on the wire: attributes of the envelope, and those
 /// that say something of one event alone, while metadata pass on to what follows from it.
-const TAKEN: [&str; 25] = [
+const TAKEN: [&str; 26] = [
     "causationid",
     "correlationid",
     "data",
@@ -39,6 +39,7 @@ const TAKEN: [&str; 25] = [
     "traceid",
     "traceparent",
     "tracestate",
+    "type",
 ];
 
 /// Longest name of an attribute that CloudEvents recommends.
@@ -316,6 +317,7 @@ mod tests {
             "subject",
             "data",
             "metadata",
+            "type",
             "abcdefghijklmnopqrstu",
         ] {
             assert!(!is_name(name), "{name}");
