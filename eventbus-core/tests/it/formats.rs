@@ -294,3 +294,24 @@ fn an_envelope_is_of_the_type_and_version_by_which_its_handler_is_found() {
     let read = Formats::default().envelope(&flat, fallback());
     assert_eq!(read.expect("an envelope").version, 3);
 }
+
+/// An event without fields has `null` as its data.
+#[test]
+fn an_envelope_whose_data_are_null_is_read_without_its_headers() {
+    let formats = Formats::default();
+    let (headers, payload) = EnvelopeFormat
+        .write(&envelope(), "application/json", b"null")
+        .expect("it is written");
+    for headers in [headers, Headers::new()] {
+        let message = message(headers, payload.clone());
+        let known = header::KnownHeaders::of(&message.headers);
+        let (found, reading) = formats.read(&message, &known).expect("it is an envelope");
+        assert_eq!(found.name(), EnvelopeFormat.name());
+        assert_eq!(reading.event_type, "OrderCreated");
+        assert_eq!(&reading.data[..], b"null");
+    }
+    let without_data = message(Headers::new(), r#"{"eventType":"OrderCreated"}"#);
+    let known = header::KnownHeaders::of(&without_data.headers);
+    let read = formats.read(&without_data, &known);
+    assert_ne!(read.map_or("none", |(found, _)| found.name()), "envelope");
+}
