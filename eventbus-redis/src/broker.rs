@@ -202,7 +202,6 @@ impl Publisher for RedisBroker {
                 }
                 Ok(placed) => {
                     let refused = self.client.shared.writer.publish(placed).await;
-                    let refused = refused.err().unwrap_or_default();
                     unpublished.extend(refused.into_iter().map(|it| {
                         Unpublished::new(indexes[it.index], it.message, it.outcome, it.error)
                     }));

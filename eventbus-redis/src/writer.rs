@@ -44,11 +44,57 @@ pub(crate) struct Refused {
     pub(crate) error: Error,
 }
 
-/// Messages to be taken together.
+impl Refused {
+    fn new(index: usize, placed: Placed, outcome: Outcome, error: Error) -> Self {
+        Self {
+            index,
+            message: placed.message,
+            outcome,
+            error,
+        }
+    }
+}
+
+/// Messages to be taken together. Dropped without an answer, it says that nobody knows what became of
+/// them.
 #[derive(Debug)]
 struct Publish {
     messages: Vec<Placed>,
-    reply: oneshot::Sender<Vec<Refused>>,
+    reply: Option<oneshot::Sender<Vec<Refused>>>,
+}
+
+impl Publish {
+    /// Says what became of each message, in their order.
+    fn answer(mut self, mut answers: impl Iterator<Item = Answer>) {
+        let messages = std::mem::take(&mut self.messages);
+        let mut refused = Vec::new();
+        for (index, placed) in messages.into_iter().enumerate() {
+            if let Some(Err((outcome, error))) = answers.next() {
+                let error = told(&error, outcome);
+                refused.push(Refused::new(index, placed, outcome, error));
+            }
+        }
+        self.reply(refused);
+    }
+
+    fn reply(&mut self, refused: Vec<Refused>) {
+        if let Some(reply) = self.reply.take() {
+            // The publisher is gone, so nobody waits for the answer.
+            let _ = reply.send(refused);
+        }
+    }
+}
+
+impl Drop for Publish {
+    fn drop(&mut self) {
+        let messages = std::mem::take(&mut self.messages);
+        let unknown = |(index, placed)| {
+            let message = "the task that publishes has ended: connect again";
+            let error = Error::new(ErrorKind::Closed, PUBLISH, message);
+            Refused::new(index, placed, Outcome::Unknown, error)
+        };
+        self.reply(messages.into_iter().enumerate().map(unknown).collect());
+    }
 }
 
 /// Hands messages to the task that publishes them.
@@ -77,15 +123,12 @@ impl Writer {
     }
 
     /// Publishes messages in their order; returns those that were not acknowledged.
-    pub(crate) async fn publish(&self, messages: Vec<Placed>) -> Result<(), Vec<Refused>> {
+    pub(crate) async fn publish(&self, messages: Vec<Placed>) -> Vec<Refused> {
         let (reply, answer) = oneshot::channel();
+        let reply = Some(reply);
         self.publishes.add(Publish { messages, reply });
-        match answer.await {
-            Ok(refused) if refused.is_empty() => Ok(()),
-            Ok(refused) => Err(refused),
-            // The task ends with the last handle of its client, which is waiting here.
-            Err(_) => Ok(()),
-        }
+        let refused = answer.await;
+        refused.expect("a publish answers, at the latest when it is dropped")
     }
 }
 
@@ -126,19 +169,8 @@ impl WriterTask {
         drop(messages);
         let mut answers = answers.into_iter();
         for publish in batch {
-            let mut refused = Vec::new();
-            for (index, placed) in publish.messages.into_iter().enumerate() {
-                if let Some(Err((outcome, error))) = answers.next() {
-                    refused.push(Refused {
-                        index,
-                        message: placed.message,
-                        outcome,
-                        error: told(&error, outcome),
-                    });
-                }
-            }
-            // The publisher is gone, so nobody waits for the answer.
-            let _ = publish.reply.send(refused);
+            let count = publish.messages.len();
+            publish.answer(answers.by_ref().take(count));
         }
     }
 
@@ -225,5 +257,30 @@ fn told(error: &Arc<RedisError>, outcome: Outcome) -> Error {
     match (outcome, error.kind()) {
         (Outcome::Unknown, ErrorKind::Codec) => error.with_retry(eventbus_core::Retry::Later),
         _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use eventbus_core::Topic;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_dropped_unanswered_is_unknown_and_never_taken() {
+        let place = |number: u32| Placed {
+            row: 0,
+            stream: "orders".into(),
+            message: Message::new(Topic::from_static("orders"), number.to_string()),
+        };
+        let (reply, answer) = oneshot::channel();
+        let publish = Publish {
+            messages: (0..2).map(place).collect(),
+            reply: Some(reply),
+        };
+        drop(publish);
+        let refused = answer.await.expect("it says so");
+        let outcomes: Vec<_> = refused.iter().map(|it| (it.index, it.outcome)).collect();
+        assert_eq!(outcomes, [(0, Outcome::Unknown), (1, Outcome::Unknown)]);
     }
 }
