@@ -124,5 +124,5 @@ pub use service::{
     BrokerHealth, ConsumerHealth, Service, ServiceHandle, ServiceHealth, ServiceState, Stopping,
 };
 pub use unit_of_work::{Committed, InboxEntry, NoUnit, Unit, UnitOfWork, Work};
-pub use url::{duration, redacted_option, redacted_url};
+pub use url::{credentials, duration, host_and_port, redacted_option, redacted_url};
 pub use whereabouts::{EventPlace, GroupProgress, HeldFor, Lookup, Progress, Unknown, Whereabouts};

@@ -1,7 +1,9 @@
-//! URLs of brokers as they may be shown, without what may be a password, and times as their options
-//! name them.
+//! URLs of brokers: as they may be shown, without what may be a password, and what stands in all of them
+//! alike.
 
 use std::time::Duration;
+
+use percent_encoding::percent_decode_str;
 
 /// A URL without its user, password and options.
 ///
@@ -65,6 +67,36 @@ pub fn duration(text: &str) -> Option<Duration> {
         _ => return None,
     };
     unit.checked_mul(number)
+}
+
+/// Reads `USER:PASSWORD` as it stands in a URL, with %-codes; `None` where it is not that.
+#[must_use]
+pub fn credentials(text: &str) -> Option<(String, String)> {
+    let (user, password) = text.split_once(':')?;
+    let decoded = |text| Some(percent_decode_str(text).decode_utf8().ok()?.into_owned());
+    Some((decoded(user)?, decoded(password)?))
+}
+
+/// Reads `HOST` or `HOST:PORT`, where an IPv6 address stands in brackets, and gives it with a port;
+/// `None` where it is neither.
+///
+/// # Examples
+///
+/// ```
+/// use eventbus_core::host_and_port;
+///
+/// assert_eq!(host_and_port("[::1]", 9092).as_deref(), Some("[::1]:9092"));
+/// assert_eq!(host_and_port("one:9", 9092).as_deref(), Some("one:9"));
+/// assert_eq!(host_and_port(":9", 9092), None);
+/// ```
+#[must_use]
+pub fn host_and_port(text: &str, port: u16) -> Option<String> {
+    let is_v6 = text.starts_with('[');
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !is_v6 || host.ends_with(']') => (host, port.parse::<u16>().ok()?),
+        _ => (text, port),
+    };
+    (!host.is_empty()).then(|| format!("{host}:{port}"))
 }
 
 fn is_scheme(text: &str) -> bool {

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Result, duration, redacted_option, redacted_url};
+use eventbus_core::{
+    Error, ErrorKind, Result, credentials, duration, host_and_port, redacted_option, redacted_url,
+};
 use percent_encoding::percent_decode_str;
 use rdkafka::ClientConfig;
 
@@ -215,7 +217,8 @@ impl KafkaConfig {
             Some((user, hosts)) => (Some(user), hosts),
             None => (None, address),
         };
-        let servers: Option<Vec<_>> = hosts.trim_end_matches('/').split(',').map(server).collect();
+        let servers = hosts.trim_end_matches('/').split(',');
+        let servers: Option<Vec<_>> = servers.map(|server| host_and_port(server, 9092)).collect();
         let servers = servers.ok_or_else(|| {
             refuse(
                 "the url names no broker, or one with a port beyond 65535 or a path behind it: write `kafka://HOST:PORT`, with commas between several",
@@ -418,22 +421,6 @@ const OVERHEAD: usize = 16 * 1024;
 pub(crate) const MESSAGES_IN_FLIGHT: usize = 50_000;
 /// Most of their bytes, in units of 1,024.
 pub(crate) const KILOBYTES_IN_FLIGHT: usize = 64 * 1024;
-
-/// A server with its port.
-fn server(text: &str) -> Option<String> {
-    let is_v6 = text.starts_with('[');
-    let (host, port) = match text.rsplit_once(':') {
-        Some((host, port)) if !is_v6 || host.ends_with(']') => (host, port.parse::<u16>().ok()?),
-        _ => (text, 9092),
-    };
-    (!host.is_empty()).then(|| format!("{host}:{port}"))
-}
-
-fn credentials(text: &str) -> Option<(String, String)> {
-    let (user, password) = text.split_once(':')?;
-    let decoded = |text| Some(percent_decode_str(text).decode_utf8().ok()?.into_owned());
-    Some((decoded(user)?, decoded(password)?))
-}
 
 #[cfg(test)]
 mod tests {

@@ -3,7 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Result, redacted_option, redacted_url};
+use eventbus_core::{
+    Error, ErrorKind, Result, credentials, duration, host_and_port, redacted_option, redacted_url,
+};
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
 use percent_encoding::percent_decode_str;
 
@@ -189,7 +191,7 @@ impl RabbitMqConfig {
         };
         let (hosts, path) = place.split_once('/').unwrap_or((place, ""));
         let port = if tls { 5671 } else { 5672 };
-        let servers: Option<Vec<_>> = hosts.split(',').map(|it| server(it, port)).collect();
+        let servers: Option<Vec<_>> = hosts.split(',').map(|it| host_and_port(it, port)).collect();
         let servers = servers.ok_or_else(|| {
             refuse("the url names no server, or one with a port beyond 65535: write `amqp://HOST:PORT/VHOST`, with commas between the nodes of a cluster")
         })?;
@@ -220,8 +222,10 @@ impl RabbitMqConfig {
     }
 
     fn set(mut self, name: &str, value: &str) -> Result<Self, &'static str> {
-        let time =
-            || duration(value).ok_or("a time is a number with a unit, such as 500ms, 5s or 1m");
+        let time = || {
+            let time = duration(value).filter(|time| !time.is_zero());
+            time.ok_or("a time is a number with a unit, such as 500ms, 5s or 1m")
+        };
         let number = |most: u64| {
             let number = value.parse::<u64>().ok();
             let number = number.filter(|number| (1..=most).contains(number));
@@ -260,7 +264,7 @@ impl RabbitMqConfig {
         let uris: Option<Vec<_>> = self
             .servers
             .split(',')
-            .map(|text| Some(self.uri(&server(text, port)?)))
+            .map(|text| Some(self.uri(&host_and_port(text, port)?)))
             .collect();
         uris.ok_or_else(|| {
             Error::new(
@@ -292,36 +296,6 @@ impl RabbitMqConfig {
             },
         }
     }
-}
-
-/// A server with its port.
-fn server(text: &str, port: u16) -> Option<String> {
-    let is_v6 = text.starts_with('[');
-    let (host, port) = match text.rsplit_once(':') {
-        Some((host, port)) if !is_v6 || host.ends_with(']') => (host, port.parse::<u16>().ok()?),
-        _ => (text, port),
-    };
-    (!host.is_empty()).then(|| format!("{host}:{port}"))
-}
-
-fn credentials(text: &str) -> Option<(String, String)> {
-    let (user, password) = text.split_once(':')?;
-    let decoded = |text| Some(percent_decode_str(text).decode_utf8().ok()?.into_owned());
-    Some((decoded(user)?, decoded(password)?))
-}
-
-/// Reads a number with a unit.
-fn duration(text: &str) -> Option<Duration> {
-    let digits = text.find(|letter: char| !letter.is_ascii_digit())?;
-    let (number, unit) = text.split_at(digits);
-    let millis = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        _ => return None,
-    };
-    Some(Duration::from_millis(millis).checked_mul(number.parse().ok()?)?)
-        .filter(|time| !time.is_zero())
 }
 
 #[cfg(test)]

@@ -3,8 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Result, duration, redacted_option, redacted_url};
-use percent_encoding::percent_decode_str;
+use eventbus_core::{
+    Error, ErrorKind, Result, credentials, duration, redacted_option, redacted_url,
+};
 
 /// Most partitions a topic may have on this broker.
 pub(crate) const PARTITIONS_MAX: u32 = 4096;
@@ -172,11 +173,9 @@ impl RedisConfig {
             config.database = database.parse().map_err(|_| refuse(ADDRESS))?;
         }
         if let Some(who) = who {
-            let (user, password) = who.split_once(':').ok_or_else(|| refuse(ADDRESS))?;
-            let decoded = |text| Some(percent_decode_str(text).decode_utf8().ok()?.into_owned());
-            let user = decoded(user).ok_or_else(|| refuse(ADDRESS))?;
+            let (user, password) = credentials(who).ok_or_else(|| refuse(ADDRESS))?;
             config.user = Some(user).filter(|user| !user.is_empty());
-            config.password = Some(decoded(password).ok_or_else(|| refuse(ADDRESS))?);
+            config.password = Some(password);
         }
         for option in options.split('&').filter(|option| !option.is_empty()) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
