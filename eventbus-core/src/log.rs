@@ -4,6 +4,7 @@
 
 mod deliveries;
 mod member;
+mod members;
 mod topics;
 mod wake;
 
@@ -14,9 +15,10 @@ use std::sync::Arc;
 use crate::{Lease, MemberId, Message, Position, Result, Timestamp};
 use tokio::sync::Notify;
 
-pub use deliveries::{LogDeliveries, LogSettlement, MemberHandle, Seat};
+pub use deliveries::MemberHandle;
 pub use member::{Place, Wanted};
-pub use topics::{TopicLanes, Topics, is_dead_letters};
+pub use members::{Joining, Members};
+pub use topics::{TopicLanes, Topics, distinct, is_dead_letters};
 pub use wake::{LaneEnd, Waiting, Wakes};
 
 /// Most messages of a page.

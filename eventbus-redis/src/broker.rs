@@ -1,19 +1,18 @@
 //! The client handle: publishing, and what is declared.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
 use async_trait::async_trait;
-use eventbus_core::log::{MemberHandle, TopicLanes};
+use eventbus_core::log::{Members, TopicLanes};
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Capabilities, Error, ErrorKind, Message, Outcome,
-    PublishError, Publisher, Result, Topic, Unpublished,
+    AdminReply, AdminRequest, Broker, Capabilities, Error, Message, Outcome, PublishError,
+    Publisher, Result, Topic, Unpublished,
 };
 
 use crate::config::RedisConfig;
 use crate::database::Shared;
-use crate::leases::{self, RedisLeases};
+use crate::leases::RedisLeases;
 use crate::topics::stream;
 use crate::writer::Placed;
 
@@ -68,9 +67,7 @@ pub struct RedisBroker {
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) shared: Shared,
-    closed: AtomicBool,
-    /// Ended with this client.
-    members: Mutex<Vec<Weak<MemberHandle<Shared>>>>,
+    pub(crate) members: Members<Shared>,
 }
 
 impl RedisBroker {
@@ -85,8 +82,7 @@ impl RedisBroker {
         Ok(Self {
             client: Arc::new(Client {
                 shared: Shared::open(config).await?,
-                closed: AtomicBool::new(false),
-                members: Mutex::new(Vec::new()),
+                members: Members::default(),
             }),
         })
     }
@@ -148,52 +144,12 @@ impl RedisBroker {
     }
 }
 
-impl Client {
-    pub(crate) fn check_open(&self, operation: &'static str) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Error::new(
-                ErrorKind::Closed,
-                operation,
-                "the broker handle is closed: connect again",
-            ));
-        }
-        Ok(())
-    }
-
-    /// Has a member end with this client; one that comes after its end is refused.
-    pub(crate) fn adopt(&self, member: &Arc<MemberHandle<Shared>>) -> Result<()> {
-        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
-        self.check_open("subscribe")?;
-        members.retain(|member| member.strong_count() > 0);
-        members.push(Arc::downgrade(member));
-        Ok(())
-    }
-
-    async fn close(&self) -> Result<()> {
-        let members = {
-            let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
-            self.closed.store(true, Ordering::Release);
-            std::mem::take(&mut *members)
-        };
-        let mut closed = Ok(());
-        let database = &self.shared.database;
-        for member in members.iter().filter_map(Weak::upgrade) {
-            let Some(seat) = member.end() else { continue };
-            if let Some(group) = database.known.group_name(seat.group) {
-                let left = leases::leave(&database.server, &group, seat.member).await;
-                closed = closed.and(left);
-            }
-        }
-        closed
-    }
-}
-
 #[async_trait]
 impl Publisher for RedisBroker {
     async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
         let (sound, mut unpublished) = self.capabilities().check_batch(batch);
         let (indexes, messages): (Vec<usize>, Vec<Message>) = sound.into_iter().unzip();
-        if let Err(error) = self.client.check_open("publish") {
+        if let Err(error) = self.client.members.check_open("publish") {
             unpublished.extend(not_taken(&indexes, messages, &Arc::new(error)));
         } else if !messages.is_empty() {
             match self.place(messages).await {
@@ -247,11 +203,11 @@ impl Broker for RedisBroker {
     }
 
     async fn admin(&self, request: AdminRequest) -> Result<AdminReply> {
-        self.client.check_open(request.operation())?;
+        self.client.members.check_open(request.operation())?;
         self.client.shared.database.answer(request).await
     }
 
     async fn close(&self) -> Result<()> {
-        self.client.close().await
+        self.client.members.close().await
     }
 }

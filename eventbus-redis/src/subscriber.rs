@@ -1,14 +1,10 @@
 //! Joining a group, or opening a reader.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use async_trait::async_trait;
-use eventbus_core::log::{LogDeliveries, LogSettlement, MemberHandle, Place, Seat, TopicLanes};
-use eventbus_core::{
-    Group, LeaseConfig, LeaseTopic, Leaseholder, Member, Position, Result, Subscriber,
-    Subscription, Until,
-};
+use eventbus_core::log::{Joining, MemberHandle, Place, TopicLanes, distinct};
+use eventbus_core::{Member, Position, Result, Subscriber, Subscription, Until};
 
 use crate::broker::RedisBroker;
 use crate::database::Shared;
@@ -21,54 +17,30 @@ const SUBSCRIBE: &str = "subscribe";
 #[async_trait]
 impl Subscriber for RedisBroker {
     async fn subscribe(&self, subscription: Subscription) -> Result<Member> {
-        self.client().check_open(SUBSCRIBE)?;
+        let members = &self.client().members;
+        members.check_open(SUBSCRIBE)?;
         subscription.check()?;
         let shared = &self.client().shared;
-        let mut topics: Vec<Arc<TopicLanes>> = Vec::new();
+        let database = &shared.database;
+        let mut topics = Vec::with_capacity(subscription.topics.len());
         for name in &subscription.topics {
-            let topic = shared.database.meet_topic(SUBSCRIBE, name).await?;
-            if topics.iter().all(|known| known.name != topic.name) {
-                topics.push(topic);
-            }
+            topics.push(database.meet_topic(SUBSCRIBE, name).await?);
         }
-        let (handle, leaseholder) = match &subscription.group {
-            Some(group) => join(shared, group, &topics, &subscription).await?,
-            None => (read(shared, &topics, &subscription).await?, None),
+        let topics = distinct(topics);
+        let Some(group) = &subscription.group else {
+            return members.read(read(shared, &topics, &subscription).await?);
         };
-        self.client().adopt(&handle)?;
-        Ok(Member::new(
-            Box::new(LogDeliveries::new(Arc::clone(&handle), leaseholder)),
-            Box::new(LogSettlement::new(handle)),
-        ))
+        let begun = database.join_group(SUBSCRIBE, group, &topics, subscription.start);
+        let joining = Joining {
+            group: group.clone(),
+            number: begun.await?,
+            topics: &topics,
+            lease: database.config.lease,
+        };
+        members.join(shared.clone(), &subscription, joining, |ended| {
+            RedisLeases::new(Arc::clone(database), ended)
+        })
     }
-}
-
-async fn join(
-    shared: &Shared,
-    name: &Group,
-    topics: &[Arc<TopicLanes>],
-    subscription: &Subscription,
-) -> Result<(Arc<MemberHandle<Shared>>, Option<Leaseholder>)> {
-    let database = &shared.database;
-    let begun = database.join_group(SUBSCRIBE, name, topics, subscription.start);
-    let group = begun.await?;
-    let ended = Arc::new(AtomicBool::new(false));
-    let leases = RedisLeases::new(Arc::clone(database), Arc::clone(&ended));
-    let read = topics.iter().map(|topic| LeaseTopic {
-        name: topic.name.clone(),
-        partitions: topic.partitions,
-    });
-    let config = LeaseConfig::new(name.clone(), read.collect())
-        .with_ttl(database.config.lease)
-        .with_revoke_timeout(subscription.limits.revoke_timeout);
-    let leaseholder = Leaseholder::join(Arc::new(leases), config);
-    let seat = Seat {
-        group,
-        member: leaseholder.member(),
-        held: leaseholder.held(),
-    };
-    let handle = MemberHandle::new(shared.clone(), subscription.limits, ended, Some(seat));
-    Ok((Arc::new(handle), Some(leaseholder)))
 }
 
 async fn read(
@@ -76,9 +48,8 @@ async fn read(
     topics: &[Arc<TopicLanes>],
     subscription: &Subscription,
 ) -> Result<Arc<MemberHandle<Shared>>> {
-    let (database, ended) = (&shared.database, Arc::new(AtomicBool::new(false)));
-    let handle = MemberHandle::new(shared.clone(), subscription.limits, ended, None);
-    let handle = Arc::new(handle);
+    let database = &shared.database;
+    let handle = MemberHandle::reader(shared.clone(), subscription.limits);
     let mut places = Vec::new();
     for topic in topics {
         for (partition, row) in topic.lanes() {

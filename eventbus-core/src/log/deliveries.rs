@@ -36,18 +36,21 @@ pub struct MemberHandle<L: Log> {
 
 /// A member's place in its group.
 #[derive(Debug)]
-pub struct Seat {
+pub(super) struct Seat {
     /// The group, as the adapter numbers it.
-    pub group: i64,
-    /// Who it is.
-    pub member: MemberId,
-    /// What it holds, to be given back.
-    pub held: HeldLeases,
+    pub(super) group: i64,
+    pub(super) member: MemberId,
+    pub(super) held: HeldLeases,
 }
 
 impl<L: Log> MemberHandle<L> {
+    /// A reader that holds nothing yet.
+    pub fn reader(log: L, limits: Limits) -> Arc<Self> {
+        Arc::new(Self::new(log, limits, Arc::default(), None))
+    }
+
     /// A member, or a reader when it has no seat. `ended` is raised when it leaves.
-    pub fn new(log: L, limits: Limits, ended: Arc<AtomicBool>, seat: Option<Seat>) -> Self {
+    pub(super) fn new(log: L, limits: Limits, ended: Arc<AtomicBool>, seat: Option<Seat>) -> Self {
         Self {
             log,
             state: Mutex::new(MemberState::new(limits)),
@@ -72,13 +75,20 @@ impl<L: Log> MemberHandle<L> {
         self.lock().until_time = Some(time);
     }
 
-    /// Whether it left, or its broker handle was closed.
-    pub fn is_ended(&self) -> bool {
+    fn is_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 
+    /// Ends it, and frees what it holds the first time.
+    pub(super) async fn leave(&self) -> Result<()> {
+        match self.end() {
+            Some(seat) => self.log.leave(seat.group, seat.member).await,
+            None => Ok(()),
+        }
+    }
+
     /// Ends it: `next` and `settle` answer `Closed` from now on. Returns its seat the first time.
-    pub fn end(&self) -> Option<&Seat> {
+    fn end(&self) -> Option<&Seat> {
         if self.ended.swap(true, Ordering::AcqRel) {
             return None;
         }
@@ -130,7 +140,7 @@ enum Found {
 }
 
 /// The receiving half.
-pub struct LogDeliveries<L: Log> {
+pub(super) struct LogDeliveries<L: Log> {
     handle: Arc<MemberHandle<L>>,
     leaseholder: Option<Leaseholder>,
     /// Granted, and not opened yet.
@@ -150,7 +160,7 @@ impl<L: Log> std::fmt::Debug for LogDeliveries<L> {
 
 impl<L: Log> LogDeliveries<L> {
     /// Of this member; a reader has no leases.
-    pub fn new(handle: Arc<MemberHandle<L>>, leaseholder: Option<Leaseholder>) -> Self {
+    pub(super) fn new(handle: Arc<MemberHandle<L>>, leaseholder: Option<Leaseholder>) -> Self {
         let ending = find_ends(&handle);
         Self {
             handle,
@@ -335,11 +345,10 @@ impl<L: Log> Deliveries for LogDeliveries<L> {
 
 /// The answering half.
 #[derive(Debug)]
-pub struct LogSettlement<L: Log>(Arc<MemberHandle<L>>);
+pub(super) struct LogSettlement<L: Log>(Arc<MemberHandle<L>>);
 
 impl<L: Log> LogSettlement<L> {
-    /// Of this member.
-    pub fn new(handle: Arc<MemberHandle<L>>) -> Self {
+    pub(super) fn new(handle: Arc<MemberHandle<L>>) -> Self {
         Self(handle)
     }
 }

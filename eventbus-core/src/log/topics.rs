@@ -63,6 +63,17 @@ impl Topics {
     }
 }
 
+/// Each topic once, in their order.
+pub fn distinct(topics: Vec<Arc<TopicLanes>>) -> Vec<Arc<TopicLanes>> {
+    let mut distinct: Vec<Arc<TopicLanes>> = Vec::with_capacity(topics.len());
+    for topic in topics {
+        if distinct.iter().all(|known| known.name != topic.name) {
+            distinct.push(topic);
+        }
+    }
+    distinct
+}
+
 /// Dead letters have a topic of their own, `{topic}.{group}.dlq`: few, and read rarely.
 pub fn is_dead_letters(topic: &Topic) -> bool {
     topic.as_str().ends_with(".dlq")

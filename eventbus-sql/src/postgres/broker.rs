@@ -1,8 +1,7 @@
 //! The client handle: publishing, and what is declared.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use eventbus_core::{
@@ -12,12 +11,12 @@ use eventbus_core::{
 
 use super::config::PostgresConfig;
 use super::database::Shared;
-use super::leases::{self, PostgresLeases};
+use super::leases::PostgresLeases;
 use super::schedule::PostgresSchedule;
 use super::store::PostgresStore;
 use super::tables::Tables;
 use super::writer::Refused;
-use eventbus_core::log::{MemberHandle, TopicLanes};
+use eventbus_core::log::{Members, TopicLanes};
 
 /// Most bytes of one message.
 const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -72,9 +71,7 @@ pub struct PostgresBroker {
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) database: Shared,
-    closed: AtomicBool,
-    /// Ended with this client.
-    members: Mutex<Vec<Weak<MemberHandle<Shared>>>>,
+    pub(super) members: Members<Shared>,
 }
 
 impl PostgresBroker {
@@ -93,8 +90,7 @@ impl PostgresBroker {
         Ok(Self {
             client: Arc::new(Client {
                 database: Shared::open(&config).await?,
-                closed: AtomicBool::new(false),
-                members: Mutex::new(Vec::new()),
+                members: Members::default(),
             }),
         })
     }
@@ -169,7 +165,7 @@ impl PostgresBroker {
     }
 
     async fn take(&self, messages: &[(usize, Message)]) -> Result<(), Refused> {
-        let open = self.client.check_open("publish");
+        let open = self.client.members.check_open("publish");
         open.map_err(Refused::not_taken)?;
         if messages.is_empty() {
             return Ok(());
@@ -181,44 +177,6 @@ impl PostgresBroker {
 
 fn lost_topic(name: &Topic) -> Error {
     Error::new(ErrorKind::Internal, "publish", "the topic was not created").with("topic", name)
-}
-
-impl Client {
-    pub(super) fn check_open(&self, operation: &'static str) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Error::new(
-                ErrorKind::Closed,
-                operation,
-                "the broker handle is closed: connect again",
-            ));
-        }
-        Ok(())
-    }
-
-    /// Has a member end with this client; one that comes after its end is refused.
-    pub(super) fn adopt(&self, member: &Arc<MemberHandle<Shared>>) -> Result<()> {
-        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
-        self.check_open("subscribe")?;
-        members.retain(|member| member.strong_count() > 0);
-        members.push(Arc::downgrade(member));
-        Ok(())
-    }
-
-    async fn close(&self) -> Result<()> {
-        let members = {
-            let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
-            self.closed.store(true, Ordering::Release);
-            std::mem::take(&mut *members)
-        };
-        let mut closed = Ok(());
-        for member in members.iter().filter_map(Weak::upgrade) {
-            if let Some(seat) = member.end() {
-                let left = leases::leave(&self.database, seat.group, seat.member).await;
-                closed = closed.and(left);
-            }
-        }
-        closed
-    }
 }
 
 #[async_trait]
@@ -264,11 +222,11 @@ impl Broker for PostgresBroker {
     }
 
     async fn admin(&self, request: AdminRequest) -> Result<AdminReply> {
-        self.client.check_open("admin")?;
+        self.client.members.check_open("admin")?;
         self.client.database.answer(request).await
     }
 
     async fn close(&self) -> Result<()> {
-        self.client.close().await
+        self.client.members.close().await
     }
 }

@@ -2,77 +2,42 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use async_trait::async_trait;
-use eventbus_core::{
-    Group, LeaseConfig, LeaseTopic, Leaseholder, Member, Result, Subscriber, Subscription, Until,
-};
+use eventbus_core::{Member, Result, Subscriber, Subscription, Until};
 
 use super::broker::PostgresBroker;
 use super::database::Shared;
 use super::groups::lanes_of;
 use super::leases::PostgresLeases;
 use super::page::{LaneRow, to_u64};
-use eventbus_core::log::{LogDeliveries, LogSettlement, MemberHandle, Place, Seat, TopicLanes};
+use eventbus_core::log::{Joining, MemberHandle, Place, TopicLanes, distinct};
 
 const SUBSCRIBE: &str = "subscribe";
 
 #[async_trait]
 impl Subscriber for PostgresBroker {
     async fn subscribe(&self, subscription: Subscription) -> Result<Member> {
-        self.client().check_open(SUBSCRIBE)?;
+        let members = &self.client().members;
+        members.check_open(SUBSCRIBE)?;
         subscription.check()?;
         let database = &self.client().database;
         let topics = distinct(database.topics_of(&subscription.topics).await?);
-        let (handle, leaseholder) = match &subscription.group {
-            Some(group) => join(database, group, &topics, &subscription).await?,
-            None => (read(database, &topics, &subscription).await?, None),
+        let Some(name) = &subscription.group else {
+            return members.read(read(database, &topics, &subscription).await?);
         };
-        self.client().adopt(&handle)?;
-        Ok(Member::new(
-            Box::new(LogDeliveries::new(Arc::clone(&handle), leaseholder)),
-            Box::new(LogSettlement::new(handle)),
-        ))
+        let group = database.join_group(name, &topics, subscription.start);
+        let group = group.await?;
+        let joining = Joining {
+            group: name.clone(),
+            number: group,
+            topics: &topics,
+            lease: database.config.lease,
+        };
+        members.join(database.clone(), &subscription, joining, |ended| {
+            PostgresLeases::new(database.clone(), ended)
+        })
     }
-}
-
-fn distinct(topics: Vec<Arc<TopicLanes>>) -> Vec<Arc<TopicLanes>> {
-    let mut distinct: Vec<Arc<TopicLanes>> = Vec::with_capacity(topics.len());
-    for topic in topics {
-        if distinct.iter().all(|known| known.name != topic.name) {
-            distinct.push(topic);
-        }
-    }
-    distinct
-}
-
-async fn join(
-    database: &Shared,
-    name: &Group,
-    topics: &[Arc<TopicLanes>],
-    subscription: &Subscription,
-) -> Result<(Arc<MemberHandle<Shared>>, Option<Leaseholder>)> {
-    let group = database
-        .join_group(name, topics, subscription.start)
-        .await?;
-    let ended = Arc::new(AtomicBool::new(false));
-    let leases = PostgresLeases::new(database.clone(), Arc::clone(&ended));
-    let shared = topics.iter().map(|topic| LeaseTopic {
-        name: topic.name.clone(),
-        partitions: topic.partitions,
-    });
-    let config = LeaseConfig::new(name.clone(), shared.collect())
-        .with_ttl(database.config.lease)
-        .with_revoke_timeout(subscription.limits.revoke_timeout);
-    let leaseholder = Leaseholder::join(Arc::new(leases), config);
-    let seat = Seat {
-        group,
-        member: leaseholder.member(),
-        held: leaseholder.held(),
-    };
-    let handle = MemberHandle::new(database.clone(), subscription.limits, ended, Some(seat));
-    Ok((Arc::new(handle), Some(leaseholder)))
 }
 
 async fn read(
@@ -80,9 +45,7 @@ async fn read(
     topics: &[Arc<TopicLanes>],
     subscription: &Subscription,
 ) -> Result<Arc<MemberHandle<Shared>>> {
-    let ended = Arc::new(AtomicBool::new(false));
-    let handle = MemberHandle::new(database.clone(), subscription.limits, ended, None);
-    let handle = Arc::new(handle);
+    let handle = MemberHandle::reader(database.clone(), subscription.limits);
     let lanes = lanes_of(topics);
     let starts = database.start_positions(SUBSCRIBE, &lanes, subscription.start);
     let starts = starts.await?;

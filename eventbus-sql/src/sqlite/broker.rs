@@ -1,8 +1,7 @@
 //! The client handle: publishing, and what is declared.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use eventbus_core::{
@@ -13,11 +12,10 @@ use eventbus_core::{
 use super::config::SqliteConfig;
 use super::database::Shared;
 use super::headers::Packed;
-use super::leases::{self, LANES};
 use super::schedule::SqliteSchedule;
 use super::store::SqliteStore;
 use super::writer::Refused;
-use eventbus_core::log::{MemberHandle, TopicLanes};
+use eventbus_core::log::{Members, TopicLanes};
 
 /// Most bytes of one message.
 const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -74,9 +72,7 @@ pub struct SqliteBroker {
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) database: Shared,
-    closed: AtomicBool,
-    /// Ended with this client.
-    members: Mutex<Vec<Weak<MemberHandle<Shared>>>>,
+    pub(super) members: Members<Shared>,
 }
 
 impl SqliteBroker {
@@ -94,8 +90,7 @@ impl SqliteBroker {
         Ok(Self {
             client: Arc::new(Client {
                 database: Shared::open(&config).await?,
-                closed: AtomicBool::new(false),
-                members: Mutex::new(Vec::new()),
+                members: Members::default(),
             }),
         })
     }
@@ -158,7 +153,10 @@ impl SqliteBroker {
             error,
             outcome: Outcome::NotTaken,
         };
-        self.client.check_open("publish").map_err(not_taken)?;
+        self.client
+            .members
+            .check_open("publish")
+            .map_err(not_taken)?;
         if messages.is_empty() {
             return Ok(());
         }
@@ -169,44 +167,6 @@ impl SqliteBroker {
 
 fn lost_topic(name: &Topic) -> Error {
     Error::new(ErrorKind::Internal, "publish", "the topic was not created").with("topic", name)
-}
-
-impl Client {
-    pub(super) fn check_open(&self, operation: &'static str) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Error::new(
-                ErrorKind::Closed,
-                operation,
-                "the broker handle is closed: connect again",
-            ));
-        }
-        Ok(())
-    }
-
-    /// Has a member end with this client; one that comes after its end is refused.
-    pub(super) fn adopt(&self, member: &Arc<MemberHandle<Shared>>) -> Result<()> {
-        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
-        self.check_open("subscribe")?;
-        members.retain(|member| member.strong_count() > 0);
-        members.push(Arc::downgrade(member));
-        Ok(())
-    }
-
-    async fn close(&self) -> Result<()> {
-        let members = {
-            let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
-            self.closed.store(true, Ordering::Release);
-            std::mem::take(&mut *members)
-        };
-        let mut closed = Ok(());
-        for member in members.iter().filter_map(Weak::upgrade) {
-            if let Some(seat) = member.end() {
-                let left = leases::leave(&self.database, &LANES, seat.group, seat.member).await;
-                closed = closed.and(left);
-            }
-        }
-        closed
-    }
 }
 
 #[async_trait]
@@ -253,11 +213,11 @@ impl Broker for SqliteBroker {
     }
 
     async fn admin(&self, request: AdminRequest) -> Result<AdminReply> {
-        self.client.check_open("admin")?;
+        self.client.members.check_open("admin")?;
         self.client.database.answer(request).await
     }
 
     async fn close(&self) -> Result<()> {
-        self.client.close().await
+        self.client.members.close().await
     }
 }
