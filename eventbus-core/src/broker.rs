@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
@@ -50,6 +51,20 @@ impl PublishError {
     pub fn new(unpublished: Vec<Unpublished>) -> Self {
         debug_assert!(!unpublished.is_empty(), "an error without a failure");
         Self { unpublished }
+    }
+
+    /// What a batch came to of which these messages were not acknowledged, in their order; `Ok` without
+    /// any.
+    ///
+    /// # Errors
+    ///
+    /// Where there is one.
+    pub fn of(mut unpublished: Vec<Unpublished>) -> Result<(), Self> {
+        if unpublished.is_empty() {
+            return Ok(());
+        }
+        unpublished.sort_by_key(|unpublished| unpublished.index);
+        Err(Self::new(unpublished))
     }
 
     /// Whether each of the messages may succeed when it is published again.
@@ -117,6 +132,22 @@ impl Unpublished {
             outcome,
             error,
         }
+    }
+
+    /// Reports messages of a batch, with their places in it, that were all not acknowledged for the same
+    /// reason.
+    pub fn all(
+        messages: impl IntoIterator<Item = (usize, Message)>,
+        outcome: Outcome,
+        error: impl Into<Arc<Error>>,
+    ) -> impl Iterator<Item = Self> {
+        let error = error.into();
+        messages.into_iter().map(move |(index, message)| {
+            let again = Error::new(error.kind(), error.operation(), "the batch was not taken")
+                .with_retry(error.retry())
+                .with_source(Arc::clone(&error));
+            Self::new(index, message, outcome, again)
+        })
     }
 }
 

@@ -317,11 +317,7 @@ impl Publisher for MemoryBroker {
         unpublished.extend(rest.into_left().map(|(index, message)| {
             Unpublished::new(index, message, Outcome::NotTaken, self.leftover())
         }));
-        if unpublished.is_empty() {
-            return Ok(());
-        }
-        unpublished.sort_by_key(|unpublished| unpublished.index);
-        Err(PublishError::new(unpublished))
+        PublishError::of(unpublished)
     }
 }
 

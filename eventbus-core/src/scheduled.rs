@@ -175,11 +175,7 @@ impl Apart {
             unpublished.index = places[unpublished.index];
             failed.push(unpublished);
         }
-        if failed.is_empty() {
-            return Ok(());
-        }
-        failed.sort_by_key(|unpublished| unpublished.index);
-        Err(PublishError::new(failed))
+        PublishError::of(failed)
     }
 }
 

@@ -181,13 +181,8 @@ impl Turns {
     }
 
     /// What became of all of them.
-    fn end(mut self) -> Result<(), PublishError> {
-        if self.unpublished.is_empty() {
-            return Ok(());
-        }
-        self.unpublished
-            .sort_by_key(|unpublished| unpublished.index);
-        Err(PublishError::new(self.unpublished))
+    fn end(self) -> Result<(), PublishError> {
+        PublishError::of(self.unpublished)
     }
 }
 

@@ -153,11 +153,7 @@ impl Producer {
             let is_closed = self.client().is_none();
             refused.extend(unpublished(places, messages, &failures, is_closed));
         }
-        if refused.is_empty() {
-            return Ok(());
-        }
-        refused.sort_by_key(|refused| refused.index);
-        Err(PublishError::new(refused))
+        PublishError::of(refused)
     }
 
     /// Gives messages to the client, portion by portion, and waits for what became of them.

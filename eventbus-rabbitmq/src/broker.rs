@@ -13,7 +13,7 @@ use eventbus_core::{
 use crate::config::RabbitMqConfig;
 use crate::deliveries::{self, Owner, RabbitMqDeliveries, RabbitMqSettlement};
 use crate::link::{SharedLink, closed};
-use crate::publisher::{self, Publisher as Channels, Routed};
+use crate::publisher::{Publisher as Channels, Routed};
 use crate::reader;
 use crate::subscriber::{self, Reading};
 use crate::topics::Topics;
@@ -175,7 +175,7 @@ impl Publisher for RabbitMqBroker {
         if !routed.is_empty() {
             refused.extend(self.0.channels.publish(routed).await);
         }
-        publisher::result(refused)
+        PublishError::of(refused)
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Message, Outcome, PublishError, Result, Retry, Unpublished};
+use eventbus_core::{Error, ErrorKind, Message, Outcome, Result, Retry, Unpublished};
 use lapin::message::BasicReturnMessage;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{Channel, Confirmation, PublisherConfirm};
@@ -527,13 +527,4 @@ pub(crate) fn refuse(
         .into_iter()
         .map(|it| Unpublished::new(it.index, it.message, outcome, error()));
     refused.collect()
-}
-
-/// What a call came to.
-pub(crate) fn result(mut refused: Vec<Unpublished>) -> Result<(), PublishError> {
-    if refused.is_empty() {
-        return Ok(());
-    }
-    refused.sort_by_key(|refused| refused.index);
-    Err(PublishError::new(refused))
 }

@@ -149,43 +149,25 @@ impl Publisher for RedisBroker {
     async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
         let (sound, mut unpublished) = self.capabilities().check_batch(batch);
         let (indexes, messages): (Vec<usize>, Vec<Message>) = sound.into_iter().unzip();
-        if let Err(error) = self.client.members.check_open("publish") {
-            unpublished.extend(not_taken(&indexes, messages, &Arc::new(error)));
-        } else if !messages.is_empty() {
-            match self.place(messages).await {
-                Err((error, messages)) => {
-                    unpublished.extend(not_taken(&indexes, messages, &Arc::new(error)));
-                }
-                Ok(placed) => {
-                    let refused = self.client.shared.writer.publish(placed).await;
-                    unpublished.extend(refused.into_iter().map(|it| {
-                        Unpublished::new(indexes[it.index], it.message, it.outcome, it.error)
-                    }));
-                }
+        let placed = match self.client.members.check_open("publish") {
+            Ok(()) => self.place(messages).await,
+            Err(error) => Err((error, messages)),
+        };
+        match placed {
+            Err((error, messages)) => {
+                let all = indexes.into_iter().zip(messages);
+                unpublished.extend(Unpublished::all(all, Outcome::NotTaken, error));
+            }
+            Ok(placed) if placed.is_empty() => {}
+            Ok(placed) => {
+                let refused = self.client.shared.writer.publish(placed).await;
+                unpublished.extend(refused.into_iter().map(|it| {
+                    Unpublished::new(indexes[it.index], it.message, it.outcome, it.error)
+                }));
             }
         }
-        if unpublished.is_empty() {
-            return Ok(());
-        }
-        unpublished.sort_by_key(|unpublished| unpublished.index);
-        Err(PublishError::new(unpublished))
+        PublishError::of(unpublished)
     }
-}
-
-/// All of a batch for the same reason.
-fn not_taken(
-    indexes: &[usize],
-    messages: Vec<Message>,
-    error: &Arc<Error>,
-) -> impl Iterator<Item = Unpublished> {
-    let again = |error: &Arc<Error>| {
-        Error::new(error.kind(), error.operation(), "the batch was not taken")
-            .with_retry(error.retry())
-            .with_source(Arc::clone(error))
-    };
-    indexes.iter().zip(messages).map(move |(index, message)| {
-        Unpublished::new(*index, message, Outcome::NotTaken, again(error))
-    })
 }
 
 #[async_trait]

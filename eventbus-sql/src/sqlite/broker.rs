@@ -175,26 +175,10 @@ impl Publisher for SqliteBroker {
         let (sound, mut unpublished) = self.capabilities().check_batch(batch);
         if let Err(Refused { error, outcome }) = self.take(&sound).await {
             // One transaction failed, so each of its messages did, for the same reason.
-            let error = Arc::new(error);
-            unpublished.extend(
-                sound.into_iter().map(|(index, message)| {
-                    Unpublished::new(index, message, outcome, again(&error))
-                }),
-            );
+            unpublished.extend(Unpublished::all(sound, outcome, error));
         }
-        if unpublished.is_empty() {
-            return Ok(());
-        }
-        unpublished.sort_by_key(|unpublished| unpublished.index);
-        Err(PublishError::new(unpublished))
+        PublishError::of(unpublished)
     }
-}
-
-/// The same error for another message.
-fn again(error: &Arc<Error>) -> Error {
-    Error::new(error.kind(), error.operation(), "the batch was not taken")
-        .with_retry(error.retry())
-        .with_source(Arc::clone(error))
 }
 
 #[async_trait]
