@@ -459,6 +459,18 @@ impl TopicReport {
         self
     }
 
+    /// Adds that another count of partitions is declared than there is, if so.
+    #[must_use]
+    pub fn compared_with(self, declared: &TopicSpec) -> Self {
+        let there = self.partitions;
+        match declared.partitions.filter(|count| *count != there) {
+            Some(count) => self.with_drift(format!(
+                "{count} partitions are declared, the topic has {there}; keys would move to other partitions, so it stays"
+            )),
+            None => self,
+        }
+    }
+
     /// Adds a difference.
     #[must_use]
     pub fn with_drift(mut self, difference: impl Into<String>) -> Self {

@@ -33,6 +33,7 @@ mod message;
 mod outbox;
 mod outgoing;
 mod reader;
+pub mod refusal;
 mod relay;
 mod retry;
 mod schedule;

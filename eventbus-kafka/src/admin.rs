@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use eventbus_core::refusal::{group_has_members, never_subscribed, no_partition};
 use eventbus_core::{
     AdminReply, AdminRequest, Error, ErrorKind, Group, GroupPosition, LaneLag, Position, Result,
     Start, Topic, TopicReport,
@@ -187,7 +188,7 @@ impl Shared {
                 return Err(never_subscribed(RESET, &name, &of));
             }
             if has_members(asker, &name)? {
-                return Err(has_members_error(&name, &of));
+                return Err(group_has_members(RESET, &name, &of));
             }
             let deadline = Instant::now() + ANSWER;
             let mut moves = starts(RESET, asker, &places, to, deadline)?;
@@ -197,7 +198,7 @@ impl Shared {
             }
             // A member that came meanwhile has it refused.
             commit(RESET, asker, &moves).map_err(|error| match error.kind() {
-                ErrorKind::Unavailable => has_members_error(&name, &of).with_source(error),
+                ErrorKind::Unavailable => group_has_members(RESET, &name, &of).with_source(error),
                 _ => error,
             })
         });
@@ -208,13 +209,7 @@ impl Shared {
     async fn trim(&self, topic: Topic, partition: u32, before: Position) -> Result<AdminReply> {
         let partitions = self.topics.partitions(TRIM, &topic).await?;
         if partition >= partitions {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                TRIM,
-                "the topic has fewer partitions: they count from 0",
-            )
-            .with("topic", &topic)
-            .with("partition", partition));
+            return Err(no_partition(TRIM, &topic, partition));
         }
         let place = Place {
             topic,
@@ -301,24 +296,4 @@ fn has_members(asker: &Asker, group: &Group) -> Result<bool> {
         .groups()
         .iter()
         .any(|group| !group.members().is_empty()))
-}
-
-fn has_members_error(group: &Group, topic: &Topic) -> Error {
-    Error::new(
-        ErrorKind::Conflict,
-        RESET,
-        "the group has members: stop its consumers first",
-    )
-    .with("group", group)
-    .with("topic", topic)
-}
-
-fn never_subscribed(operation: &'static str, group: &Group, topic: &Topic) -> Error {
-    Error::new(
-        ErrorKind::NotFound,
-        operation,
-        "the group never subscribed to the topic: look at its name, or spawn its consumer first",
-    )
-    .with("group", group)
-    .with("topic", topic)
 }

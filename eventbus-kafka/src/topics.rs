@@ -186,13 +186,8 @@ impl Topics {
         }
         // Another client may have created it just now.
         let shape = self.appeared(APPLY, &spec.name).await?;
-        let mut report = TopicReport::new(spec.name.clone(), shape.partitions);
-        if let Some(count) = spec.partitions.filter(|count| *count != shape.partitions) {
-            report = report.with_drift(format!(
-                "{count} partitions are declared, the topic has {}; keys would move to other partitions, so it stays",
-                shape.partitions
-            ));
-        }
+        let report = TopicReport::new(spec.name.clone(), shape.partitions);
+        let mut report = report.compared_with(spec);
         if let Some(count) = spec
             .replication
             .filter(|count| usize::from(*count) != shape.replicas)

@@ -212,12 +212,8 @@ impl Topics {
             Some(partitions) => partitions,
             None => self.create(APPLY, spec).await?,
         };
-        let mut report = TopicReport::new(topic.clone(), partitions);
-        if let Some(count) = spec.partitions.filter(|count| *count != partitions) {
-            report = report.with_drift(format!(
-                "{count} partitions are declared, the topic has {partitions}; keys would move to other partitions, so it stays"
-            ));
-        }
+        let report = TopicReport::new(topic.clone(), partitions);
+        let mut report = report.compared_with(spec);
         let keeps = spec.retention.is_some() || spec.retention_bytes.is_some();
         if keeps && !names::is_log(topic) {
             report = report.with_drift("a retention is declared; RabbitMQ keeps a message until each group has settled it, and no longer: bound a queue by a policy, which may drop what is unread".to_owned());

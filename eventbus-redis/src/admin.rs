@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use eventbus_core::log::TopicLanes;
+use eventbus_core::refusal::{group_has_members, never_subscribed, no_partition};
 use eventbus_core::{
     AdminReply, AdminRequest, Error, ErrorKind, Group, GroupPosition, LaneLag, Position, Result,
     Start, Topic, TopicReport, TopicSpec,
@@ -181,13 +182,7 @@ impl Database {
             topics.any(|topic| topic.name == *name) && !member.process.is_dead()
         });
         if is_busy {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                RESET,
-                "the group has members: stop its consumers first",
-            )
-            .with("group", group)
-            .with("topic", name));
+            return Err(group_has_members(RESET, group, name));
         }
         for partition in 0..topic.partitions {
             let place = stream(&topic, partition);
@@ -210,13 +205,7 @@ impl Database {
     async fn trim(&self, name: &Topic, partition: u32, before: Position) -> Result<AdminReply> {
         let topic = self.expect_topic(TRIM, name).await?;
         if partition >= topic.partitions {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                TRIM,
-                "the topic has fewer partitions: they count from 0",
-            )
-            .with("topic", name)
-            .with("partition", partition));
+            return Err(no_partition(TRIM, name, partition));
         }
         let look = self.look(TRIM, &topic, partition).await?;
         let after = position::from(before.min(look.end())).after();
@@ -249,30 +238,12 @@ fn behind(from: From, look: Look) -> u64 {
     }
 }
 
-fn never_subscribed(operation: &'static str, group: &Group, topic: &Topic) -> Error {
-    Error::new(
-        ErrorKind::NotFound,
-        operation,
-        "the group never subscribed to the topic: look at its name, or spawn its consumer first",
-    )
-    .with("group", group)
-    .with("topic", topic)
-}
-
 fn report(declared: &TopicSpec, stored: StoredTopic, created: bool) -> TopicReport {
     let mut report = TopicReport::new(declared.name.clone(), stored.partitions);
     if created {
         report = report.with_created();
     }
-    if let Some(count) = declared
-        .partitions
-        .filter(|count| *count != stored.partitions)
-    {
-        report = report.with_drift(format!(
-            "{count} partitions are declared, the topic has {}; keys would move to other partitions, so it stays",
-            stored.partitions
-        ));
-    }
+    report = report.compared_with(declared);
     if declared.retention.is_some() && declared.retention != stored.retention {
         let millis = |time: Option<std::time::Duration>| {
             time.map_or("none".to_owned(), |time| format!("{} ms", time.as_millis()))

@@ -7,6 +7,7 @@ use crate::broker::{AdminReply, AdminRequest, GroupPosition, LaneLag, TopicRepor
 use crate::delivery::{Position, Start};
 use crate::error::{Error, ErrorKind, Result};
 use crate::message::{Group, Topic};
+use crate::refusal::{group_has_members, never_subscribed, no_partition};
 use crate::topic::TopicSpec;
 
 impl State {
@@ -141,13 +142,7 @@ impl State {
             members.any(|member| self.member(*member).reads(topic))
         });
         if busy {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                "reset group",
-                "the group has members: stop its consumers first",
-            )
-            .with("group", group)
-            .with("topic", name));
+            return Err(group_has_members("reset group", group, name));
         }
         for index in 0..self.topics[topic].partitions.len() {
             let position = self.start_position(topic, index, to);
@@ -170,13 +165,7 @@ impl State {
         }
         let topic = self.known_topic("trim", name)?;
         if partition as usize >= self.topics[topic].partitions.len() {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                "trim",
-                "the topic has fewer partitions: they count from 0",
-            )
-            .with("topic", name)
-            .with("partition", partition));
+            return Err(no_partition("trim", name, partition));
         }
         self.trim(topic, partition as usize, to_u64(before));
         Ok(AdminReply::Done)
@@ -235,15 +224,7 @@ impl State {
         self.find_group(group)
             .and_then(|group| self.topics[topic].cursor_of(group))
             .map(|cursor| (topic, cursor))
-            .ok_or_else(|| {
-                Error::new(
-                    ErrorKind::NotFound,
-                    operation,
-                    "the group never subscribed to the topic: look at its name, or spawn its consumer first",
-                )
-                .with("group", group)
-                .with("topic", name)
-            })
+            .ok_or_else(|| never_subscribed(operation, group, name))
     }
 }
 

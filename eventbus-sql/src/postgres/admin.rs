@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use eventbus_core::refusal::{group_has_members, never_subscribed, no_partition};
 use eventbus_core::{
     AdminReply, AdminRequest, Error, ErrorKind, Group, GroupPosition, LaneLag, Position, Result,
     Start, Topic, TopicReport, TopicSpec,
@@ -154,13 +155,7 @@ impl Database {
             topics.any(|topic| topic.name == *name) && !member.process.is_dead()
         });
         if busy {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                RESET,
-                "the group has members: stop its consumers first",
-            )
-            .with("group", group)
-            .with("topic", name));
+            return Err(group_has_members(RESET, group, name));
         }
         let fence = sqlx::query(self.tables.sql(FENCE))
             .bind(id)
@@ -185,13 +180,7 @@ impl Database {
     ) -> Result<AdminReply> {
         let topic = self.find_topic("trim", name).await?;
         if partition >= topic.partitions {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                "trim",
-                "the topic has fewer partitions: they count from 0",
-            )
-            .with("topic", name)
-            .with("partition", partition));
+            return Err(no_partition("trim", name, partition));
         }
         self.trim(topic.first_lane + partition, to_u64(before))
             .await?;
@@ -249,27 +238,13 @@ const MOVE: &str = "
     WHERE mine.consumer_group = $1 AND mine.lane = new.lane
     RETURNING mine.lane";
 
-fn never_subscribed(operation: &'static str, group: &Group, topic: &Topic) -> Error {
-    Error::new(
-        ErrorKind::NotFound,
-        operation,
-        "the group never subscribed to the topic: look at its name, or spawn its consumer first",
-    )
-    .with("group", group)
-    .with("topic", topic)
-}
-
 fn report(tables: &Tables, declared: &TopicSpec, applied: &Applied) -> TopicReport {
     let TopicLanes { partitions, .. } = *applied.topic;
     let mut report = TopicReport::new(declared.name.clone(), partitions);
     if applied.created {
         return report.with_created();
     }
-    if let Some(count) = declared.partitions.filter(|count| *count != partitions) {
-        report = report.with_drift(format!(
-            "{count} partitions are declared, the topic has {partitions}; keys would move to other partitions, so it stays"
-        ));
-    }
+    report = report.compared_with(declared);
     let micros = declared.retention.map(|time| saturated(time.as_micros()));
     let bytes = declared.retention_bytes;
     let bytes = bytes.map(|bytes| saturated(bytes.into()));

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use eventbus_core::refusal::{group_has_members, never_subscribed, no_partition};
 use eventbus_core::{
     AdminReply, AdminRequest, Error, ErrorKind, Group, GroupPosition, LaneLag, Position, Result,
     Start, Topic, TopicReport, TopicSpec,
@@ -156,26 +157,14 @@ impl Database {
         match moved.await? {
             Moved::All => Ok(AdminReply::Done),
             Moved::Missing => Err(never_subscribed(RESET, group, name)),
-            Moved::Busy => Err(Error::new(
-                ErrorKind::Conflict,
-                RESET,
-                "the group has members: stop its consumers first",
-            )
-            .with("group", group)
-            .with("topic", name)),
+            Moved::Busy => Err(group_has_members(RESET, group, name)),
         }
     }
 
     async fn trim(&self, name: &Topic, partition: u32, before: Position) -> Result<AdminReply> {
         let topic = self.find_topic("trim", name).await?;
         if partition >= topic.partitions {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                "trim",
-                "the topic has fewer partitions: they count from 0",
-            )
-            .with("topic", name)
-            .with("partition", partition));
+            return Err(no_partition("trim", name, partition));
         }
         let lane = topic.first_lane + partition;
         janitor::trim(&self.writer, &self.tables, lane, to_u64(before)).await?;
@@ -198,27 +187,13 @@ const GROUPS: &str = "look for groups";
 const LAG: &str = "read lag";
 const RESET: &str = "reset group";
 
-fn never_subscribed(operation: &'static str, group: &Group, topic: &Topic) -> Error {
-    Error::new(
-        ErrorKind::NotFound,
-        operation,
-        "the group never subscribed to the topic: look at its name, or spawn its consumer first",
-    )
-    .with("group", group)
-    .with("topic", topic)
-}
-
 fn report(tables: &Tables, declared: &TopicSpec, applied: &Applied) -> TopicReport {
     let TopicLanes { partitions, .. } = *applied.topic;
     let mut report = TopicReport::new(declared.name.clone(), partitions);
     if applied.created {
         return report.with_created();
     }
-    if let Some(count) = declared.partitions.filter(|count| *count != partitions) {
-        report = report.with_drift(format!(
-            "{count} partitions are declared, the topic has {partitions}; keys would move to other partitions, so it stays"
-        ));
-    }
+    report = report.compared_with(declared);
     let micros = declared.retention.map(|time| saturated(time.as_micros()));
     let bytes = declared.retention_bytes;
     let bytes = bytes.map(|bytes| saturated(bytes.into()));
