@@ -12,8 +12,9 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::{Lease, MemberId, Message, Position, Result, Timestamp};
 use tokio::sync::Notify;
+
+use crate::{Lease, MemberId, Message, Position, Result, Timestamp};
 
 pub use deliveries::MemberHandle;
 pub use member::{Place, Wanted};

@@ -11,6 +11,7 @@ mod postgres;
 mod sqlite;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod unit;
+mod wakes;
 
 #[cfg(feature = "postgres")]
 pub use postgres::{

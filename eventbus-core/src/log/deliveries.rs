@@ -10,10 +10,6 @@ use std::future::{pending, ready};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::{
-    Deliveries, Error, ErrorKind, HeldLeases, Lane, Lease, LeaseSignal, Leaseholder, Limits,
-    MemberId, Position, Receipt, Result, Settlement, Signal, Timestamp, Verdict,
-};
 use async_trait::async_trait;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -21,6 +17,10 @@ use tokio::sync::Notify;
 
 use super::member::{MemberState, Place, Wanted};
 use super::{Log, Page};
+use crate::{
+    Deliveries, Error, ErrorKind, HeldLeases, Lane, Lease, LeaseSignal, Leaseholder, Limits,
+    MemberId, Position, Receipt, Result, Settlement, Signal, Timestamp, Verdict,
+};
 
 /// What the two halves share; the last one to be dropped makes the member leave.
 #[derive(Debug)]

@@ -4,12 +4,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::{Advance, LaneEnd, PAGE_ROWS, Page, TopicLanes, Unpacked};
 use crate::{
     Assignment, Delivery, Lane, LaneTable, Limits, Position, Receipt, Settled, Signal, Timestamp,
     TopicPartition,
 };
-
-use super::{Advance, LaneEnd, PAGE_ROWS, Page, TopicLanes, Unpacked};
 
 /// Bytes read ahead over all lanes, beyond which nothing more is.
 const AHEAD_BYTES: usize = 8 * 1024 * 1024;

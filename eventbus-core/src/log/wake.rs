@@ -51,16 +51,12 @@ impl LaneEnd {
     }
 }
 
-/// Everything of one database that somebody may wait for.
+/// Everything of one log that somebody may wait for.
 #[derive(Debug)]
 pub struct Wakes {
     lanes: Mutex<HashMap<u32, Weak<LaneEnd>>>,
     /// The generation of each group whose members wait for changes.
     groups: Mutex<HashMap<i64, watch::Sender<i64>>>,
-    /// The version of the schedule, for those who wait for what it holds.
-    schedule: watch::Sender<i64>,
-    /// The last position of the outbox that was seen, or how often it grew.
-    outbox: watch::Sender<i64>,
     waiting: AtomicUsize,
     waits: Notify,
 }
@@ -87,8 +83,6 @@ impl Wakes {
         Self {
             lanes: Mutex::new(HashMap::new()),
             groups: Mutex::new(HashMap::new()),
-            schedule: watch::Sender::new(0),
-            outbox: watch::Sender::new(0),
             waiting: AtomicUsize::new(0),
             waits: Notify::new(),
         }
@@ -156,7 +150,7 @@ impl Wakes {
         }
     }
 
-    /// Has the database looked at until the guard is dropped.
+    /// Has the log looked at until the guard is dropped.
     pub fn wait(&self) -> Waiting<'_> {
         if self.waiting.fetch_add(1, Ordering::AcqRel) == 0 {
             self.waits.notify_one();
@@ -181,48 +175,6 @@ impl Wakes {
     /// The groups whose members wait for changes.
     pub fn watched_groups(&self) -> Vec<i64> {
         lock(&self.groups).keys().copied().collect()
-    }
-}
-
-impl Wakes {
-    /// Hears of messages that are due earlier than all others.
-    pub fn schedule(&self) -> watch::Receiver<i64> {
-        self.schedule.subscribe()
-    }
-
-    /// Whether anybody hears of the schedule.
-    pub fn schedule_is_heard(&self) -> bool {
-        self.schedule.receiver_count() > 0
-    }
-
-    /// Takes note of the schedule's version.
-    pub fn schedule_changed(&self, version: i64) {
-        self.schedule
-            .send_if_modified(|known| std::mem::replace(known, version.max(*known)) < version);
-    }
-
-    /// Hears of what is appended to the outbox.
-    pub fn outbox(&self) -> watch::Receiver<i64> {
-        self.outbox.subscribe()
-    }
-
-    /// Whether anybody hears of the outbox.
-    pub fn outbox_is_heard(&self) -> bool {
-        self.outbox.receiver_count() > 0
-    }
-
-    /// Takes note that something was appended to the outbox.
-    pub fn outbox_grew(&self) {
-        self.outbox.send_modify(|times| *times += 1);
-    }
-
-    /// Takes note of how far the outbox goes.
-    pub fn outbox_reaches(&self, position: i64) {
-        self.outbox.send_if_modified(|known| {
-            let newer = *known < position;
-            *known = position.max(*known);
-            newer
-        });
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use eventbus_core::log::{self, Advance, Log, Page, Place, TopicLanes, Topics, Wanted};
 use eventbus_core::{Error, ErrorKind, Lease, MemberId, Position, Result, Timestamp, Topic};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
@@ -21,7 +22,8 @@ use super::settle::Settler;
 use super::tables::Tables;
 use super::wake::{self, Bell};
 use super::writer::Writer;
-use eventbus_core::log::{Advance, Log, Page, Place, TopicLanes, Topics, Wakes, Wanted};
+
+use crate::wakes::Wakes;
 
 /// The oldest version that has what the broker asks for.
 const VERSION_MIN: i32 = 130_000;
@@ -73,7 +75,7 @@ impl Shared {
             .await
             .map_err(|error| config.named(error))?;
         let sessions = Sessions::new(config);
-        let wakes = Arc::new(Wakes::new());
+        let wakes = Arc::new(Wakes::default());
         let stale = Arc::new(AtomicU64::new(0));
         let (bell, ringing) = Bell::new(sessions.clone(), &tables);
         let (writer, publishing) = Writer::new(&sessions, &tables, &wakes, &bell);
@@ -152,7 +154,7 @@ const CONNECT: &str = "connect";
 impl Log for Shared {
     const PAGES_MAX: usize = 16;
 
-    fn wakes(&self) -> &Wakes {
+    fn wakes(&self) -> &log::Wakes {
         &self.wakes
     }
 

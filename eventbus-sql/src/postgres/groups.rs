@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use eventbus_core::log::{Place, TopicLanes};
 use eventbus_core::{Group, Lease, Position, Result, Start};
 use tokio::sync::Notify;
 
 use super::database::Database;
 use super::page::{ids, stored};
-use eventbus_core::log::{Place, TopicLanes};
 
 const SUBSCRIBE: &str = "subscribe";
 const OPEN: &str = "open partitions";

@@ -1,11 +1,10 @@
 //! A message as values of a row, and back. Pure: no database is touched here.
 
 use bytes::{Bytes, BytesMut};
+use eventbus_core::log::Unpacked;
 use eventbus_core::{Headers, Key, Message, Result, Timestamp, Topic};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
-
-use eventbus_core::log::Unpacked;
 
 /// Messages of a statement, as arrays with a value for each row.
 #[derive(Debug, Default)]

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use eventbus_core::log::TopicLanes;
 use eventbus_core::{Result, Topic};
 use metrics::counter;
 use tokio::time::sleep;
@@ -13,7 +14,6 @@ use super::database::{Database, Shared};
 use super::page::stored;
 use super::session::Session;
 use super::topics::saturated;
-use eventbus_core::log::TopicLanes;
 
 /// Most messages removed by one commit, so that publishing waits for none that is long.
 const PIECE: u64 = 1000;

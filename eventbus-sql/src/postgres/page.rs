@@ -4,11 +4,11 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
+use eventbus_core::log::{PAGE_ROWS, Page, Unpacked, Wanted};
 use eventbus_core::{Error, ErrorKind, Position, Result, Start, Timestamp};
 
 use super::database::Database;
 use super::headers::{Packed, Packer};
-use eventbus_core::log::{PAGE_ROWS, Page, Unpacked, Wanted};
 
 /// Bytes of all pages of a question, after which nothing is added; the first page has at least one
 /// message.

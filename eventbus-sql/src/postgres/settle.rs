@@ -4,6 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use eventbus_core::log::{Advance, furthest};
 use eventbus_core::{Coalescer, Error, ErrorKind, Flushes, Result};
 use tokio::sync::oneshot;
 
@@ -11,7 +12,6 @@ use super::page::{ids, stored, to_u64};
 use super::session::Sessions;
 use super::tables::Tables;
 use super::writer::Line;
-use eventbus_core::log::{Advance, furthest};
 
 const SETTLE: &str = "settle";
 

@@ -19,7 +19,7 @@ use super::leases::PostgresLeases;
 use super::outbox::{self, Append, Floor};
 use super::tables::Tables;
 use super::transaction::PostgresOutbox;
-use eventbus_core::log::Wakes;
+use crate::wakes::Wakes;
 
 /// A service's own PostgreSQL database: what a handler or a request writes there, the record that an
 /// event was handled, and what is published commit together or not at all.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use eventbus_core::log::{Joining, MemberHandle, Place, TopicLanes, distinct};
 use eventbus_core::{Member, Result, Subscriber, Subscription, Until};
 
 use super::broker::PostgresBroker;
@@ -11,7 +12,6 @@ use super::database::Shared;
 use super::groups::lanes_of;
 use super::leases::PostgresLeases;
 use super::page::{LaneRow, to_u64};
-use eventbus_core::log::{Joining, MemberHandle, Place, TopicLanes, distinct};
 
 const SUBSCRIBE: &str = "subscribe";
 

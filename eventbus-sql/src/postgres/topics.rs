@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use eventbus_core::log::{TopicLanes, is_dead_letters};
 use eventbus_core::{Error, ErrorKind, Result, Topic, TopicSpec};
 use sqlx::postgres::PgRow;
 
 use super::config::PARTITIONS_MAX;
 use super::database::Database;
 use super::session::{Session, column};
-use eventbus_core::log::{TopicLanes, is_dead_letters};
 
 /// A topic after it was applied.
 #[derive(Clone, Debug)]

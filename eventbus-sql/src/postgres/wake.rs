@@ -25,7 +25,7 @@ use super::error::into_error;
 use super::page::ids;
 use super::session::{Session, Sessions, listening};
 use super::tables::Tables;
-use eventbus_core::log::Wakes;
+use crate::wakes::Wakes;
 
 /// How often the database is looked at while somebody waits and notifications come.
 const LOOK: Duration = Duration::from_millis(500);

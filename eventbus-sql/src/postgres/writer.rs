@@ -23,7 +23,7 @@ use super::headers::Columns;
 use super::session::{Failure, Session, Sessions};
 use super::tables::Tables;
 use super::wake::Bell;
-use eventbus_core::log::Wakes;
+use crate::wakes::Wakes;
 
 /// Most messages of a statement, and bytes after which no more are added.
 const ROWS_MAX: usize = 2000;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use eventbus_core::log::TopicLanes;
 use eventbus_core::refusal::{group_has_members, never_subscribed, no_partition};
 use eventbus_core::{
     AdminReply, AdminRequest, Error, ErrorKind, Group, GroupPosition, LaneLag, Position, Result,
@@ -19,7 +20,6 @@ use super::page::to_u64;
 use super::settle::cursor_seal;
 use super::tables::Tables;
 use super::topics::{Applied, saturated};
-use eventbus_core::log::TopicLanes;
 
 impl Database {
     /// Answers an administrative request.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use eventbus_core::log::{Members, TopicLanes};
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Capabilities, Durability, Error, ErrorKind, Message, Outcome,
     PublishError, Publisher, Result, Topic, Unpublished,
@@ -15,7 +16,6 @@ use super::headers::Packed;
 use super::schedule::SqliteSchedule;
 use super::store::SqliteStore;
 use super::writer::Refused;
-use eventbus_core::log::{Members, TopicLanes};
 
 /// Most bytes of one message.
 const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;

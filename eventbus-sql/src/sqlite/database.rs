@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use eventbus_core::log::{self, Advance, Log, Page, Place, TopicLanes, Topics, Wanted};
 use eventbus_core::{Error, ErrorKind, Lease, MemberId, Position, Result, Timestamp, Topic};
 use futures_util::FutureExt;
 use sqlx::sqlite::{
@@ -28,7 +29,8 @@ use super::tables::Tables;
 use super::timer::Timer;
 use super::wake;
 use super::writer::{Writer, WriterTask};
-use eventbus_core::log::{Advance, Log, Page, Place, TopicLanes, Topics, Wakes, Wanted};
+
+use crate::wakes::Wakes;
 
 /// Connections that read at the same time: the SDK's own, and as many of a service.
 const READERS_MAX: u32 = 4;
@@ -92,7 +94,7 @@ impl Log for Shared {
     // SQLite's thread answers one after the other.
     const PAGES_MAX: usize = 1;
 
-    fn wakes(&self) -> &Wakes {
+    fn wakes(&self) -> &log::Wakes {
         &self.wakes
     }
 
@@ -188,7 +190,7 @@ impl Database {
         let reading = options.clone().pragma("query_only", "ON");
         let own_readers = Readers::new(reading.clone(), READERS_MAX as usize);
         let readers = readers(reading);
-        let wakes = Arc::new(Wakes::new());
+        let wakes = Arc::new(Wakes::default());
         let stale = Arc::new(AtomicU64::new(0));
         let timer = Timer::start().map_err(|error| thread_failed(path, error))?;
         let guarded = WritingConnection::guard(connection).await;

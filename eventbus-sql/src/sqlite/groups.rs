@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use eventbus_core::log::{Place, TopicLanes};
 use eventbus_core::{Error, ErrorKind, Group, Lease, Position, Result, Start};
 use futures_util::FutureExt;
 use sqlx::sqlite::SqliteRow;
@@ -14,7 +15,6 @@ use super::database::Database;
 use super::error::into_error;
 use super::settle::cursor_seal;
 use super::tables::Tables;
-use eventbus_core::log::{Place, TopicLanes};
 
 /// A group as the database has it.
 #[derive(Clone, Debug)]

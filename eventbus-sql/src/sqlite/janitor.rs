@@ -3,6 +3,7 @@
 
 use std::sync::Weak;
 
+use eventbus_core::log::TopicLanes;
 use eventbus_core::{Result, Timestamp, Topic};
 use futures_util::FutureExt;
 use metrics::counter;
@@ -19,7 +20,6 @@ use super::headers::{HEAD_FIXED, id_of};
 use super::tables::Tables;
 use super::topics::saturated;
 use super::writer::Writer;
-use eventbus_core::log::TopicLanes;
 
 /// Most messages removed by one commit, so that publishing waits for none that is long.
 const PIECE: u64 = 1000;

@@ -1,13 +1,13 @@
 //! Reading the log: a page of messages at a time, what is missing of it, and the search for a time.
 
 use bytes::Bytes;
+use eventbus_core::log::{PAGE_ROWS, Page, TopicLanes, Unpacked, Wanted};
 use eventbus_core::{Error, Result, Start, Timestamp};
 use sqlx::Row;
 
 use super::append::{LaneRow, SELECT_LANES};
 use super::database::Database;
 use super::headers::{damaged, id_of, time_of, unpack};
-use eventbus_core::log::{PAGE_ROWS, Page, TopicLanes, Unpacked, Wanted};
 
 /// A row with as many bytes or more is read alone, so that a page is bounded.
 const LARGE: i64 = 16 * 1024;

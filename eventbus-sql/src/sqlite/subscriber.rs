@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use eventbus_core::log::{Joining, MemberHandle, Place, TopicLanes, distinct};
 use eventbus_core::{Member, Result, Start, Subscriber, Subscription, Until};
 
 use super::broker::SqliteBroker;
 use super::database::Shared;
 use super::leases::SqliteLeases;
 use super::page::to_u64;
-use eventbus_core::log::{Joining, MemberHandle, Place, TopicLanes, distinct};
 
 #[async_trait]
 impl Subscriber for SqliteBroker {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use eventbus_core::log::{TopicLanes, is_dead_letters};
 use eventbus_core::{Error, ErrorKind, Result, Topic, TopicSpec};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -13,7 +14,6 @@ use super::database::Database;
 use super::error::into_error;
 use super::headers::{LANE_END, seal};
 use super::tables::Tables;
-use eventbus_core::log::{TopicLanes, is_dead_letters};
 
 fn read_topic(name: Topic, row: &SqliteRow) -> Result<TopicLanes> {
     let column = |index| -> Result<u32> {

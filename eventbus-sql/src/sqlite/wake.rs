@@ -13,7 +13,7 @@ use super::append::LaneRow;
 use super::database::connect;
 use super::error::into_error;
 use super::tables::Tables;
-use eventbus_core::log::Wakes;
+use crate::wakes::Wakes;
 
 /// How often the file is looked at while somebody waits.
 const POLL: Duration = Duration::from_millis(8);

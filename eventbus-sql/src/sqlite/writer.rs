@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use eventbus_core::log::Advance;
 use eventbus_core::{Clock, Coalescer, Error, ErrorKind, Flushes, Outcome, Result};
 use futures_util::{FutureExt, future::BoxFuture};
 use sqlx::SqliteConnection;
@@ -27,7 +28,7 @@ use super::headers::Packed;
 use super::lending::{Before, Borrower, First, Lender, Loan, WritingConnection, run};
 use super::settle;
 use super::tables::Tables;
-use eventbus_core::log::{Advance, Wakes};
+use crate::wakes::Wakes;
 
 /// Hands writes to the task that writes them.
 #[derive(Clone, Debug)]
