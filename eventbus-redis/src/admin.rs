@@ -1,5 +1,6 @@
 //! What is answered beside the flow of messages.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use eventbus_core::log::TopicLanes;
@@ -124,12 +125,18 @@ impl Database {
             let mut all = redis::cmd("HGETALL");
             all.arg(positions_key(&topic.name));
             let all: Vec<(String, String)> = self.server.control.ask(GROUPS, &all).await?;
+            // Every group has the same partitions.
+            let mut looks = HashMap::new();
             for (name, text) in all {
                 let unread = || damaged(GROUPS, &topic.name);
                 let (group, partition) = name.rsplit_once(' ').ok_or_else(unread)?;
                 let partition = partition.parse().map_err(|_| unread())?;
                 let position = position::read(text.as_bytes()).ok_or_else(unread)?;
-                let look = self.look(GROUPS, &topic, partition).await?;
+                let look = match looks.get(&partition) {
+                    Some(look) => *look,
+                    None => self.look(GROUPS, &topic, partition).await?,
+                };
+                looks.insert(partition, look);
                 positions.push(GroupPosition::new(
                     Group::new(group)?,
                     topic.name.clone(),
@@ -159,7 +166,9 @@ impl Database {
         let mut lags = Vec::new();
         for name in topics {
             let topic = self.expect_topic(LAG, name).await?;
-            let positions = self.positions(LAG, group, &topic).await?;
+            let positions = self
+                .positions(LAG, group, &topic, 0..topic.partitions)
+                .await?;
             for partition in 0..topic.partitions {
                 let position = positions.get(&partition);
                 let position = position.ok_or_else(|| never_subscribed(LAG, group, name))?;
@@ -173,7 +182,11 @@ impl Database {
 
     async fn reset_group(&self, group: &Group, name: &Topic, to: Start) -> Result<AdminReply> {
         let topic = self.expect_topic(RESET, name).await?;
-        if self.positions(RESET, group, &topic).await?.is_empty() {
+        if self
+            .positions(RESET, group, &topic, 0..topic.partitions)
+            .await?
+            .is_empty()
+        {
             return Err(never_subscribed(RESET, group, name));
         }
         let members = leases::members(&self.server, RESET, group).await?;
@@ -186,9 +199,10 @@ impl Database {
         }
         for partition in 0..topic.partitions {
             let place = stream(&topic, partition);
-            let position = pages::start(&self.server, RESET, &place, to).await?;
+            let look = pages::look(&self.server, RESET, &place).await?;
+            let position = pages::start(&self.server, RESET, &place, look, to).await?;
             // Positions before the first one kept are no gap: they were asked for knowingly.
-            let position = position.max(self.look(RESET, &topic, partition).await?.base());
+            let position = position.max(look.base());
             let mut ask = redis::cmd("EVAL");
             ask.arg(MOVE)
                 .arg(2)
@@ -208,13 +222,12 @@ impl Database {
             return Err(no_partition(TRIM, name, partition));
         }
         let look = self.look(TRIM, &topic, partition).await?;
-        let after = position::from(before.min(look.end())).after();
-        let least = format!("{}-{}", after.millis, after.sequence.saturating_add(1));
+        let kept = position::from(before.min(look.end())).first();
         let mut trim = redis::cmd("XTRIM");
         trim.arg(stream(&topic, partition))
             .arg("MINID")
             .arg("=")
-            .arg(least);
+            .arg(kept.to_string());
         let _: u64 = self.server.control.ask(TRIM, &trim).await?;
         Ok(AdminReply::Done)
     }

@@ -4,6 +4,7 @@
 //! hexadecimal digits. What every group has read is found by one look at it.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use eventbus_core::log::{Advance, Place, TopicLanes, furthest};
@@ -54,13 +55,15 @@ impl Database {
         start: Start,
     ) -> Result<i64> {
         for topic in topics {
-            let known = self.positions(operation, group, topic).await?;
+            let all = 0..topic.partitions;
+            let known = self.positions(operation, group, topic, all).await?;
             for partition in 0..topic.partitions {
                 if known.contains_key(&partition) {
                     continue;
                 }
                 let stream = stream(topic, partition);
-                let begin = pages::start(&self.server, operation, &stream, start).await?;
+                let look = pages::look(&self.server, operation, &stream).await?;
+                let begin = pages::start(&self.server, operation, &stream, look, start).await?;
                 let mut set = redis::cmd("HSETNX");
                 set.arg(positions_key(&topic.name));
                 set.arg(position_name(group, partition));
@@ -71,21 +74,22 @@ impl Database {
         Ok(self.known.group(group))
     }
 
-    /// How far a group is on a topic, by partition.
+    /// How far a group is on these partitions of a topic.
     pub(crate) async fn positions(
         &self,
         operation: &'static str,
         group: &Group,
         topic: &TopicLanes,
+        partitions: Range<u32>,
     ) -> Result<HashMap<u32, Position>> {
         let mut get = redis::cmd("HMGET");
         get.arg(positions_key(&topic.name));
-        for partition in 0..topic.partitions {
+        for partition in partitions.clone() {
             get.arg(position_name(group, partition));
         }
         let found: Vec<Option<String>> = self.server.control.ask(operation, &get).await?;
         let mut positions = HashMap::new();
-        for (partition, text) in (0..).zip(found) {
+        for (partition, text) in partitions.zip(found) {
             if let Some(text) = text {
                 let position = position::read(text.as_bytes());
                 let position = position.ok_or_else(|| damaged(operation, &topic.name))?;
@@ -120,7 +124,8 @@ impl Database {
                 // It was granted to somebody else since.
                 continue;
             }
-            let known = self.positions(OPEN, &group, &topic).await?;
+            let mine = partition..partition + 1;
+            let known = self.positions(OPEN, &group, &topic, mine).await?;
             let stream = stream(&topic, partition);
             let look = pages::look(&self.server, OPEN, &stream).await?;
             let row = topic.first_lane + partition;

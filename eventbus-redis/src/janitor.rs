@@ -10,7 +10,7 @@ use eventbus_core::{Position, Result};
 use crate::database::Database;
 use crate::groups::{damaged, positions_key};
 use crate::leases::GROUPS;
-use crate::position;
+use crate::position::{self, EntryId};
 use crate::topics::{self, stream};
 
 const TRIM: &str = "remove what was read";
@@ -46,19 +46,19 @@ impl Database {
         let read = self.read_by_all(topic, now).await?;
         let too_old = now.saturating_sub(i64::try_from(retention.as_millis()).unwrap_or(i64::MAX));
         for (partition, position) in read {
-            let place = position::from(position);
-            let read_to = place.after();
-            let until = match u64::try_from(too_old) {
-                Ok(too_old) if read_to.millis >= too_old => format!("{too_old}-0"),
-                // The entry before the first one that is not settled may go, too.
-                Ok(_) => format!("{}-{}", read_to.millis, read_to.sequence.saturating_add(1)),
-                Err(_) => continue,
+            let Ok(millis) = u64::try_from(too_old) else {
+                continue;
             };
+            let too_old = EntryId {
+                millis,
+                sequence: 0,
+            };
+            let kept = too_old.min(position::from(position).first());
             let mut trim = redis::cmd("XTRIM");
             trim.arg(stream(topic, partition))
                 .arg("MINID")
                 .arg("~")
-                .arg(until);
+                .arg(kept.to_string());
             let removed: u64 = self.server.control.ask(TRIM, &trim).await?;
             if removed > 0 {
                 tracing::debug!(topic = %topic.name, partition, removed, "what was read is removed");

@@ -275,14 +275,14 @@ pub(crate) async fn look(server: &Server, operation: &'static str, stream: &str)
     Look::read(server.control.ask(operation, &look).await?)
 }
 
-/// Where one begins on a stream.
+/// Where one begins on a stream that looks like that.
 pub(crate) async fn start(
     server: &Server,
     operation: &'static str,
     stream: &str,
+    seen: Look,
     start: Start,
 ) -> Result<Position> {
-    let seen = look(server, operation, stream).await?;
     match start {
         Start::Latest => Ok(seen.end()),
         Start::Position(position) => Ok(position.min(seen.end())),

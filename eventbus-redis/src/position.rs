@@ -69,6 +69,14 @@ pub(crate) fn from(position: Position) -> From {
 }
 
 impl From {
+    /// The lowest id that is meant.
+    pub(crate) fn first(self) -> EntryId {
+        EntryId {
+            sequence: self.id.sequence + u64::from(self.is_behind),
+            ..self.id
+        }
+    }
+
     /// The id after which Redis is to read.
     pub(crate) fn after(self) -> EntryId {
         let EntryId { millis, sequence } = self.id;
@@ -145,10 +153,12 @@ mod tests {
     fn reading_begins_at_an_entry_or_behind_it() {
         let at = from(entry(id(7, 3), 12));
         assert_eq!((at.after(), at.before), (id(7, 2), 11));
+        assert_eq!(at.first(), id(7, 3));
         let at = from(entry(id(7, 0), 12));
         assert_eq!((at.after(), at.before), (id(6, u64::MAX), 11));
         let behind_it = from(behind(id(7, 3), 12));
         assert_eq!((behind_it.after(), behind_it.before), (id(7, 3), 12));
+        assert_eq!(behind_it.first(), id(7, 4));
         let first = from(Position(0));
         assert_eq!((first.after(), first.before), (id(0, 0), 0));
     }

@@ -149,31 +149,25 @@ fn value<'i>(info: &'i str, name: &str) -> Option<&'i str> {
 }
 
 fn check(info: &str) -> Result<()> {
-    let refuse = |kind, message: &'static str| Err(Error::new(kind, CONNECT, message));
+    let refuse = |message: &str| Error::new(ErrorKind::Unsupported, CONNECT, message);
     let version = value(info, "redis_version").unwrap_or_default();
     let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
     let version_found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version_found < VERSION_MIN {
-        return refuse(
-            ErrorKind::Unsupported,
-            "the server is too old: streams that tell a gap need Redis 7.0 or later, or Valkey",
-        )
-        .map_err(|error: Error| error.with("version", version));
+        let message =
+            "the server is too old: streams that tell a gap need Redis 7.0 or later, or Valkey";
+        return Err(refuse(message).with("version", version));
     }
     if value(info, "cluster_enabled") == Some("1") {
-        return refuse(
-            ErrorKind::Unsupported,
+        return Err(refuse(
             "the server is part of a cluster, which this broker does not use: name one that is not",
-        );
+        ));
     }
     let policy = value(info, "maxmemory_policy").unwrap_or_default();
     let is_bounded = value(info, "maxmemory").is_some_and(|bytes| bytes != "0");
     if is_bounded && policy.starts_with("allkeys") {
-        return refuse(
-            ErrorKind::Unsupported,
-            "the server throws keys away when its memory is full, and messages with them: set `maxmemory-policy noeviction`",
-        )
-        .map_err(|error: Error| error.with("maxmemory-policy", policy));
+        let message = "the server throws keys away when its memory is full, and messages with them: set `maxmemory-policy noeviction`";
+        return Err(refuse(message).with("maxmemory-policy", policy));
     }
     Ok(())
 }

@@ -55,8 +55,8 @@ async fn read(
         for (partition, row) in topic.lanes() {
             let stream = stream(topic, partition);
             let (server, start) = (&database.server, subscription.start);
-            let position = pages::start(server, SUBSCRIBE, &stream, start).await?;
             let look = pages::look(server, SUBSCRIBE, &stream).await?;
+            let position = pages::start(server, SUBSCRIBE, &stream, look, start).await?;
             let end = database.wakes.lane(row, look.end());
             end.listen(&handle.notify);
             let until = match subscription.until {

@@ -176,6 +176,20 @@ pub(crate) async fn create(
     }
 }
 
+/// The topic, if it is known or there.
+async fn look_up(
+    server: &Server,
+    known: &Known,
+    operation: &'static str,
+    name: &Topic,
+) -> Result<Option<Arc<TopicLanes>>> {
+    if let Some(topic) = known.topic(name) {
+        return Ok(Some(topic));
+    }
+    let found = find(server, operation, name).await?;
+    Ok(found.map(|stored| known.remember(name, stored.partitions)))
+}
+
 /// The topic, created where it is missing.
 pub(crate) async fn meet(
     server: &Server,
@@ -184,14 +198,11 @@ pub(crate) async fn meet(
     operation: &'static str,
     name: &Topic,
 ) -> Result<Arc<TopicLanes>> {
-    if let Some(topic) = known.topic(name) {
+    if let Some(topic) = look_up(server, known, operation, name).await? {
         return Ok(topic);
     }
     let spec = TopicSpec::new(name.clone());
-    let stored = match find(server, operation, name).await? {
-        Some(stored) => stored,
-        None => create(server, config, operation, &spec).await?.0,
-    };
+    let (stored, _) = create(server, config, operation, &spec).await?;
     Ok(known.remember(name, stored.partitions))
 }
 
@@ -202,16 +213,13 @@ pub(crate) async fn expect(
     operation: &'static str,
     name: &Topic,
 ) -> Result<Arc<TopicLanes>> {
-    if let Some(topic) = known.topic(name) {
-        return Ok(topic);
-    }
-    match find(server, operation, name).await? {
-        Some(stored) => Ok(known.remember(name, stored.partitions)),
-        None => Err(Error::new(
+    let topic = look_up(server, known, operation, name).await?;
+    topic.ok_or_else(|| {
+        Error::new(
             ErrorKind::NotFound,
             operation,
             "there is no such topic: look at its name, or declare it",
         )
-        .with("topic", name)),
-    }
+        .with("topic", name)
+    })
 }

@@ -1,12 +1,12 @@
 //! How far groups are: one statement a commit, fenced by the epoch of each lease.
 
+use eventbus_core::log::{Advance, furthest};
 use sqlx::SqliteConnection;
 
 use super::headers::seal;
 use super::page::to_u64;
 use super::tables::Tables;
 use super::writer::Failure;
-use eventbus_core::log::{Advance, furthest};
 
 /// A place goes on only for the holder of its epoch, and never back.
 const ADVANCE: &str = "
