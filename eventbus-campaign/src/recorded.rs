@@ -155,7 +155,7 @@ struct Recorded {
 impl Recorded {
     /// Refuses a batch with a dead letter, where none can be stored at present.
     fn refuse_letters(&self, batch: Vec<Message>) -> Result<Vec<Message>, PublishError> {
-        let is_letter = |message: &Message| message.topic.as_str().ends_with(".dlq");
+        let is_letter = |message: &Message| message.topic.is_dead_letters();
         let is_away = self.letters_away.as_ref().is_some_and(|file| file.exists());
         if !is_away || !batch.iter().any(is_letter) {
             return Ok(batch);

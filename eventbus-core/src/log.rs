@@ -19,7 +19,7 @@ use crate::{Lease, MemberId, Message, Position, Result, Timestamp};
 pub use deliveries::MemberHandle;
 pub use member::{Place, Wanted};
 pub use members::{Joining, Members};
-pub use topics::{TopicLanes, Topics, distinct, is_dead_letters};
+pub use topics::{TopicLanes, Topics, distinct};
 pub use wake::{LaneEnd, Waiting, Wakes};
 
 /// Most messages of a page.

@@ -150,6 +150,15 @@ macro_rules! name_type {
 name_type!(Topic, "name a topic");
 name_type!(Group, "name a group");
 
+impl Topic {
+    /// Whether it keeps the dead letters of a group, which is a topic of its own,
+    /// `{topic}.{group}.dlq`: few messages, read rarely, never dropped, and one partition, so that they
+    /// stay in their order.
+    pub fn is_dead_letters(&self) -> bool {
+        self.as_str().ends_with(".dlq")
+    }
+}
+
 /// What keeps its messages in order and on one partition, such as an order's number as text.
 ///
 /// # Examples

@@ -12,9 +12,6 @@ use rdkafka::error::RDKafkaErrorCode as Code;
 use crate::client::{ANSWER, Context, blocking, patiently};
 use crate::error::{into_error, of_code};
 
-/// What dead letters are kept in: one partition, so that they stay in their order.
-const DEAD_LETTERS: &str = ".dlq";
-
 /// The topics of a cluster, through one client that asks for them.
 pub(crate) struct Topics {
     client: Arc<AdminClient<Context>>,
@@ -135,7 +132,7 @@ impl Topics {
 
     /// Creates a topic; that it is there already is no error.
     async fn create(&self, operation: &'static str, spec: &TopicSpec) -> Result<bool> {
-        let single = spec.name.as_str().ends_with(DEAD_LETTERS).then_some(1);
+        let single = spec.name.is_dead_letters().then_some(1);
         let partitions = spec.partitions.or(single);
         let retention = spec.retention.map(|time| time.as_millis().to_string());
         let bytes = spec

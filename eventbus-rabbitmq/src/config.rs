@@ -4,7 +4,8 @@ use std::fmt;
 use std::time::Duration;
 
 use eventbus_core::{
-    Error, ErrorKind, Result, credentials, duration, host_and_port, redacted_option, redacted_url,
+    Error, ErrorKind, Limits, Result, credentials, duration, host_and_port, redacted_option,
+    redacted_url,
 };
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
 use percent_encoding::percent_decode_str;
@@ -243,6 +244,13 @@ impl RabbitMqConfig {
             _ => return Err(OPTIONS),
         }
         Ok(self)
+    }
+
+    /// How many messages the server may send ahead for one partition of a member with these limits.
+    pub(crate) fn prefetch_within(&self, limits: &Limits) -> u16 {
+        let most = limits.lane_messages.min(limits.messages);
+        let most = u16::try_from(most).unwrap_or(u16::MAX);
+        most.min(self.prefetch).max(1)
     }
 
     /// Where to connect to, node by node.

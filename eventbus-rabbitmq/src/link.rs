@@ -16,6 +16,10 @@ use crate::error::into_error;
 /// How long anything that is asked of a server may take.
 pub(crate) const ANSWER: Duration = Duration::from_secs(8);
 
+/// How soon, and how rarely at last, it is tried to connect again.
+pub(crate) const RECONNECT: (Duration, Duration) =
+    (Duration::from_millis(50), Duration::from_secs(2));
+
 /// A connection.
 pub(crate) struct Link {
     connection: Connection,

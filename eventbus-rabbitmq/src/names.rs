@@ -7,12 +7,10 @@ use lapin::types::ShortString;
 /// Most bytes of the name of a queue.
 const NAME_BYTES_MAX: usize = 255;
 
-/// Topics with this end keep dead letters: they are logs, which can be read again.
-const DEAD_LETTERS: &str = ".dlq";
-
-/// Whether a topic is kept as a log (streams that everybody reads), and not as queues of its groups.
+/// Whether a topic is kept as a log (streams that everybody reads again), as dead letters are, and not
+/// as queues of its groups.
 pub(crate) fn is_log(topic: &Topic) -> bool {
-    topic.as_str().ends_with(DEAD_LETTERS)
+    topic.is_dead_letters()
 }
 
 /// The exchange that messages of a topic are published to; they are routed by their partition.

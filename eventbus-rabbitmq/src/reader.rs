@@ -1,14 +1,11 @@
 //! Readers without a group: of a log from any place, of another topic what comes from now on.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use eventbus_core::{
     Error, ErrorKind, Lane, Result, Start, Subscription, Topic, TopicPartition, Until,
 };
-use lapin::options::{
-    BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions,
-};
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Confirmation};
 use tokio::sync::Notify;
@@ -16,14 +13,11 @@ use tokio::sync::Notify;
 use crate::config::RabbitMqConfig;
 use crate::deliveries::{Ends, Member, Order, is_ending};
 use crate::lanes::{End, Lanes, MARK, Source};
-use crate::link::{Link, SharedLink, within};
+use crate::link::{Link, RECONNECT, SharedLink, within};
 use crate::names;
-use crate::session::consume;
+use crate::session::{consume, own_queue};
 
 const READ: &str = "read";
-
-/// How soon, and how rarely at last, it is tried to connect again.
-const RECONNECT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// Refuses what a reader cannot be given.
 pub(crate) fn check(subscription: &Subscription, is_log: bool) -> Result<()> {
@@ -55,16 +49,11 @@ pub(crate) async fn open(
 ) -> Result<Arc<Member>> {
     let link = Link::connect(config, "reader").await?;
     let is_log = topics.iter().any(|(topic, _)| names::is_log(topic));
-    let most = subscription
-        .limits
-        .lane_messages
-        .min(subscription.limits.messages);
-    let prefetch = u16::try_from(most).unwrap_or(u16::MAX);
     let task = Task {
         config: config.clone(),
         start: subscription.start,
         is_log,
-        prefetch: prefetch.min(config.prefetch).max(1),
+        prefetch: config.prefetch_within(&subscription.limits),
     };
     let places = topics.iter().flat_map(|(topic, partitions)| {
         let topic = topic.clone();
@@ -169,21 +158,11 @@ impl Task {
     /// A queue that lasts as long as the connection.
     async fn tail(&self, link: &Link, place: &TopicPartition) -> Result<Source> {
         let channel = link.channel(READ).await?;
-        let options = QueueDeclareOptions {
-            exclusive: true,
-            auto_delete: true,
-            ..QueueDeclareOptions::default()
-        };
-        let queue = channel.queue_declare("".into(), options, FieldTable::default());
-        let queue = within(READ, queue).await?.name().clone();
-        let bound = channel.queue_bind(
-            queue.clone(),
+        let (exchange, key) = (
             names::exchange(&place.topic),
             names::routing_key(place.partition),
-            QueueBindOptions::default(),
-            FieldTable::default(),
         );
-        within(READ, bound).await?;
+        let queue = own_queue(READ, &channel, exchange, key).await?;
         consume(link, queue, self.prefetch, FieldTable::default()).await
     }
 

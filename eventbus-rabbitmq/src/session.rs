@@ -81,24 +81,35 @@ pub(crate) async fn consume(
     Ok(Source::new(channel, consumer, queue))
 }
 
-async fn hear_members(channel: &Channel, group: &Group) -> Result<Consumer> {
-    let exchange = names::members_exchange(group);
-    declare_members(channel, exchange.clone()).await?;
+/// A queue that gets what an exchange routes by this key, and lasts as long as the connection.
+pub(crate) async fn own_queue(
+    operation: &'static str,
+    channel: &Channel,
+    exchange: ShortString,
+    routing_key: ShortString,
+) -> Result<ShortString> {
     let options = QueueDeclareOptions {
         exclusive: true,
         auto_delete: true,
         ..QueueDeclareOptions::default()
     };
     let queue = channel.queue_declare("".into(), options, FieldTable::default());
-    let queue = within(SUBSCRIBE, queue).await?.name().clone();
+    let queue = within(operation, queue).await?.name().clone();
     let bound = channel.queue_bind(
         queue.clone(),
         exchange,
-        "".into(),
+        routing_key,
         QueueBindOptions::default(),
         FieldTable::default(),
     );
-    within(SUBSCRIBE, bound).await?;
+    within(operation, bound).await?;
+    Ok(queue)
+}
+
+async fn hear_members(channel: &Channel, group: &Group) -> Result<Consumer> {
+    let exchange = names::members_exchange(group);
+    declare_members(channel, exchange.clone()).await?;
+    let queue = own_queue(SUBSCRIBE, channel, exchange, "".into()).await?;
     let options = BasicConsumeOptions {
         no_ack: true,
         ..BasicConsumeOptions::default()

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::config::RabbitMqConfig;
 use crate::deliveries::{Ends, Member, Order, is_ending};
 use crate::lanes::{Lanes, Source};
-use crate::link::SharedLink;
+use crate::link::{RECONNECT, SharedLink};
 use crate::names;
 use crate::roster::{Announcement, BEAT, Heard, Roster};
 use crate::session::{Announcer, Session};
@@ -26,9 +26,6 @@ const INTRODUCTION: Duration = Duration::from_millis(1500);
 const SETTLING: Duration = Duration::from_millis(20);
 /// How soon, and how rarely at last, a partition is looked at that is not free yet.
 const LOOK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(250));
-/// How soon, and how rarely at last, it is tried to connect again.
-const RECONNECT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-
 /// What a member reads, and how much of it at once.
 pub(crate) struct Reading {
     pub(crate) group: Group,
@@ -411,10 +408,7 @@ impl Task {
                 declare_group("subscribe", &session.link, group, &place.topic, count).await?;
             }
         }
-        let limits = &self.reading.limits;
-        let most = limits.lane_messages.min(limits.messages);
-        let prefetch = u16::try_from(most).unwrap_or(u16::MAX);
-        let prefetch = prefetch.min(self.config.prefetch).max(1);
+        let prefetch = self.config.prefetch_within(&self.reading.limits);
         Ok(Some(session.consume(queue, prefetch).await?))
     }
 }

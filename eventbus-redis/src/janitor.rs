@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use eventbus_core::log::{TopicLanes, is_dead_letters};
+use eventbus_core::log::TopicLanes;
 use eventbus_core::{Position, Result};
 
 use crate::database::Database;
@@ -36,7 +36,7 @@ impl Database {
     /// Removes what all groups that live have settled and that is older than the topic keeps. Where no
     /// group ever read, nothing was read; dead letters are an operator's to remove.
     async fn trim_read(&self, topic: &TopicLanes) -> Result<()> {
-        if is_dead_letters(&topic.name) {
+        if topic.name.is_dead_letters() {
             return Ok(());
         }
         let stored = topics::find(&self.server, TRIM, &topic.name).await?;

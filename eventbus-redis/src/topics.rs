@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use eventbus_core::log::{TopicLanes, Topics, is_dead_letters};
+use eventbus_core::log::{TopicLanes, Topics};
 use eventbus_core::{Error, ErrorKind, Group, Result, Topic, TopicSpec};
 
 use crate::config::RedisConfig;
@@ -151,7 +151,7 @@ pub(crate) async fn create(
     operation: &'static str,
     spec: &TopicSpec,
 ) -> Result<(StoredTopic, bool)> {
-    let default = match is_dead_letters(&spec.name) {
+    let default = match spec.name.is_dead_letters() {
         true => 1,
         false => config.partitions,
     };

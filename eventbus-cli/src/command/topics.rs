@@ -241,7 +241,7 @@ struct Listed {
 async fn list(args: &ListArgs, bus: &EventBus, out: &mut Output<'_>) -> anyhow::Result<Outcome> {
     let mut topics = bus.describe_topics(&[]).await?;
     let all = topics.len();
-    topics.retain(|topic| args.all || !topic.name.as_str().ends_with(".dlq"));
+    topics.retain(|topic| args.all || !topic.name.is_dead_letters());
     let hidden = all - topics.len();
     let listed = topics.iter().map(|topic| Listed {
         name: topic.name.to_string(),

@@ -73,8 +73,3 @@ pub fn distinct(topics: Vec<Arc<TopicLanes>>) -> Vec<Arc<TopicLanes>> {
     }
     distinct
 }
-
-/// Dead letters have a topic of their own, `{topic}.{group}.dlq`: few, and read rarely.
-pub fn is_dead_letters(topic: &Topic) -> bool {
-    topic.as_str().ends_with(".dlq")
-}

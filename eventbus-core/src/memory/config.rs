@@ -168,13 +168,8 @@ impl MemoryConfig {
 
     /// Whether messages of `topic` are there for groups and readers that come later.
     pub(super) fn keeps_history(&self, topic: &Topic) -> bool {
-        self.profile != MemoryProfile::RabbitMq || is_dead_letters(topic)
+        self.profile != MemoryProfile::RabbitMq || topic.is_dead_letters()
     }
-}
-
-/// Dead letters have a topic of their own, `{topic}.{group}.dlq`: few, read rarely, never dropped.
-pub(super) fn is_dead_letters(topic: &Topic) -> bool {
-    topic.as_str().ends_with(".dlq")
 }
 
 /// Whose capabilities an in-memory server declares and keeps to, so that a program is tried

@@ -1,6 +1,5 @@
 //! How many bytes are stored, and what goes when there is no more room.
 
-use super::config::is_dead_letters;
 use super::state::{State, TopicState};
 use crate::header::CAUSATION_ID;
 use crate::message::Message;
@@ -19,7 +18,7 @@ pub(super) enum Reserve {
 
 impl Reserve {
     pub(super) fn of(message: &Message) -> Self {
-        if is_dead_letters(&message.topic) {
+        if message.topic.is_dead_letters() {
             return Self::DeadLetter;
         }
         match message.headers.get(CAUSATION_ID) {
@@ -112,7 +111,7 @@ impl TopicState {
     /// The first position of a partition that somebody is owed and that is therefore kept.
     fn owed_from(&self, partition: usize) -> u64 {
         let partition = &self.partitions[partition];
-        if is_dead_letters(&self.name) {
+        if self.name.is_dead_letters() {
             return partition.log.base();
         }
         partition

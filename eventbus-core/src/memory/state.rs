@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::admin::to_u64;
-use super::config::{MemoryConfig, is_dead_letters};
+use super::config::MemoryConfig;
 use super::group::{Cursor, GroupState};
 use super::log::Log;
 use super::member::{MemberState, Slot};
@@ -160,7 +160,7 @@ impl State {
     }
 
     pub(super) fn default_partitions(&self, name: &Topic) -> u32 {
-        if is_dead_letters(name) {
+        if name.is_dead_letters() {
             return 1;
         }
         self.config.partitions

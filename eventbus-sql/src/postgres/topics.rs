@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use eventbus_core::log::{TopicLanes, is_dead_letters};
+use eventbus_core::log::TopicLanes;
 use eventbus_core::{Error, ErrorKind, Result, Topic, TopicSpec};
 use sqlx::postgres::PgRow;
 
@@ -66,7 +66,7 @@ impl Database {
     }
 
     async fn apply_one(&self, spec: &TopicSpec, session: &mut Session) -> Result<Applied> {
-        let default = match is_dead_letters(&spec.name) {
+        let default = match spec.name.is_dead_letters() {
             true => 1,
             false => self.config.partitions,
         };

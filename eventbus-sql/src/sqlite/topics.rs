@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use eventbus_core::log::{TopicLanes, is_dead_letters};
+use eventbus_core::log::TopicLanes;
 use eventbus_core::{Error, ErrorKind, Result, Topic, TopicSpec};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -130,7 +130,7 @@ fn apply(
         for spec in &specs {
             let partitions = spec
                 .partitions
-                .unwrap_or(match is_dead_letters(&spec.name) {
+                .unwrap_or(match spec.name.is_dead_letters() {
                     true => 1,
                     false => default,
                 });
