@@ -255,6 +255,8 @@ async fn what_comes_while_a_reader_asks_where_a_time_is_belongs_behind_it() {
     wire.proxy
         .set(WireFault::DelayRequest(Duration::from_millis(300)));
     let now = SystemTime::now();
+    // Kafka has the times of messages in whole milliseconds: what follows at once would be of the same.
+    tokio::time::sleep(Duration::from_millis(2)).await;
     let reader = Subscription::reader(vec![wire.topic.clone()]);
     let before = reader.clone().with_start(Start::Earliest);
     let before = wire.harmed.subscribe(before.with_until(Until::Time(now)));
