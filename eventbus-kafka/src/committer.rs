@@ -11,8 +11,7 @@ use eventbus_core::{Error, ErrorKind, Result};
 use tokio::sync::oneshot;
 
 use crate::lanes::Place;
-use crate::start::commit;
-use crate::subscriber::Client;
+use crate::subscriber::{Client, commit_watched};
 
 /// What is committed, and where that is said.
 struct Request {
@@ -41,7 +40,7 @@ impl Committer {
                 if request.answer.is_closed() {
                     continue;
                 }
-                let done = commit(operation, &request.client, &request.offsets);
+                let done = commit_watched(operation, &request.client, &request.offsets);
                 // Before the answer: who hears it may want to be the last who has the client.
                 drop(request.client);
                 // It may have given up meanwhile.

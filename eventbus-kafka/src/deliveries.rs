@@ -123,13 +123,14 @@ impl KafkaSettlement {
     ///
     /// While the group shares its partitions out anew, a commit may be of the generation before,
     /// though the partition stays here: it is repeated. One that is lost has nothing to commit.
-    async fn commit(&self) -> Result<()> {
-        let (member, Some(committer)) = (&self.owner.0, &self.committer) else {
+    async fn commit(&mut self) -> Result<()> {
+        let (member, Some(committer)) = (&self.owner.0, &mut self.committer) else {
             return Ok(());
         };
         let deadline = Instant::now() + PATIENCE;
         let mut pause = Duration::from_millis(10);
         loop {
+            let mut given_up = member.watch_client();
             let offsets = member.lanes().uncommitted();
             if offsets.is_empty() {
                 return Ok(());
@@ -137,7 +138,15 @@ impl KafkaSettlement {
             let Some(client) = member.client() else {
                 return member.check_open(SETTLE);
             };
-            let (done, offsets) = committer.commit(client, offsets).await?;
+            let answer = tokio::select! {
+                answer = committer.commit(client, offsets) => Some(answer?),
+                _ = given_up.changed() => None,
+            };
+            let Some((done, offsets)) = answer else {
+                // Its thread waits for the old client. What that had is lost, and has nothing to commit.
+                *committer = Committer::spawn(SETTLE)?;
+                continue;
+            };
             match done {
                 Ok(()) => {
                     member.lanes().committed(&offsets);

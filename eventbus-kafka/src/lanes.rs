@@ -251,6 +251,13 @@ impl Lanes {
         self.control.push_back(Signal::Lost(lanes));
     }
 
+    /// Loses all there are, and forgets what a revocation was waiting for.
+    pub(crate) fn lose_all(&mut self) {
+        let places = self.places();
+        self.lose(&places);
+        self.revocation = None;
+    }
+
     /// Closes lanes that their owner gives away. Says what is to be given up when these were the last.
     pub(crate) fn release(&mut self, lanes: &[Lane]) -> Option<Vec<Place>> {
         for lane in lanes {

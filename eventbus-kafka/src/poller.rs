@@ -1,4 +1,10 @@
 //! The thread of a member: it serves what the client has to say, and leaves the group at the end.
+//!
+//! A client whose commits are not answered is given up. Where the coordinator's connection fails while a
+//! commit waits to be sent, librdkafka takes the coordinator for dead, forgets where it is, by which the
+//! connection fails again, and so on; a request that was never sent is repeated without an end, and as
+//! long as it is not answered the client does not join again (librdkafka 2.12:
+//! `rd_kafka_handle_OffsetCommit`, `rd_kafka_buf_retry`, `wait_commit_cnt`).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -23,8 +29,7 @@ pub(crate) fn spawn(member: Arc<Member>, client: Arc<Client>) -> Result<()> {
     let spawned = thread.spawn(move || {
         // Whatever happens in here, those who wait for its end hear of it.
         let gone = Gone(Arc::clone(&for_thread));
-        serve(&for_thread, &client);
-        leave(&for_thread, client);
+        live(&for_thread, client);
         drop(gone);
     });
     spawned.map(drop).map_err(|error| {
@@ -41,9 +46,50 @@ impl Drop for Gone {
     }
 }
 
-fn serve(member: &Arc<Member>, client: &Arc<Client>) {
+/// Serves one client after another until the member ends.
+fn live(member: &Arc<Member>, mut client: Arc<Client>) {
+    while let Served::Unanswered = serve(member, &client) {
+        tracing::warn!("the coordinator of a group answers no commits: its member joins anew");
+        member.give_up_client(&client);
+        bury(client);
+        match join_anew(member) {
+            Some(next) => client = next,
+            None => return,
+        }
+    }
+    leave(member, client);
+}
+
+/// Joins with another client; none when the member ends before there is one.
+fn join_anew(member: &Arc<Member>) -> Option<Arc<Client>> {
+    let mut pause = Duration::from_millis(50);
+    while !member.is_ended() {
+        let next = member.open();
+        match next.and_then(|next| member.join(&next).map(|()| next)) {
+            Ok(next) => return Some(next),
+            // Whoever gives its password, for one, may not be there at the moment.
+            Err(error) => tracing::warn!(%error, "a member joins anew in a moment"),
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+    None
+}
+
+/// Why a client is not served any more.
+enum Served {
+    /// The member has ended.
+    Ended,
+    /// Its commits are not answered.
+    Unanswered,
+}
+
+fn serve(member: &Arc<Member>, client: &Arc<Client>) -> Served {
     let mut looked = Instant::now();
     while !member.is_ended() {
+        if client.context().has_committed_for() > member.patience() {
+            return Served::Unanswered;
+        }
         hear(member, client, LOOK);
         let overdue = member.lanes().overdue(client.assignment_lost());
         if let Some(places) = overdue {
@@ -58,6 +104,21 @@ fn serve(member: &Arc<Member>, client: &Arc<Client>) {
             looked = Instant::now();
             look_after(member, client);
         }
+    }
+    Served::Ended
+}
+
+/// Closes a client that was given up, beside everything else: the calls that wait for it fail by that.
+fn bury(client: Arc<Client>) {
+    let thread = std::thread::Builder::new().name("eventbus-bury".to_owned());
+    let spawned = thread.spawn(move || {
+        close_under(&client, |error| {
+            tracing::debug!(%error, "a client that was given up");
+        })
+    });
+    if let Err(error) = spawned {
+        // What waits for it waits on: the process has no threads left.
+        tracing::error!(%error, "a client that was given up is not closed");
     }
 }
 
@@ -158,16 +219,23 @@ fn leave(member: &Member, client: Arc<Client>) {
     // Calls that have begun end soon, and whoever drops the client last waits for the group.
     if !is_last(&client, Duration::from_secs(2)) {
         // A commit that no broker answers is waiting: it fails when the client is closed under it.
-        if let Err(error) = client.close_queue() {
-            tracing::debug!(%error, "a member that ends was closed before");
-        }
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !client.closed() && Instant::now() < deadline {
-            hear(member, &client, LOOK);
-        }
+        close_under(&client, |error| complain(member, &error));
         is_last(&client, Duration::from_secs(1));
     }
     drop(client);
+}
+
+/// Closes a client that others still have, and hears what it says until it is closed.
+fn close_under(client: &Client, mut hear: impl FnMut(KafkaError)) {
+    if let Err(error) = client.close_queue() {
+        tracing::debug!(%error, "a member that ends was closed before");
+    }
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !client.closed() && Instant::now() < deadline {
+        if let Some(Err(error)) = client.poll(LOOK) {
+            hear(error);
+        }
+    }
 }
 
 /// Waits for others to be done with the client.

@@ -5,6 +5,9 @@
 //!                                                      ├─ revoked ─▶ Revoking … release ─▶ given up
 //!                                                      └─ lost ────▶ Lost, given up at once
 //! ```
+//!
+//! A member outlives its client: one whose commits are not answered for a whole session is given up for
+//! another, which joins in its place (see [`poller`]).
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,7 +52,10 @@ pub(crate) struct Member {
     /// The topics that the group had read before.
     read_before: OnceLock<HashSet<Topic>>,
     lanes: Mutex<Lanes>,
+    config: KafkaConfig,
     client: Mutex<Held>,
+    /// Counts the clients that were given up.
+    given_up: watch::Sender<u32>,
     /// Wakes `next`.
     pub(crate) notify: Arc<Notify>,
     pub(crate) complaints: Complaints,
@@ -88,6 +94,54 @@ struct Found {
 pub(crate) struct MemberContext {
     context: Context,
     member: Arc<Member>,
+    /// When each commit began that is not answered.
+    commits: Mutex<Vec<Instant>>,
+    is_given_up: AtomicBool,
+}
+
+impl MemberContext {
+    fn new(member: Arc<Member>) -> Self {
+        Self {
+            context: Context {
+                complaints: member.complaints.clone(),
+            },
+            member,
+            commits: Mutex::default(),
+            is_given_up: AtomicBool::new(false),
+        }
+    }
+
+    fn commits(&self) -> MutexGuard<'_, Vec<Instant>> {
+        self.commits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long the oldest commit that is not answered has waited.
+    pub(crate) fn has_committed_for(&self) -> Duration {
+        let oldest = self.commits().iter().map(Instant::elapsed).max();
+        oldest.unwrap_or_default()
+    }
+
+    /// Another client has taken its place: what the coordinator says to this one is of no account.
+    pub(crate) fn give_up(&self) {
+        self.is_given_up.store(true, Ordering::Release);
+    }
+}
+
+/// Commits for a member, and waits for the coordinator's answer as long as the client is not given up.
+pub(crate) fn commit_watched(
+    operation: &'static str,
+    client: &Client,
+    offsets: &[(Place, i64)],
+) -> Result<()> {
+    let began = Instant::now();
+    let commits = || client.context().commits();
+    commits().push(began);
+    let done = commit(operation, client, offsets);
+    let mut commits = commits();
+    if let Some(index) = commits.iter().position(|other| *other == began) {
+        commits.swap_remove(index);
+    }
+    done
 }
 
 impl ClientContext for MemberContext {
@@ -111,12 +165,21 @@ impl ConsumerContext for MemberContext {
             partitions = list.count(),
             "partitions are shared out"
         );
+        // One that was given up is answered, and opens nothing: the lanes are those of another client.
+        let is_given_up = self.is_given_up.load(Ordering::Acquire);
         let done = match event {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS if is_given_up => {
+                take(client, list)
+            }
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => {
                 self.member.assigned(client, list)
             }
+            _ if is_given_up => give_up(client, list),
             _ => self.member.revoked(client, list),
         };
+        if is_given_up {
+            return tracing::debug!(?done, "a client that was given up");
+        }
         if let Err(error) = done {
             self.member.fail(into_error("share out partitions", error));
         }
@@ -125,21 +188,67 @@ impl ConsumerContext for MemberContext {
 }
 
 impl Member {
-    fn new(subscription: Subscription, places: Vec<Place>, complaints: Complaints) -> Arc<Self> {
+    fn new(config: KafkaConfig, subscription: Subscription, places: Vec<Place>) -> Arc<Self> {
         Arc::new(Self {
             places,
             read_before: OnceLock::new(),
             lanes: Mutex::new(Lanes::new(subscription.limits)),
             subscription,
+            config,
             client: Mutex::default(),
+            given_up: watch::Sender::new(0),
             notify: Arc::default(),
-            complaints,
+            // Its own: what another client complained of says nothing about this one.
+            complaints: Complaints::default(),
             found: Mutex::default(),
             setting_out: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             joined: watch::Sender::new(false),
             gone: watch::Sender::new(false),
         })
+    }
+
+    /// Makes a client, which has not joined and reads nothing; blocks.
+    pub(crate) fn open(self: &Arc<Self>) -> Result<Arc<Client>> {
+        let group = self.subscription.group.as_ref();
+        let settings = match group {
+            Some(group) => self.config.consumer(group.as_str())?,
+            None => {
+                // Nobody reads as it, and nothing is committed for it.
+                let name = format!("eventbus-reader-{:016x}", fastrand::u64(..));
+                let mut settings = self.config.consumer(&name)?;
+                settings.set("enable.partition.eof", "true");
+                settings
+            }
+        };
+        let context = MemberContext::new(Arc::clone(self));
+        let client = BaseConsumer::from_config_and_context(&settings, context);
+        let client = Arc::new(client.map_err(|error| into_error(SUBSCRIBE, error))?);
+        *self.held() = Held(Some(Arc::clone(&client)));
+        Ok(client)
+    }
+
+    /// Lets a client go whose commits are not answered: all it had is lost.
+    pub(crate) fn give_up_client(&self, client: &Client) {
+        client.context().give_up();
+        self.take_client();
+        self.lanes().lose_all();
+        self.notify.notify_one();
+        self.given_up.send_modify(|count| *count += 1);
+    }
+
+    /// Changes when the client is given up.
+    pub(crate) fn watch_client(&self) -> watch::Receiver<u32> {
+        self.given_up.subscribe()
+    }
+
+    /// How long a commit may wait. One whose member has nothing any more keeps it from joining again.
+    pub(crate) fn patience(&self) -> Duration {
+        let session = self.config.session_timeout;
+        match self.lanes().are_none() {
+            true => session / 3,
+            false => session,
+        }
     }
 
     pub(crate) fn lanes(&self) -> MutexGuard<'_, Lanes> {
@@ -149,8 +258,11 @@ impl Member {
 
     /// The client, until the member ends.
     pub(crate) fn client(&self) -> Option<Arc<Client>> {
-        let client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        client.0.clone()
+        self.held().0.clone()
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn is_ended(&self) -> bool {
@@ -185,14 +297,13 @@ impl Member {
     }
 
     pub(crate) fn set_gone(&self) {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner).0 = None;
+        self.take_client();
         self.gone.send_replace(true);
     }
 
     /// Takes the client away from everybody but its poller.
     pub(crate) fn take_client(&self) {
-        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        client.0 = None;
+        *self.held() = Held(None);
     }
 
     /// Lets `next` fail.
@@ -230,10 +341,7 @@ impl Member {
             self.lanes().open(openings);
             self.notify.notify_one();
         }
-        match client.rebalance_protocol() {
-            RebalanceProtocol::Cooperative => client.incremental_assign(list),
-            _ => client.assign(list),
-        }
+        take(client, list)
     }
 
     /// Gives a partition a queue of its own, which wakes `next`.
@@ -330,7 +438,7 @@ impl Member {
             return Ok(None);
         }
         // The next owner would begin elsewhere.
-        commit(READ, client, &begin)?;
+        commit_watched(READ, client, &begin)?;
         Ok(begin.first().map(|(_, offset)| *offset))
     }
 
@@ -414,6 +522,13 @@ impl Member {
     }
 }
 
+fn take(client: &Client, list: &TopicPartitionList) -> Result<(), KafkaError> {
+    match client.rebalance_protocol() {
+        RebalanceProtocol::Cooperative => client.incremental_assign(list),
+        _ => client.assign(list),
+    }
+}
+
 fn give_up(client: &Client, list: &TopicPartitionList) -> Result<(), KafkaError> {
     match client.rebalance_protocol() {
         RebalanceProtocol::Cooperative => client.incremental_unassign(list),
@@ -428,39 +543,17 @@ pub(crate) async fn subscribe(
     places: Vec<Place>,
 ) -> Result<Arc<Member>> {
     let is_reader = subscription.group.is_none();
-    let group = match &subscription.group {
-        Some(group) => group.as_str().to_owned(),
-        // Nobody reads as it, and nothing is committed for it.
-        None => format!("eventbus-reader-{:016x}", fastrand::u64(..)),
-    };
-    let mut settings = config.consumer(&group)?;
-    if is_reader {
-        settings.set("enable.partition.eof", "true");
-    }
-    // Its own: what another client complained of says nothing about this one.
-    let complaints = Complaints::default();
-    let member = Member::new(subscription, places.clone(), complaints.clone());
-    let context = MemberContext {
-        context: Context { complaints },
-        member: Arc::clone(&member),
-    };
+    let member = Member::new(config.clone(), subscription, places.clone());
     let leaving = Leaving(Some(Arc::clone(&member)));
     let begun = Arc::clone(&member);
     let begin = blocking(move || {
-        let client = BaseConsumer::from_config_and_context(&settings, context);
-        let client = Arc::new(client.map_err(|error| into_error(SUBSCRIBE, error))?);
-        begun
-            .client
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .0 = Some(Arc::clone(&client));
-        let began = match is_reader {
+        let client = begun.open()?;
+        // First, for it ends what has begun, also where that fails.
+        poller::spawn(Arc::clone(&begun), Arc::clone(&client))?;
+        match is_reader {
             true => begun.begin_reading(&client, places),
             false => begun.begin_group(&client, &places),
-        };
-        // Also where that failed: the poller ends what has begun.
-        poller::spawn(Arc::clone(&begun), client)?;
-        began
+        }
     });
     begin.await??;
     if !is_reader {
@@ -545,7 +638,7 @@ impl Member {
                 Start::Earliest,
                 deadline,
             )?);
-            match commit(SUBSCRIBE, client, &begin) {
+            match commit_watched(SUBSCRIBE, client, &begin) {
                 // It has members: one of them was first.
                 Err(error) if error.is_retryable() => {
                     tracing::debug!(%error, "the group has begun already");
@@ -553,6 +646,11 @@ impl Member {
                 result => result?,
             }
         }
+        self.join(client)
+    }
+
+    /// Has the client join the group.
+    pub(crate) fn join(&self, client: &Client) -> Result<()> {
         let topics = self.subscription.topics.iter();
         let topics: Vec<_> = topics.map(|topic| topic.as_str()).collect();
         let subscribed = client.subscribe(&topics);

@@ -218,6 +218,40 @@ async fn a_commit_that_is_said_to_have_failed_is_repeated_and_skips_nothing() {
     half_is_settled_under(WireFault::Misreport(COORDINATOR_NOT_AVAILABLE)).await;
 }
 
+/// Librdkafka may never get to send a commit, and does not join its group again before.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_member_whose_commit_is_not_answered_joins_anew() {
+    let wire = Wire::harmed_at(KafkaApi::OffsetCommit).await;
+    let all = (0..20).map(|number| wire.message(number)).collect();
+    wire.direct.publish(all).await.expect("it is published");
+    let group = Group::new(wire.topic.as_str()).expect("a good name");
+    let subscription = Subscription::group(group, vec![wire.topic.clone()]);
+    let subscription = subscription.with_start(Start::Earliest);
+    let mut member = within(LIMIT, wire.harmed.subscribe(subscription))
+        .await
+        .expect("it joins");
+    let taken = take(&mut member, 20).await;
+    let settled = [(taken[0].receipt, Verdict::Done)];
+    wire.proxy.set(WireFault::DelayRequest(LIMIT));
+    let settled = within(LIMIT, member.settlement.settle(&settled)).await;
+    settled.expect("what is lost has nothing to settle");
+    wire.proxy.heal();
+    let lost = within(LIMIT, member.deliveries.next()).await;
+    let lost = lost.expect("it goes on");
+    assert!(
+        matches!(&lost, Signal::Lost(lanes) if lanes == &[taken[0].receipt.lane]),
+        "{lost:?}"
+    );
+    let again = take(&mut member, 20).await;
+    assert_eq!(number(&again[0]), 0, "its commit was not taken");
+    let all: Vec<_> = again.iter().map(|it| (it.receipt, Verdict::Done)).collect();
+    let settled = within(LIMIT, member.settlement.settle(&all)).await;
+    settled.expect("by another client");
+    let closed = within(LIMIT, member.deliveries.close()).await;
+    closed.expect("it leaves");
+}
+
 /// What a broker answers to a request that it does not know in this version.
 const UNSUPPORTED_VERSION: i16 = 35;
 /// An error says what is wrong within this time.
