@@ -120,6 +120,7 @@ impl Pump {
             Signal::Delivered(_) if *ending => {}
             Signal::Delivered(deliveries) => return self.deliver(deliveries),
             Signal::Assigned(assignments) => {
+                tracing::info!(group = %runtime.group, lanes = assignments.len(), "lanes were assigned");
                 self.open
                     .extend(assignments.iter().map(|assignment| assignment.lane));
                 self.claim(&assignments);
@@ -130,6 +131,7 @@ impl Pump {
                 // get there in time, too: afterwards the next owner begins.
                 let timeout = self.runtime.settings.limits.revoke_timeout;
                 let until = Instant::now() + timeout / 10 * 9;
+                tracing::info!(group = %runtime.group, lanes = lanes.len(), "lanes are given up");
                 self.unclaim(&lanes);
                 if let Some(held) = &self.runtime.held {
                     held.leave(&lanes);

@@ -121,6 +121,7 @@ pub(crate) async fn start<V: Layers>(
     service: V,
 ) -> Result<Consumer> {
     let member = runtime.bus.broker().subscribe(subscription).await?;
+    tracing::info!(group = %runtime.group, "consumer joined");
     let activity = runtime.bus.shared_activity();
 
     let settler_part = activity.part();
@@ -455,6 +456,7 @@ impl Consumer {
                 "the broker did not answer in time: it notices by itself that the member is gone",
             ))
         })?;
+        tracing::info!(group = %self.runtime.group, "consumer left");
         let dropped = departure
             .as_ref()
             .map_or(0, |departure| departure.dropped());
