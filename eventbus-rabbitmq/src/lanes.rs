@@ -96,9 +96,10 @@ struct Slot {
     base: u64,
     /// The last position that was sent by the server.
     last: u64,
-    /// Settled up to here, and acknowledged up to there.
+    /// Settled up to here, acknowledged up to there, and known by the server up to there.
     settled: u64,
     acked: u64,
+    known: u64,
     /// Of a stream: the next place to be read.
     next: u64,
     end: Option<End>,
@@ -127,6 +128,8 @@ pub(crate) struct Acknowledgement {
     pub(crate) channel: Channel,
     pub(crate) queue: ShortString,
     pub(crate) tag: u64,
+    /// Whether it was acknowledged before, and only the answer is missing: nothing is acknowledged twice.
+    pub(crate) is_sent: bool,
     position: u64,
 }
 
@@ -203,6 +206,7 @@ impl Lanes {
                 last: 0,
                 settled: 0,
                 acked: 0,
+                known: 0,
                 next: 0,
                 end: None,
                 ended: false,
@@ -317,7 +321,7 @@ impl Lanes {
         stale
     }
 
-    /// What is settled and not acknowledged.
+    /// What is settled and not known by the server.
     pub(crate) fn unacked(&self) -> Vec<Acknowledgement> {
         let open = self.open_slots();
         let unacked = open.filter_map(|slot| {
@@ -325,7 +329,8 @@ impl Lanes {
             let position = slot.settled;
             // What came through an earlier channel is the server's again.
             let tag = position.checked_sub(slot.base).filter(|tag| *tag > 0)?;
-            (position > slot.acked).then(|| Acknowledgement {
+            (position > slot.known).then(|| Acknowledgement {
+                is_sent: position <= slot.acked,
                 lane: slot.lane,
                 channel: source.channel.clone(),
                 queue: source.queue.clone(),
@@ -336,11 +341,19 @@ impl Lanes {
         unacked.collect()
     }
 
-    /// Notes what was acknowledged.
+    /// Notes what is acknowledged now.
     pub(crate) fn acked(&mut self, done: &Acknowledgement) {
         if self.table.is_open(done.lane) {
             let slot = &mut self.slots[done.lane.id as usize];
             slot.acked = slot.acked.max(done.position);
+        }
+    }
+
+    /// Notes what the server knows.
+    pub(crate) fn known(&mut self, done: &Acknowledgement) {
+        if self.table.is_open(done.lane) {
+            let slot = &mut self.slots[done.lane.id as usize];
+            slot.known = slot.known.max(done.position);
         }
     }
 
