@@ -152,6 +152,11 @@ pub(crate) fn is_invalid_length(error: &lapin::Error) -> bool {
         && text(error).is_some_and(|text| text.contains("invalid arg 'x-max-length'"))
 }
 
+/// Whether the user may not do it.
+pub(crate) fn is_refused(error: &lapin::Error) -> bool {
+    is_soft(error, Soft::ACCESSREFUSED)
+}
+
 /// What the server says when something is there with other settings, and which one differs.
 pub(crate) fn difference(error: &lapin::Error) -> Option<Difference> {
     if !is_soft(error, Soft::PRECONDITIONFAILED) {

@@ -14,6 +14,7 @@ use lapin::types::ShortString;
 use lapin::{Channel, Consumer};
 use tokio::sync::Notify;
 
+use crate::adopted::RabbitMqQueue;
 use crate::link::within;
 use crate::properties;
 
@@ -27,6 +28,8 @@ pub(crate) struct Source {
     /// Gone when it is dropped only.
     consumer: Option<Consumer>,
     queue: ShortString,
+    /// What is known of the queue, where it is somebody else's.
+    adopted: Option<RabbitMqQueue>,
 }
 
 impl Source {
@@ -35,7 +38,14 @@ impl Source {
             channel,
             consumer: Some(consumer),
             queue,
+            adopted: None,
         }
+    }
+
+    /// Of a queue that is somebody else's.
+    pub(crate) fn adopted(mut self, queue: RabbitMqQueue) -> Self {
+        self.adopted = Some(queue);
+        self
     }
 
     /// Ends it; what was not acknowledged is handed to the next one, first and in its order.
@@ -518,14 +528,24 @@ impl Lanes {
 
 impl Slot {
     fn take(&mut self, delivery: lapin::message::Delivery, position: u64) {
-        let read = properties::read(&self.place.topic, delivery);
+        let mut read = properties::read(&self.place.topic, delivery);
+        let adopted = self.source.as_ref().and_then(|it| it.adopted.as_ref());
+        if let Some(queue) = adopted {
+            let key = || queue.key_of(&read.message.payload);
+            read.message.key = read.message.key.take().or_else(key);
+        }
+        // A queue of another kind than ours may not count.
+        let handed_out = match (adopted, read.returned) {
+            (Some(_), None) => None,
+            (_, returned) => Some(returned.unwrap_or(0).saturating_add(1)),
+        };
         self.ahead.push_back(Ahead {
             size: read.message.size(),
             message: read.message,
             position,
             handed_out: match read.offset {
                 Some(_) => None,
-                None => Some(read.returned.unwrap_or(0).saturating_add(1)),
+                None => handed_out,
             },
             offset: read.offset,
         });

@@ -33,7 +33,7 @@ pub(crate) struct Topics {
 }
 
 /// How a queue is set up on the server.
-const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
+pub(crate) const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
     passive: false,
     durable: true,
     exclusive: false,
@@ -42,7 +42,7 @@ const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
 };
 
 /// Only asks whether a queue is there.
-const PASSIVE: QueueDeclareOptions = QueueDeclareOptions {
+pub(crate) const PASSIVE: QueueDeclareOptions = QueueDeclareOptions {
     passive: true,
     ..DURABLE
 };
@@ -403,6 +403,6 @@ fn missing(operation: &'static str, topic: &Topic) -> Error {
     .with_retry(Retry::Never)
 }
 
-fn text(text: &str) -> AMQPValue {
+pub(crate) fn text(text: &str) -> AMQPValue {
     AMQPValue::LongString(text.into())
 }
