@@ -39,7 +39,10 @@ pub use eventbus_kafka::{KafkaBroker, KafkaConfig};
 #[cfg(feature = "macros")]
 pub use eventbus_macros::Event;
 #[cfg(feature = "rabbitmq")]
-pub use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
+pub use eventbus_rabbitmq::{
+    RabbitMqBroker, RabbitMqConfig, RabbitMqIngress, RabbitMqIngressBuilder, RabbitMqIngressStatus,
+    RabbitMqQueue,
+};
 #[cfg(feature = "redis")]
 pub use eventbus_redis::{RedisBroker, RedisConfig};
 #[cfg(feature = "postgres")]

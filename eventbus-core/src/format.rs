@@ -156,6 +156,14 @@ impl Formats {
         ))
     }
 
+    /// The id that a message carries, in a header or in its body; none where it carries none, or
+    /// nothing can be read of it. For bridges, which give such a message an id.
+    pub fn own_id(&self, message: &Message) -> Option<EventId> {
+        let none = EventId::new();
+        let found = self.id_of(message, || none.clone(), Timestamp::from_micros(0));
+        (found != none).then_some(found)
+    }
+
     /// The id of a message: its header, else its body, else `place`, which is made from where it
     /// stands.
     pub(crate) fn id_of(

@@ -1,6 +1,7 @@
 //! The client handle.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use async_trait::async_trait;
@@ -10,10 +11,14 @@ use eventbus_core::{
     partition_of,
 };
 
+use tokio::sync::watch;
+
+use crate::adopted::RabbitMqQueue;
 use crate::config::RabbitMqConfig;
+use crate::confirms::Routed;
 use crate::deliveries::{self, Owner, RabbitMqDeliveries, RabbitMqSettlement};
 use crate::link::{SharedLink, closed};
-use crate::publisher::{Publisher as Channels, Routed};
+use crate::publisher::Publisher as Channels;
 use crate::reader;
 use crate::subscriber::{self, Reading};
 use crate::topics::Topics;
@@ -52,7 +57,8 @@ pub(crate) struct Shared {
     /// Where the next message without a key goes.
     turn: AtomicU32,
     members: Mutex<Vec<Weak<deliveries::Member>>>,
-    closed: AtomicBool,
+    /// Whether it was closed; heard by what runs beside members, which `close` waits for.
+    closing: watch::Sender<bool>,
 }
 
 impl RabbitMqBroker {
@@ -77,7 +83,7 @@ impl RabbitMqBroker {
             turn: AtomicU32::new(fastrand::u32(..)),
             config,
             members: Mutex::default(),
-            closed: AtomicBool::new(false),
+            closing: watch::Sender::new(false),
         })))
     }
 
@@ -88,6 +94,12 @@ impl RabbitMqBroker {
     /// As [`connect`](Self::connect), and those of reading the URL.
     pub async fn from_url(url: &str) -> Result<Self> {
         Self::connect(RabbitMqConfig::from_url(url)?).await
+    }
+}
+
+impl RabbitMqBroker {
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.0
     }
 }
 
@@ -103,10 +115,20 @@ fn capabilities(config: &RabbitMqConfig) -> Capabilities {
 
 impl Shared {
     pub(crate) fn check_open(&self, operation: &'static str) -> Result<()> {
-        match self.closed.load(Ordering::Acquire) {
+        match *self.closing.borrow() {
             true => Err(closed(operation)),
             false => Ok(()),
         }
+    }
+
+    /// Resolves when the handle is closed, for who ends then. Closing waits until it is dropped.
+    ///
+    /// # Errors
+    ///
+    /// `Closed` when it was closed before.
+    pub(crate) fn closing(&self, operation: &'static str) -> Result<watch::Receiver<bool>> {
+        let closing = self.closing.subscribe();
+        self.check_open(operation).map(|()| closing)
     }
 
     fn members(&self) -> MutexGuard<'_, Vec<Weak<deliveries::Member>>> {
@@ -129,6 +151,16 @@ impl Shared {
         let mut routed = Vec::with_capacity(sound.len());
         let mut last: Option<(Topic, Result<u32>)> = None;
         for (index, message) in sound {
+            if let Some(queue) = self.config.queues.get(&message.topic) {
+                match properties::check(&message).and_then(|()| queue.short_name(PUBLISH)) {
+                    Ok(name) => routed.push(Routed::to_queue(index, name, message)),
+                    Err(error) => {
+                        let outcome = Outcome::NotTaken;
+                        refused.push(Unpublished::new(index, message, outcome, error));
+                    }
+                }
+                continue;
+            }
             // Mostly a batch is of one topic.
             let known = match last.take().filter(|(topic, _)| *topic == message.topic) {
                 Some((_, known)) => known,
@@ -142,11 +174,10 @@ impl Shared {
             };
             last = Some((message.topic.clone(), known));
             match partitions {
-                Ok(partitions) => routed.push(Routed {
-                    index,
-                    partition: self.partition(&message, partitions),
-                    message,
-                }),
+                Ok(partitions) => {
+                    let partition = self.partition(&message, partitions);
+                    routed.push(Routed::to_partition(index, partition, message));
+                }
                 Err(error) => {
                     let outcome = Outcome::NotTaken;
                     refused.push(Unpublished::new(index, message, outcome, error));
@@ -188,9 +219,14 @@ impl Subscriber for RabbitMqBroker {
         subscription.check()?;
         subscription.topics.sort();
         subscription.topics.dedup();
-        check(&subscription)?;
+        check(&subscription, &shared.config.queues)?;
         let mut topics = Vec::with_capacity(subscription.topics.len());
+        let mut queues = BTreeMap::new();
         for topic in &subscription.topics {
+            if let Some(queue) = shared.config.queues.get(topic) {
+                queues.insert(topic.clone(), queue.clone());
+                continue;
+            }
             let partitions = shared.topics.ensure(SUBSCRIBE, topic).await?;
             topics.push((topic.clone(), partitions));
         }
@@ -199,6 +235,7 @@ impl Subscriber for RabbitMqBroker {
                 let reading = Reading {
                     group: group.clone(),
                     topics,
+                    queues,
                     limits: subscription.limits,
                 };
                 subscriber::join(&shared.config, &shared.publishing, reading).await?
@@ -226,7 +263,7 @@ impl Subscriber for RabbitMqBroker {
 }
 
 /// Refuses what RabbitMQ cannot honour.
-fn check(subscription: &Subscription) -> Result<()> {
+fn check(subscription: &Subscription, queues: &BTreeMap<Topic, RabbitMqQueue>) -> Result<()> {
     let refuse = |message: &str| Err(Error::new(ErrorKind::Unsupported, "subscribe", message));
     let logs = subscription.topics.iter().filter(|it| names::is_log(it));
     let logs = logs.count();
@@ -242,6 +279,11 @@ fn check(subscription: &Subscription) -> Result<()> {
                 "a group's queues have what was published since they were created, and cannot be read from another place: start at the earliest or the latest",
             ),
         };
+    }
+    if subscription.topics.iter().any(|it| queues.contains_key(it)) {
+        return refuse(
+            "a queue of somebody else hands each message to one reader: a group can read it, a reader without a group would take its messages",
+        );
     }
     if logs > 0 && logs < subscription.topics.len() {
         return refuse("dead letters and other topics are read apart: open a reader for each");
@@ -262,12 +304,13 @@ impl Broker for RabbitMqBroker {
 
     async fn close(&self) -> Result<()> {
         let shared = &self.0;
-        shared.closed.store(true, Ordering::Release);
+        shared.closing.send_replace(true);
         let members: Vec<_> = shared.members().iter().filter_map(Weak::upgrade).collect();
         for member in &members {
             member.end();
         }
         shared.channels.close().await;
+        shared.closing.closed().await;
         for member in &members {
             member.left().await;
         }

@@ -1,14 +1,17 @@
 //! How a client of RabbitMQ is set up, and what its URL says.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
 use eventbus_core::{
-    Error, ErrorKind, Limits, Result, credentials, duration, host_and_port, redacted_option,
+    Error, ErrorKind, Limits, Result, Topic, credentials, duration, host_and_port, redacted_option,
     redacted_url,
 };
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
 use percent_encoding::percent_decode_str;
+
+use crate::adopted::RabbitMqQueue;
 
 /// The set-up of a [`RabbitMqBroker`](crate::RabbitMqBroker).
 ///
@@ -48,6 +51,8 @@ pub struct RabbitMqConfig {
     pub prefetch: u16,
     /// Most bytes of one message; the server's `max_message_size` has to allow for it.
     pub message_bytes_max: usize,
+    /// Topics that are queues of somebody else, each read by one group as it is.
+    pub queues: BTreeMap<Topic, RabbitMqQueue>,
 }
 
 impl fmt::Debug for RabbitMqConfig {
@@ -64,11 +69,12 @@ impl fmt::Debug for RabbitMqConfig {
             .field("heartbeat", &self.heartbeat)
             .field("prefetch", &self.prefetch)
             .field("message_bytes_max", &self.message_bytes_max)
+            .field("queues", &self.queues)
             .finish_non_exhaustive()
     }
 }
 
-const OPTIONS: &str = "the options are create_topics, heartbeat, message_bytes_max, partitions, prefetch and publish_timeout";
+const OPTIONS: &str = "the options are create_topics, heartbeat, message_bytes_max, partitions, prefetch, publish_timeout, queues and volatile_queues";
 
 /// Most partitions of a topic: each is a queue for every group.
 pub(crate) const PARTITIONS_MAX: u32 = 1024;
@@ -89,6 +95,7 @@ impl RabbitMqConfig {
             heartbeat: Duration::from_secs(6),
             prefetch: 256,
             message_bytes_max: 16 * 1024 * 1024,
+            queues: BTreeMap::new(),
         }
     }
 
@@ -159,9 +166,21 @@ impl RabbitMqConfig {
         self
     }
 
+    /// Makes a topic of a queue that somebody else has declared: a group that reads the topic reads the
+    /// queue as it is, beside other consumers of it, and what is published to the topic goes to the
+    /// queue. Only one group may; that all groups get its messages, an
+    /// [ingress](crate::RabbitMqBroker::ingress) sees to.
+    #[must_use]
+    pub fn with_queue(mut self, topic: Topic, queue: impl Into<RabbitMqQueue>) -> Self {
+        self.queues.insert(topic, queue.into());
+        self
+    }
+
     /// Reads `amqp://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]…][/VHOST][?OPTION=VALUE&…]`, or `amqps://…`
     /// for TLS, with the options `create_topics`, `heartbeat`, `message_bytes_max`, `partitions`,
-    /// `prefetch` and `publish_timeout`. Times are numbers with a unit: `500ms`, `5s`, `1m`. Without a
+    /// `prefetch`, `publish_timeout`, `queues` and `volatile_queues`. The last two name queues of somebody
+    /// else that are read as they are, `NAME` or `NAME:KEY_FIELD` with commas between them, each as the
+    /// topic of its name (see [`with_queue`](Self::with_queue)). Times are numbers with a unit: `500ms`, `5s`, `1m`. Without a
     /// path the virtual host is `/`, which in a path is `%2f`.
     ///
     /// # Errors
@@ -241,6 +260,13 @@ impl RabbitMqConfig {
             "partitions" => self.partitions = number(PARTITIONS_MAX.into())? as u32,
             "prefetch" => self.prefetch = number(u16::MAX.into())? as u16,
             "publish_timeout" => self.publish_timeout = time()?,
+            "queues" | "volatile_queues" => {
+                for entry in value.split(',') {
+                    let (topic, mut queue) = queue(entry)?;
+                    queue.volatile = name == "volatile_queues";
+                    self.queues.insert(topic, queue);
+                }
+            }
             _ => return Err(OPTIONS),
         }
         Ok(self)
@@ -306,6 +332,22 @@ impl RabbitMqConfig {
     }
 }
 
+/// `NAME` or `NAME:KEY_FIELD`, with what a URL writes otherwise.
+fn queue(entry: &str) -> Result<(Topic, RabbitMqQueue), &'static str> {
+    const RULE: &str = "a queue is `NAME` or `NAME:KEY_FIELD`, and its name that of a topic: A-Z a-z 0-9 . _ - only; give another one by `RabbitMqConfig::with_queue`";
+    let entry = percent_decode_str(entry).decode_utf8().map_err(|_| RULE)?;
+    let (name, key) = entry.split_once(':').unwrap_or((&entry, ""));
+    let topic = Topic::new(name).map_err(|_| RULE)?;
+    let queue = RabbitMqQueue::new(name);
+    Ok((
+        topic,
+        match key {
+            "" => queue,
+            key => queue.with_key(key),
+        },
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -342,6 +384,17 @@ mod tests {
     }
 
     #[test]
+    fn a_url_names_queues_of_somebody_else() {
+        let url = "amqp://a?queues=order_events:order_id,mail&volatile_queues=logs";
+        let config = RabbitMqConfig::from_url(url).expect("a good url");
+        let queue = |name| &config.queues[&Topic::from_static(name)];
+        let orders = RabbitMqQueue::new("order_events").with_key("order_id");
+        assert_eq!(*queue("order_events"), orders);
+        assert_eq!(*queue("mail"), RabbitMqQueue::new("mail"));
+        assert_eq!(*queue("logs"), RabbitMqQueue::new("logs").volatile());
+    }
+
+    #[test]
     fn what_a_url_gets_wrong_is_answered_with_what_is_allowed() {
         let cases = [
             ("amqp:", "amqp://HOST:PORT"),
@@ -355,6 +408,8 @@ mod tests {
             ("amqp://a?publish_timeout=5", "with a unit"),
             ("amqp://a?partitions=0", "too small"),
             ("amqp://a?prefetch=70000", "too large"),
+            ("amqp://a?queues=order events", "with_queue"),
+            ("amqp://a?queues=", "with_queue"),
             ("amqp://a?heartbeat=me@x", "`%40` for a `@`"),
         ];
         for (url, allowed) in cases {

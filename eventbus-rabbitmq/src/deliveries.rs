@@ -109,40 +109,54 @@ impl Member {
     }
 
     /// Acknowledges what is settled, and waits until the server has it.
-    pub(crate) async fn acknowledge(&self) {
+    ///
+    /// # Errors
+    ///
+    /// `Timeout` where the server has not said so; what went with its lane is handed out again.
+    pub(crate) async fn acknowledge(&self) -> Result<()> {
         let unacked = self.lanes().unacked();
         let acknowledged = unacked.into_iter().map(|lane| async move {
-            match acknowledge(&lane, self.is_group).await {
-                Ok(()) => self.lanes().acked(&lane),
-                // The lane is lost, or soon will be: it is handed out again.
-                Err(error) => {
-                    tracing::debug!(%error, "settled messages of a lane that is gone are handed out again");
+            let done = self.acknowledge_lane(&lane).await;
+            let Err(error) = done else {
+                self.lanes().known(&lane);
+                return None;
+            };
+            if error.kind() == ErrorKind::Timeout && lane.channel.status().connected() {
+                return Some(error);
+            }
+            // The lane is lost, or soon will be: it is handed out again.
+            tracing::debug!(%error, "settled messages of a lane that is gone are handed out again");
+            None
+        });
+        let failures = join_all(acknowledged).await;
+        failures.into_iter().flatten().next().map_or(Ok(()), Err)
+    }
+
+    /// Acknowledges everything up to a tag. The server confirms no acknowledgement; what is asked of the
+    /// queue behind it is answered when the queue has it.
+    async fn acknowledge_lane(&self, lane: &Acknowledgement) -> Result<()> {
+        let ack = async {
+            if lane.is_sent {
+                return Ok(());
+            }
+            let options = BasicAckOptions { multiple: true };
+            let acked = lane.channel.basic_ack(lane.tag, options).await;
+            acked.inspect(|()| self.lanes().acked(lane))
+        };
+        let done = natively(SETTLE, async {
+            match self.is_group {
+                true => {
+                    // Both are written at once.
+                    let asked = settle_down(&lane.channel, lane.queue.clone());
+                    let (acked, asked) = tokio::join!(ack, asked);
+                    acked.and(asked.map(drop))
                 }
+                false => ack.await,
             }
         });
-        join_all(acknowledged).await;
+        done.await?
+            .map_err(|error| crate::error::into_error(SETTLE, error))
     }
-}
-
-/// Acknowledges everything up to a tag. The server confirms no acknowledgement; what is asked of the
-/// queue behind it is answered when the queue has it.
-async fn acknowledge(lane: &Acknowledgement, is_group: bool) -> Result<()> {
-    let acked = lane
-        .channel
-        .basic_ack(lane.tag, BasicAckOptions { multiple: true });
-    let done = natively(SETTLE, async {
-        match is_group {
-            true => {
-                // Both are written at once.
-                let asked = settle_down(&lane.channel, lane.queue.clone());
-                let (acked, asked) = tokio::join!(acked, asked);
-                acked.and(asked.map(drop))
-            }
-            false => acked.await,
-        }
-    });
-    done.await?
-        .map_err(|error| crate::error::into_error(SETTLE, error))
 }
 
 /// The member, held by both halves; the last one to be dropped makes it leave.
@@ -211,8 +225,7 @@ impl Settlement for RabbitMqSettlement {
         }
         // There may be credit again.
         member.wake();
-        member.acknowledge().await;
-        Ok(())
+        member.acknowledge().await
     }
 
     async fn release(&mut self, lanes: &[Lane]) -> Result<()> {

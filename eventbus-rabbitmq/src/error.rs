@@ -116,6 +116,8 @@ fn of_server(operation: &'static str, said: &AMQPError) -> (ErrorKind, &'static 
             "the message is larger than the server takes",
         ),
         AMQPErrorKind::Hard(Hard::NOTIMPLEMENTED | Hard::COMMANDINVALID) => too_old(),
+        // What 3.10 says when it may not create a queue of a kind that it knows.
+        AMQPErrorKind::Hard(Hard::INTERNALERROR) if text.contains("feature flag") => too_old(),
         AMQPErrorKind::Hard(Hard::CONNECTIONFORCED) => {
             (Kind::Unavailable, "the server has ended the connection")
         }
@@ -142,6 +144,17 @@ fn too_old() -> (ErrorKind, &'static str) {
 pub(crate) fn is_missing(error: &lapin::Error) -> bool {
     is_soft(error, Soft::NOTFOUND)
         && !text(error).is_some_and(|text| text.contains("down or inaccessible"))
+}
+
+/// Whether no queue can have the length that was declared.
+pub(crate) fn is_invalid_length(error: &lapin::Error) -> bool {
+    is_soft(error, Soft::PRECONDITIONFAILED)
+        && text(error).is_some_and(|text| text.contains("invalid arg 'x-max-length'"))
+}
+
+/// Whether the user may not do it.
+pub(crate) fn is_refused(error: &lapin::Error) -> bool {
+    is_soft(error, Soft::ACCESSREFUSED)
 }
 
 /// What the server says when something is there with other settings, and which one differs.
@@ -195,11 +208,11 @@ impl Difference {
     fn read(text: &str) -> Option<Self> {
         let (_, behind) = text.split_once("inequivalent arg '")?;
         let (argument, behind) = behind.split_once('\'')?;
-        let (_, current) = behind.rsplit_once("but current is ")?;
-        let current = current.trim_start_matches("the value ");
+        // The text has 255 bytes: a long name of a queue leaves less of it.
+        let current = behind.rsplit_once("but current is ");
+        let current = current.map(|(_, current)| current.trim_start_matches("the value "));
         let current = current
-            .strip_prefix('\'')
-            .and_then(|quoted| quoted.split_once('\''))
+            .and_then(|current| current.strip_prefix('\'')?.split_once('\''))
             .map(|(value, _)| value.to_owned());
         Some(Self {
             argument: argument.to_owned(),
@@ -332,6 +345,16 @@ mod tests {
             ),
             (
                 server(540, "NOT_IMPLEMENTED"),
+                "subscribe",
+                Kind::Unsupported,
+                false,
+                "3.9",
+            ),
+            (
+                server(
+                    541,
+                    "INTERNAL_ERROR - Cannot declare a queue 'queue 'q' in vhost '/'' of type 'rabbit_quorum_queue' on node 'a@b': the corresponding feature flag is disabled",
+                ),
                 "subscribe",
                 Kind::Unsupported,
                 false,

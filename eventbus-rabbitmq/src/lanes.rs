@@ -14,6 +14,7 @@ use lapin::types::ShortString;
 use lapin::{Channel, Consumer};
 use tokio::sync::Notify;
 
+use crate::adopted::RabbitMqQueue;
 use crate::link::within;
 use crate::properties;
 
@@ -27,6 +28,8 @@ pub(crate) struct Source {
     /// Gone when it is dropped only.
     consumer: Option<Consumer>,
     queue: ShortString,
+    /// What is known of the queue, where it is somebody else's.
+    adopted: Option<RabbitMqQueue>,
 }
 
 impl Source {
@@ -35,7 +38,14 @@ impl Source {
             channel,
             consumer: Some(consumer),
             queue,
+            adopted: None,
         }
+    }
+
+    /// Of a queue that is somebody else's.
+    pub(crate) fn adopted(mut self, queue: RabbitMqQueue) -> Self {
+        self.adopted = Some(queue);
+        self
     }
 
     /// Ends it; what was not acknowledged is handed to the next one, first and in its order.
@@ -96,9 +106,10 @@ struct Slot {
     base: u64,
     /// The last position that was sent by the server.
     last: u64,
-    /// Settled up to here, and acknowledged up to there.
+    /// Settled up to here, acknowledged up to there, and known by the server up to there.
     settled: u64,
     acked: u64,
+    known: u64,
     /// Of a stream: the next place to be read.
     next: u64,
     end: Option<End>,
@@ -127,6 +138,8 @@ pub(crate) struct Acknowledgement {
     pub(crate) channel: Channel,
     pub(crate) queue: ShortString,
     pub(crate) tag: u64,
+    /// Whether it was acknowledged before, and only the answer is missing: nothing is acknowledged twice.
+    pub(crate) is_sent: bool,
     position: u64,
 }
 
@@ -203,6 +216,7 @@ impl Lanes {
                 last: 0,
                 settled: 0,
                 acked: 0,
+                known: 0,
                 next: 0,
                 end: None,
                 ended: false,
@@ -317,7 +331,7 @@ impl Lanes {
         stale
     }
 
-    /// What is settled and not acknowledged.
+    /// What is settled and not known by the server.
     pub(crate) fn unacked(&self) -> Vec<Acknowledgement> {
         let open = self.open_slots();
         let unacked = open.filter_map(|slot| {
@@ -325,7 +339,8 @@ impl Lanes {
             let position = slot.settled;
             // What came through an earlier channel is the server's again.
             let tag = position.checked_sub(slot.base).filter(|tag| *tag > 0)?;
-            (position > slot.acked).then(|| Acknowledgement {
+            (position > slot.known).then(|| Acknowledgement {
+                is_sent: position <= slot.acked,
                 lane: slot.lane,
                 channel: source.channel.clone(),
                 queue: source.queue.clone(),
@@ -336,11 +351,19 @@ impl Lanes {
         unacked.collect()
     }
 
-    /// Notes what was acknowledged.
+    /// Notes what is acknowledged now.
     pub(crate) fn acked(&mut self, done: &Acknowledgement) {
         if self.table.is_open(done.lane) {
             let slot = &mut self.slots[done.lane.id as usize];
             slot.acked = slot.acked.max(done.position);
+        }
+    }
+
+    /// Notes what the server knows.
+    pub(crate) fn known(&mut self, done: &Acknowledgement) {
+        if self.table.is_open(done.lane) {
+            let slot = &mut self.slots[done.lane.id as usize];
+            slot.known = slot.known.max(done.position);
         }
     }
 
@@ -505,14 +528,24 @@ impl Lanes {
 
 impl Slot {
     fn take(&mut self, delivery: lapin::message::Delivery, position: u64) {
-        let read = properties::read(&self.place.topic, delivery);
+        let mut read = properties::read(&self.place.topic, delivery);
+        let adopted = self.source.as_ref().and_then(|it| it.adopted.as_ref());
+        if let Some(queue) = adopted {
+            let key = || queue.key_of(&read.message.payload);
+            read.message.key = read.message.key.take().or_else(key);
+        }
+        // A queue of another kind than ours may not count.
+        let handed_out = match (adopted, read.returned) {
+            (Some(_), None) => None,
+            (_, returned) => Some(returned.unwrap_or(0).saturating_add(1)),
+        };
         self.ahead.push_back(Ahead {
             size: read.message.size(),
             message: read.message,
             position,
             handed_out: match read.offset {
                 Some(_) => None,
-                None => Some(read.returned.unwrap_or(0).saturating_add(1)),
+                None => handed_out,
             },
             offset: read.offset,
         });

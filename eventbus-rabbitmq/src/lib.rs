@@ -18,10 +18,13 @@
 //! URL cannot say.
 
 mod admin;
+mod adopted;
 mod broker;
 mod config;
+mod confirms;
 mod deliveries;
 mod error;
+mod ingress;
 mod lanes;
 mod link;
 mod names;
@@ -33,5 +36,7 @@ mod session;
 mod subscriber;
 mod topics;
 
+pub use adopted::RabbitMqQueue;
 pub use broker::RabbitMqBroker;
 pub use config::RabbitMqConfig;
+pub use ingress::{RabbitMqIngress, RabbitMqIngressBuilder, RabbitMqIngressStatus};

@@ -32,14 +32,14 @@ pub(crate) fn partitions_queue(topic: &Topic) -> ShortString {
     ShortString::from(match name.len() {
         ..=64 => format!("{name}:partitions"),
         // A name has ASCII only.
-        _ => format!("{}~{:016x}:partitions", &name[..40], fnv(name)),
+        _ => format!("{}~{:016x}:partitions", &name[..40], fnv(name.as_bytes())),
     })
 }
 
 /// The hash of Fowler, Noll and Vo (1a, 64 bits).
-fn fnv(text: &str) -> u64 {
-    let fold = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, fold)
+pub(crate) fn fnv(bytes: &[u8]) -> u64 {
+    let fold = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, fold)
 }
 
 /// The stream that keeps a partition of a log.
@@ -50,6 +50,35 @@ pub(crate) fn log_queue(topic: &Topic, partition: u32) -> ShortString {
 /// The queue of a group for a partition.
 pub(crate) fn group_queue(topic: &Topic, group: &Group, partition: u32) -> ShortString {
     ShortString::from(format!("{topic}:{group}:{partition}"))
+}
+
+/// The queue without messages that says by an argument who reads a queue of somebody else.
+pub(crate) fn reader_queue(operation: &'static str, queue: &str) -> Result<ShortString> {
+    beside(operation, queue, "reader")
+}
+
+/// The queue that keeps what an ingress was about to do with messages of a queue.
+pub(crate) fn journal_queue(operation: &'static str, queue: &str) -> Result<ShortString> {
+    beside(operation, queue, "ingress")
+}
+
+/// The queue of messages that an ingress could not move.
+pub(crate) fn refused_queue(operation: &'static str, queue: &str) -> Result<ShortString> {
+    beside(operation, queue, "refused")
+}
+
+/// A queue that goes with one of somebody else.
+fn beside(operation: &'static str, queue: &str, purpose: &str) -> Result<ShortString> {
+    let name = format!("{queue}:{purpose}");
+    if name.len() <= NAME_BYTES_MAX {
+        return Ok(ShortString::from(name));
+    }
+    Err(Error::new(
+        ErrorKind::InvalidInput,
+        operation,
+        "the name of the queue is too long: 247 bytes at most, because queues beside it are named after it",
+    )
+    .with("queue", queue))
 }
 
 /// The exchange by which the members of a group hear of each other.
@@ -88,7 +117,7 @@ mod tests {
 
     #[test]
     fn the_count_of_a_long_name_is_kept_under_a_short_one() {
-        assert_eq!(fnv("foobar"), 0x85944171f73967e8);
+        assert_eq!(fnv(b"foobar"), 0x85944171f73967e8);
         let topic = |end| Topic::new(&format!("{}{end}", "t".repeat(199))).expect("a good name");
         let name = partitions_queue(&topic("a"));
         assert!(name.as_str().len() <= 75);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use eventbus_core::{
-    Error, ErrorKind, Headers, HeadersBuilder, Key, Message, Result, Topic, header,
+    Error, ErrorKind, Formats, Headers, HeadersBuilder, Key, Message, Result, Topic, header,
 };
 use lapin::BasicProperties;
 use lapin::message::Delivery;
@@ -140,19 +140,50 @@ pub(crate) fn read(topic: &Topic, delivery: Delivery) -> Read {
         read.offset = table.get(STREAM_OFFSET).and_then(number);
         read.message.headers = headers(table);
     }
-    if let Some(content_type) = delivery.properties.content_type()
-        && read.message.headers.get(header::CONTENT_TYPE).is_none()
-    {
-        let mut builder = read.message.headers.to_builder().unlimited();
-        if add(
-            &mut builder,
-            header::CONTENT_TYPE,
-            content_type.as_str().as_bytes(),
-        ) {
-            read.message.headers = builder.build();
-        }
+    if read.message.headers.get(header::ID).is_none() {
+        read.message.headers = with_foreign(&read.message, &delivery.properties);
     }
     read
+}
+
+/// The headers of a message of another client, with what it says in properties of AMQP, which have no
+/// place in a message otherwise. Its id is that of the event, unless the body says another.
+fn with_foreign(message: &Message, properties: &BasicProperties) -> Headers {
+    let property = |value: &Option<ShortString>| value.as_ref().map(ToString::to_string);
+    let properties = [
+        (header::CONTENT_TYPE, property(properties.content_type())),
+        (
+            "amqp-content-encoding",
+            property(properties.content_encoding()),
+        ),
+        ("amqp-correlation-id", property(properties.correlation_id())),
+        ("amqp-reply-to", property(properties.reply_to())),
+        ("amqp-message-id", property(properties.message_id())),
+        (
+            "amqp-timestamp",
+            properties.timestamp().map(|it| it.to_string()),
+        ),
+        ("amqp-type", property(properties.kind())),
+        ("amqp-app-id", property(properties.app_id())),
+    ];
+    let mut builder = message.headers.to_builder().unlimited();
+    for (name, value) in &properties {
+        if let Some(value) = value
+            && message.headers.get(name).is_none()
+        {
+            add(&mut builder, name, value.as_bytes());
+        }
+    }
+    let id = properties
+        .iter()
+        .find(|(name, _)| *name == "amqp-message-id");
+    if let Some((_, Some(id))) = id
+        && !id.is_empty()
+        && Formats::default().own_id(message).is_none()
+    {
+        add(&mut builder, header::ID, id.as_bytes());
+    }
+    builder.build()
 }
 
 fn headers(table: &BTreeMap<ShortString, AMQPValue>) -> Headers {

@@ -6,24 +6,19 @@
 //! next confirmation, whichever that is.
 
 use std::collections::VecDeque;
-use std::future::poll_fn;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Poll;
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Message, Outcome, Result, Retry, Unpublished};
-use lapin::message::BasicReturnMessage;
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{Channel, Confirmation, PublisherConfirm};
+use eventbus_core::{Error, ErrorKind, Message, Outcome, Result, Unpublished};
+use lapin::Channel;
+use lapin::options::ConfirmSelectOptions;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
+use crate::confirms::{Came, Routed, publish_all};
 use crate::error::{into_error, is_too_large, missing_exchange};
 use crate::link::{Link, SharedLink, closed, within};
-use crate::names;
-use crate::properties::to_properties;
 use crate::topics::Topics;
 
 const PUBLISH: &str = "publish";
@@ -63,24 +58,6 @@ struct Request {
     messages: Vec<Routed>,
     deadline: Instant,
     answer: oneshot::Sender<Vec<Unpublished>>,
-}
-
-/// A message with its place in the batch and its partition.
-#[derive(Debug)]
-pub(crate) struct Routed {
-    pub(crate) index: usize,
-    pub(crate) partition: u32,
-    pub(crate) message: Message,
-}
-
-/// What came of a message.
-enum Came {
-    Taken,
-    Failed(Outcome, Error),
-    /// The channel or the connection is gone: it may be on the server.
-    Lost(lapin::Error),
-    /// Nothing has been heard of it in time.
-    Silent,
 }
 
 impl Publisher {
@@ -267,7 +244,9 @@ impl Worker {
                 failed.extend(rest.map(|it: OnItsWay| it.fail(Outcome::Unknown, silent(None))));
                 break;
             }
-            let open = match self.open(deadline).await {
+            // Connecting has its own time, which may be longer.
+            let opened = timeout_at(deadline, self.open(deadline)).await;
+            let open = match opened.unwrap_or_else(|_| Err(silent(None))) {
                 Ok(open) => open,
                 Err(error) if error.is_retryable() && Instant::now() + pause < deadline => {
                     tokio::time::sleep(pause).await;
@@ -287,7 +266,8 @@ impl Worker {
             };
             was_sent = true;
             let count = window.len();
-            let came = publish_all(&open.channel, &window, deadline).await;
+            let routed: Vec<_> = window.iter().map(|it| &it.routed).collect();
+            let came = publish_all(&open.channel, &routed, deadline).await;
             let blocked = open.link.blocked();
             let mut again = Vec::new();
             let mut is_used_up = false;
@@ -295,7 +275,11 @@ impl Worker {
             for (it, came) in window.into_iter().zip(came) {
                 match came {
                     Came::Taken => {}
-                    Came::Failed(outcome, error) => failed.push(it.fail(outcome, error)),
+                    Came::Failed(outcome, error) => {
+                        // Nobody is bound, or not to this partition: the topic may be another by now.
+                        self.topics.forget(it.routed.message.topic.as_str());
+                        failed.push(it.fail(outcome, error));
+                    }
                     Came::Silent => {
                         is_used_up = true;
                         failed.push(it.fail(Outcome::Unknown, silent(blocked.as_deref())));
@@ -355,6 +339,8 @@ impl Worker {
         if !self.channel.as_ref().is_some_and(is_open) {
             self.channel = None;
             let link = self.link.get(PUBLISH).await?;
+            // Until then it opens no channel either.
+            unblocked(&link, deadline).await?;
             let channel = link.channel(PUBLISH).await?;
             let confirms = channel.confirm_select(ConfirmSelectOptions::default());
             within(PUBLISH, confirms).await?;
@@ -362,12 +348,18 @@ impl Worker {
         }
         let gone = || Error::new(ErrorKind::Internal, PUBLISH, "there is no channel");
         let open = self.channel.as_ref().ok_or_else(gone)?;
-        if let Some(reason) = open.link.blocked()
-            && timeout_at(deadline, open.link.unblocked()).await.is_err()
-        {
-            return Err(silent(Some(&reason)).with_retry(Retry::Later));
-        }
+        unblocked(&open.link, deadline).await?;
         Ok(open)
+    }
+}
+
+/// Waits until the server takes messages.
+async fn unblocked(link: &Link, deadline: Instant) -> Result<()> {
+    match link.blocked() {
+        Some(reason) => timeout_at(deadline, link.unblocked())
+            .await
+            .map_err(|_| silent(Some(&reason))),
+        None => Ok(()),
     }
 }
 
@@ -390,106 +382,6 @@ fn window(waiting: &mut VecDeque<OnItsWay>) -> Vec<OnItsWay> {
     });
     let count = count.count().max(1);
     waiting.drain(..count).collect()
-}
-
-type Sending<'m> = Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send + 'm>>;
-
-/// Writes messages side by side, in their order, and waits for what becomes of each.
-async fn publish_all(channel: &Channel, window: &[OnItsWay], deadline: Instant) -> Vec<Came> {
-    let mut sending: Vec<Sending<'_>> = window
-        .iter()
-        .map(|it| {
-            let Routed {
-                partition, message, ..
-            } = &it.routed;
-            let sent = channel.basic_publish(
-                names::exchange(&message.topic),
-                names::routing_key(*partition),
-                BasicPublishOptions {
-                    mandatory: true,
-                    immediate: false,
-                },
-                &message.payload,
-                to_properties(message),
-            );
-            Box::pin(sent) as Sending<'_>
-        })
-        .collect();
-    // The first poll of each puts its frames behind those of the one before.
-    let mut early: Vec<Option<lapin::Result<PublisherConfirm>>> = poll_fn(|cx| {
-        let polled = sending.iter_mut().map(|it| match it.as_mut().poll(cx) {
-            Poll::Ready(sent) => Some(sent),
-            Poll::Pending => None,
-        });
-        Poll::Ready(polled.collect())
-    })
-    .await;
-    let mut came = Vec::with_capacity(window.len());
-    let mut returned = Vec::new();
-    for (sent, early) in sending.into_iter().zip(&mut early) {
-        let confirmed = async {
-            let confirm = match early.take() {
-                Some(sent) => sent?,
-                None => sent.await?,
-            };
-            confirm.await
-        };
-        came.push(match timeout_at(deadline, confirmed).await {
-            Err(_) => Came::Silent,
-            Ok(Err(error)) => Came::Lost(error),
-            Ok(Ok(confirmation)) => {
-                let taken = match &confirmation {
-                    Confirmation::Ack(_) => Came::Taken,
-                    Confirmation::Nack(_) => Came::Failed(Outcome::Unknown, nacked()),
-                    Confirmation::NotRequested => Came::Silent,
-                };
-                returned.extend(confirmation.take_message());
-                taken
-            }
-        });
-    }
-    for message in returned {
-        if let Some(index) = find(window, &came, &message) {
-            let topic = &window[index].routed.message.topic;
-            came[index] = Came::Failed(Outcome::NotTaken, unrouted(topic.as_str()));
-        }
-    }
-    came
-}
-
-/// Which message was given back: one that counts as taken and is the same.
-fn find(window: &[OnItsWay], came: &[Came], returned: &BasicReturnMessage) -> Option<usize> {
-    let (exchange, key) = (&returned.exchange, &returned.routing_key);
-    let mut places = window.iter().zip(came);
-    places.position(|(it, came)| {
-        let Routed {
-            partition, message, ..
-        } = &it.routed;
-        matches!(came, Came::Taken)
-            && names::exchange(&message.topic) == *exchange
-            && names::routing_key(*partition) == *key
-            && message.payload == returned.data
-            && to_properties(message) == returned.properties
-    })
-}
-
-fn unrouted(topic: &str) -> Error {
-    Error::new(
-        ErrorKind::NotFound,
-        PUBLISH,
-        "no group is bound to this topic, so nobody would ever get the message: start a consumer of it first, whose group then keeps what is published",
-    )
-    .with("topic", topic)
-    // It is there as soon as a consumer has started.
-    .with_retry(Retry::Later)
-}
-
-fn nacked() -> Error {
-    Error::new(
-        ErrorKind::Unavailable,
-        PUBLISH,
-        "the server could not keep the message in every queue: look at its log, and at the queues' limits",
-    )
 }
 
 fn silent(blocked: Option<&str>) -> Error {

@@ -182,7 +182,10 @@ impl Task {
                 () = member.attention.notified() => {}
                 () = tokio::time::sleep(pause), if again => {}
             }
-            member.acknowledge().await;
+            if let Err(error) = member.acknowledge().await {
+                // It is asked again with the next messages.
+                tracing::debug!(%error, "what a reader has read is not acknowledged yet");
+            }
             again = match self.mend(&member, &mut link).await {
                 Ok(()) => {
                     pause = RECONNECT.0;

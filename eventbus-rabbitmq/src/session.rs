@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use eventbus_core::{Group, Result, Topic};
+use eventbus_core::{Group, Result};
 use lapin::options::{
     BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ExchangeDeclareOptions,
     QueueBindOptions, QueueDeclareOptions,
@@ -20,6 +20,7 @@ use crate::lanes::Source;
 use crate::link::{Link, SharedLink, within};
 use crate::names;
 use crate::roster::Announcement;
+use crate::subscriber::Reading;
 use crate::topics::{consumers, declare_group};
 
 const SUBSCRIBE: &str = "subscribe";
@@ -36,13 +37,13 @@ pub(crate) struct Session {
 
 impl Session {
     /// Connects, creates what the group needs, and begins to hear the other members.
-    pub(crate) async fn open(
-        config: &RabbitMqConfig,
-        group: &Group,
-        topics: &[(Topic, u32)],
-    ) -> Result<Self> {
+    pub(crate) async fn open(config: &RabbitMqConfig, reading: &Reading) -> Result<Self> {
+        let group = &reading.group;
         let link = Link::connect(config, &format!("consumer {group}")).await?;
-        for (topic, partitions) in topics {
+        for queue in reading.queues.values() {
+            queue.adopt(SUBSCRIBE, &link, group.as_str()).await?;
+        }
+        for (topic, partitions) in &reading.topics {
             declare_group(SUBSCRIBE, &link, group, topic, *partitions).await?;
         }
         let hearing = link.channel(SUBSCRIBE).await?;

@@ -1,7 +1,7 @@
 //! The task of a member of a group: it agrees with the others about who has what, opens and closes
 //! lanes, and connects again when the connection was lost.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,6 +11,7 @@ use futures_util::future::join_all;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
+use crate::adopted::RabbitMqQueue;
 use crate::config::RabbitMqConfig;
 use crate::deliveries::{Ends, Member, Order, is_ending};
 use crate::lanes::{Lanes, Source};
@@ -26,10 +27,15 @@ const INTRODUCTION: Duration = Duration::from_millis(1500);
 const SETTLING: Duration = Duration::from_millis(20);
 /// How soon, and how rarely at last, a partition is looked at that is not free yet.
 const LOOK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(250));
+
+const SUBSCRIBE: &str = "subscribe";
+
 /// What a member reads, and how much of it at once.
 pub(crate) struct Reading {
     pub(crate) group: Group,
     pub(crate) topics: Vec<(Topic, u32)>,
+    /// Topics that are queues of somebody else, which all members read at the same time.
+    pub(crate) queues: BTreeMap<Topic, RabbitMqQueue>,
     pub(crate) limits: Limits,
 }
 
@@ -39,7 +45,7 @@ pub(crate) async fn join(
     publishing: &Arc<SharedLink>,
     reading: Reading,
 ) -> Result<Arc<Member>> {
-    let session = Session::open(config, &reading.group, &reading.topics).await?;
+    let session = Session::open(config, &reading).await?;
     let attention = Arc::<Notify>::default();
     let lanes = Lanes::of_member(reading.limits, Arc::clone(&attention));
     let (member, ends) = Member::new(lanes, attention, true);
@@ -168,7 +174,7 @@ impl Task {
     async fn connect_again(&mut self, ends: &Ends) -> Option<Session> {
         let mut pause = RECONNECT.0;
         loop {
-            let opened = Session::open(&self.config, &self.reading.group, &self.reading.topics);
+            let opened = Session::open(&self.config, &self.reading);
             let opened = tokio::select! {
                 opened = opened => opened,
                 () = is_ending(ends.ending.clone()) => return None,
@@ -302,7 +308,9 @@ impl Task {
 
     /// Shares out anew: what is another's from now on is revoked, what is its own is looked at.
     fn plan(&mut self) {
-        let mine = self.roster.share(&self.me);
+        let mut mine = self.roster.share(&self.me);
+        let queues = self.reading.queues.keys();
+        mine.extend(queues.map(|topic| TopicPartition::new(topic.clone(), 0)));
         let is_other = mine != self.me.keeps;
         self.me.keeps = mine;
         let lanes = {
@@ -389,6 +397,9 @@ impl Task {
         session: &mut Session,
         place: &TopicPartition,
     ) -> Result<Option<Source>> {
+        if let Some(queue) = self.reading.queues.get(&place.topic) {
+            return self.open_adopted(session, queue).await;
+        }
         let group = &self.reading.group;
         let queue = names::group_queue(&place.topic, group, place.partition);
         match session.consumers(queue.clone()).await? {
@@ -405,11 +416,30 @@ impl Task {
                     .iter()
                     .find(|(topic, _)| *topic == place.topic);
                 let count = count.map_or(0, |(_, count)| *count);
-                declare_group("subscribe", &session.link, group, &place.topic, count).await?;
+                declare_group(SUBSCRIBE, &session.link, group, &place.topic, count).await?;
             }
         }
         let prefetch = self.config.prefetch_within(&self.reading.limits);
         Ok(Some(session.consume(queue, prefetch).await?))
+    }
+}
+
+impl Task {
+    /// Begins to read a queue of somebody else, beside whoever reads it, too.
+    async fn open_adopted(
+        &self,
+        session: &mut Session,
+        queue: &RabbitMqQueue,
+    ) -> Result<Option<Source>> {
+        let name = queue.short_name(SUBSCRIBE)?;
+        if session.consumers(name.clone()).await?.is_none() {
+            self.member.lanes().fail(queue.missing(SUBSCRIBE));
+            self.member.wake();
+            return Ok(None);
+        }
+        let prefetch = self.config.prefetch_within(&self.reading.limits);
+        let source = session.consume(name, prefetch).await?;
+        Ok(Some(source.adopted(queue.clone())))
     }
 }
 

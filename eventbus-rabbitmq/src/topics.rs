@@ -9,15 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use eventbus_core::{Error, ErrorKind, Group, Result, Retry, Topic, TopicReport, TopicSpec};
-use lapin::options::{
-    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
-};
+use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, ExchangeKind};
 
 use crate::config::{PARTITIONS_MAX, RabbitMqConfig};
-use crate::error::{Difference, difference, into_error, is_missing};
-use crate::link::{SharedLink, natively, within};
+use crate::error::{Difference, difference, into_error, is_invalid_length, is_missing};
+use crate::link::{SharedLink, natively};
 use crate::names;
 
 /// The topics of a virtual host, through a connection that asks for them.
@@ -35,7 +33,7 @@ pub(crate) struct Topics {
 }
 
 /// How a queue is set up on the server.
-const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
+pub(crate) const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
     passive: false,
     durable: true,
     exclusive: false,
@@ -44,7 +42,7 @@ const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
 };
 
 /// Only asks whether a queue is there.
-const PASSIVE: QueueDeclareOptions = QueueDeclareOptions {
+pub(crate) const PASSIVE: QueueDeclareOptions = QueueDeclareOptions {
     passive: true,
     ..DURABLE
 };
@@ -93,6 +91,12 @@ impl Topics {
             return Ok(partitions);
         }
         if let Some(partitions) = self.find(operation, topic).await? {
+            if names::is_log(topic) {
+                // Whoever began to create it may have ended before its streams were there.
+                let spec = TopicSpec::new(topic.clone());
+                let created = self.create_log(operation, &spec, partitions).await;
+                created.inspect_err(|_| self.forget(topic.as_str()))?;
+            }
             return Ok(partitions);
         }
         // What a message that cannot be handled goes to has to be there.
@@ -120,52 +124,43 @@ impl Topics {
             Err(error) if is_missing(&error) => return Ok(None),
             is_there => is_there.map_err(|error| explain(operation, topic, error))?,
         }
-        let name = names::partitions_queue(topic);
-        let is_there = channel.queue_declare(name, PASSIVE, FieldTable::default());
-        match natively(operation, is_there).await? {
+        // No queue has such a length: the server creates none, and says how many there are.
+        let partitions = match self.declare_count(operation, topic, -1).await? {
+            Some(partitions) => partitions,
             // Its exchange is there, so somebody is creating it, or it is no topic of ours.
-            Err(error) if is_missing(&error) => return Ok(None),
-            is_there => is_there.map_err(|error| explain(operation, topic, error))?,
+            None => return Ok(None),
         };
-        // No topic has 0 partitions: the server refuses that, and says how many there are.
-        let partitions = self.declare_count(operation, topic, 0).await?;
-        if partitions == 0 {
-            // It was deleted just now, and this has created it.
-            let name = names::partitions_queue(topic);
-            let deleted = channel.queue_delete(name, QueueDeleteOptions::default());
-            within(operation, deleted).await?;
-            return Ok(None);
-        }
         self.note(topic, partitions);
         Ok(Some(partitions))
     }
 
     /// Creates the queue that says how many partitions there are, unless it is there. Answers how many
-    /// there are.
+    /// there are; none where it is not there, and cannot be created with this number.
     async fn declare_count(
         &self,
         operation: &'static str,
         topic: &Topic,
-        partitions: u32,
-    ) -> Result<u32> {
+        partitions: i32,
+    ) -> Result<Option<u32>> {
         let channel = self.link.channel(operation).await?;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), text("quorum"));
-        // Far below 2^31.
-        let count = AMQPValue::LongInt(partitions as i32);
+        let count = AMQPValue::LongInt(partitions);
         arguments.insert("x-max-length".into(), count);
         let name = names::partitions_queue(topic);
         let declared = channel.queue_declare(name, DURABLE, arguments);
         let Err(error) = natively(operation, declared).await? else {
-            return Ok(partitions);
+            return Ok(u32::try_from(partitions).ok());
         };
-        let current = match difference(&error) {
+        match difference(&error) {
             Some(Difference { argument, current }) if argument == "x-max-length" => {
-                current.and_then(|text| text.parse().ok())
+                let current = current.and_then(|text| text.parse().ok());
+                let unread = || explain(operation, topic, error);
+                current.map(Some).ok_or_else(unread)
             }
-            _ => None,
-        };
-        current.ok_or_else(|| explain(operation, topic, error))
+            None if partitions < 0 && is_invalid_length(&error) => Ok(None),
+            _ => Err(explain(operation, topic, error)),
+        }
     }
 
     /// Creates what of a topic is missing. Answers how many partitions it has, which is what whoever
@@ -184,23 +179,46 @@ impl Topics {
             .with("topic", topic)
             .with("partitions", partitions));
         }
-        let partitions = self.declare_count(operation, topic, partitions).await?;
+        // At most 1,024.
+        let count = self.declare_count(operation, topic, partitions as i32);
+        let partitions = count.await?.unwrap_or(partitions);
         let channel = self.link.channel(operation).await?;
         let declared = natively(operation, exchange(&channel, topic, false)).await?;
         declared.map_err(|error| explain(operation, topic, error))?;
         if is_log {
-            for partition in 0..partitions {
-                let name = names::log_queue(topic, partition);
-                let arguments = log_arguments(spec, partitions);
-                let declared = channel.queue_declare(name.clone(), DURABLE, arguments);
-                let declared = natively(operation, declared).await?;
-                declared.map_err(|error| explain(operation, topic, error))?;
-                bind(operation, &channel, topic, name, partition).await?;
-            }
+            self.create_log(operation, spec, partitions).await?;
         }
         tracing::info!(topic = topic.as_str(), partitions, "topic created");
         self.note(topic, partitions);
         Ok(partitions)
+    }
+
+    /// Creates the streams of a log that are missing, and binds them.
+    async fn create_log(
+        &self,
+        operation: &'static str,
+        spec: &TopicSpec,
+        partitions: u32,
+    ) -> Result<()> {
+        let topic = &spec.name;
+        let mut channel = self.link.channel(operation).await?;
+        for partition in 0..partitions {
+            let name = names::log_queue(topic, partition);
+            let arguments = log_arguments(spec, partitions);
+            let declared = channel.queue_declare(name.clone(), DURABLE, arguments);
+            if let Err(error) = natively(operation, declared).await? {
+                let is_kept_otherwise = difference(&error).is_some_and(|it| {
+                    matches!(it.argument.as_str(), "x-max-age" | "x-max-length-bytes")
+                });
+                if !is_kept_otherwise {
+                    return Err(explain(operation, topic, error));
+                }
+                // Who has declared it before has said how much it keeps.
+                channel = self.link.channel(operation).await?;
+            }
+            bind(operation, &channel, topic, name, partition).await?;
+        }
+        Ok(())
     }
 
     /// Creates what is missing and says what differs.
@@ -385,6 +403,6 @@ fn missing(operation: &'static str, topic: &Topic) -> Error {
     .with_retry(Retry::Never)
 }
 
-fn text(text: &str) -> AMQPValue {
+pub(crate) fn text(text: &str) -> AMQPValue {
     AMQPValue::LongString(text.into())
 }

@@ -98,3 +98,45 @@ async fn messages_of_others_are_read() {
     })
     .await;
 }
+
+/// Another process may delete a topic and create it anew with more partitions.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_topic_that_was_created_anew_is_looked_at_again() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let orders = topic("orders");
+    create(&broker, &orders, 8).await;
+    let subscription = Subscription::group(group("billing"), vec![orders.clone()]);
+    let member = Probe::join(&broker, subscription).await.expect("it joins");
+    let messages = || {
+        let all = (0..20).map(eventbus_core::Key::display);
+        all.map(|key| Message::new(orders.clone(), "x").with_key(key))
+            .collect::<Vec<_>>()
+    };
+    broker.publish(messages()).await.expect("it is taken");
+    member.close().await;
+    let raw = server.raw().await;
+    let channel = raw.create_channel().await.expect("there is one");
+    let name = format!("{orders}:partitions").as_str().into();
+    let deleted = channel.queue_delete(name, QueueDeleteOptions::default());
+    deleted.await.expect("it is deleted");
+    let name = orders.as_str().into();
+    let deleted = channel.exchange_delete(name, lapin::options::ExchangeDeleteOptions::default());
+    deleted.await.expect("it is deleted");
+    let another = server.connect().await.expect("it answers");
+    create(&another, &orders, 2).await;
+    let subscription = Subscription::group(group("shipping"), vec![orders.clone()]);
+    let mut probe = Probe::join(&another, subscription).await.expect("it joins");
+    within(MINUTE, async {
+        // Of 8 partitions most are bound to nothing now.
+        let error = broker.publish(messages()).await;
+        let error = error.expect_err("it does not know yet");
+        assert!(error.is_retryable(), "{error}");
+        let left = error.into_messages();
+        broker.publish(left).await.expect("it knows now");
+        let deliveries = probe.collect(20).await;
+        probe.settle(&deliveries).await;
+    })
+    .await;
+}

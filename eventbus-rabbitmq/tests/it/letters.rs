@@ -11,13 +11,15 @@ use eventbus_core::{
 use eventbus_testkit::{Probe, text_of, within};
 use serde::{Deserialize, Serialize};
 
-use crate::server::{Server, topic};
+use lapin::options::QueueDeleteOptions;
+
+use crate::server::{Server, create, topic};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
 #[derive(Serialize, Deserialize)]
-struct OrderPlaced {
-    order_id: u64,
+pub(crate) struct OrderPlaced {
+    pub(crate) order_id: u64,
 }
 
 impl Event for OrderPlaced {
@@ -137,6 +139,33 @@ async fn a_log_is_read_from_any_place_to_its_end() {
         let new = vec![Message::new(letters.clone(), "new")];
         broker.publish(new).await.expect("it is taken");
         assert_eq!(probe.collect_texts(1).await, ["new"]);
+    })
+    .await;
+}
+
+/// A process may end between creating a log and creating its streams.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_log_that_was_not_created_to_its_end_is_completed() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let letters = Topic::new(&format!("{}.dlq", topic("log"))).expect("a good name");
+    create(&broker, &letters, 2).await;
+    let raw = server.raw().await;
+    let channel = raw.create_channel().await.expect("there is one");
+    for partition in 0..2 {
+        let name = format!("{letters}:{partition}").as_str().into();
+        let deleted = channel.queue_delete(name, QueueDeleteOptions::default());
+        deleted.await.expect("it is deleted");
+    }
+    within(MINUTE, async {
+        // Another process, which does not know it yet.
+        let another = server.connect().await.expect("it answers");
+        let letter = vec![Message::new(letters.clone(), "x").with_key("k")];
+        another.publish(letter).await.expect("it is taken");
+        let reader = Subscription::reader(vec![letters.clone()]).with_until(Until::Now);
+        let mut probe = Probe::join(&another, reader).await.expect("it reads");
+        assert_eq!(probe.collect_texts(1).await, ["x"]);
     })
     .await;
 }

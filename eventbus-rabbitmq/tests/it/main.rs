@@ -1,8 +1,13 @@
 //! Tests against the RabbitMQ that `dev/brokers up rabbitmq` starts.
 
+mod adopted;
 mod changes;
+mod child;
 mod conformance;
 mod errors;
+mod ingress;
 mod letters;
 mod order;
+mod own;
 mod server;
+mod shop;

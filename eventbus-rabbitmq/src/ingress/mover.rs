@@ -1,0 +1,449 @@
+//! Moves messages, batch by batch. While a batch is being moved nothing more of the queue is handed out:
+//! what comes back after an end has either been noted in the journal, or never been published.
+
+use std::sync::Arc;
+
+use eventbus_core::{
+    Error, ErrorKind, EventId, Formats, Group, HeadersBuilder, Message, Result, Topic, header,
+    partition_of,
+};
+use futures_util::StreamExt as _;
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
+    ConfirmSelectOptions, QueueDeclareOptions,
+};
+use lapin::types::{FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Confirmation};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tracing::trace;
+
+use super::journal::{Doubt, Journal};
+use super::{INGRESS, Status};
+use crate::adopted::{self, RabbitMqQueue};
+use crate::config::RabbitMqConfig;
+use crate::confirms::{Came, Routed, publish_all};
+use crate::error::{into_error, is_missing};
+use crate::link::{Link, RECONNECT, natively, within};
+use crate::properties;
+use crate::topics::{DURABLE, declare_group, settle_down, text};
+use crate::{deliveries::is_ending, names};
+
+const MOVE: &str = "move messages";
+
+/// What an ingress moves, and where.
+#[derive(Debug)]
+pub(super) struct Mover {
+    pub(super) config: RabbitMqConfig,
+    pub(super) queue: RabbitMqQueue,
+    pub(super) topic: Topic,
+    pub(super) partitions: u32,
+    pub(super) groups: Vec<Group>,
+    pub(super) status: Arc<Status>,
+}
+
+/// What an ingress has on the server while one connection lasts. All of it goes through that one: when
+/// the server takes it for dead, a process that stood still can neither move nor note anything.
+pub(super) struct Session {
+    link: Link,
+    journal: Journal,
+    /// Brings messages, and acknowledges them.
+    source: Channel,
+    /// Publishes them.
+    sink: Channel,
+}
+
+/// Why moving ends.
+enum Over {
+    Stopped,
+    Failed(Error),
+}
+
+impl From<Error> for Over {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Who says that it is to end.
+struct Stop {
+    stopping: watch::Receiver<bool>,
+    closing: watch::Receiver<bool>,
+}
+
+impl Stop {
+    async fn is_wished(&self) {
+        tokio::select! {
+            () = is_ending(self.stopping.clone()) => {}
+            () = is_ending(self.closing.clone()) => {}
+        }
+    }
+
+    /// Does something, unless it is to end.
+    async fn or<T>(&self, done: impl Future<Output = Result<T>>) -> Result<T, Over> {
+        tokio::select! {
+            done = done => done.map_err(Over::Failed),
+            () = self.is_wished() => Err(Over::Stopped),
+        }
+    }
+}
+
+/// A message of a batch.
+struct Moving {
+    routed: Routed,
+    /// As it came, for when the topic cannot take it.
+    properties: BasicProperties,
+}
+
+impl Mover {
+    /// Connects, and checks what is there.
+    pub(super) async fn open(&self) -> Result<Session> {
+        let link = Link::connect(&self.config, &format!("ingress {}", self.queue.name)).await?;
+        self.queue.adopt(INGRESS, &link, adopted::INGRESS).await?;
+        for group in &self.groups {
+            declare_group(INGRESS, &link, group, &self.topic, self.partitions).await?;
+        }
+        let journal = names::journal_queue(INGRESS, &self.queue.name)?;
+        let journal = Journal::join(&link, journal).await?;
+        let source = link.channel(INGRESS).await?;
+        let sink = link.channel(INGRESS).await?;
+        let confirms = sink.confirm_select(ConfirmSelectOptions::default());
+        within(INGRESS, confirms).await?;
+        Ok(Session {
+            link,
+            journal,
+            source,
+            sink,
+        })
+    }
+
+    /// Moves messages until it is told to end, or cannot go on.
+    pub(super) async fn run(
+        self,
+        session: Session,
+        stopping: watch::Receiver<bool>,
+        closing: watch::Receiver<bool>,
+    ) -> Result<()> {
+        let stop = Stop { stopping, closing };
+        let mut session = Some(session);
+        let mut pause = RECONNECT.0;
+        loop {
+            let over = match session.take() {
+                Some(mut open) => {
+                    let over = self.serve(&mut open, &stop, &mut pause).await;
+                    let is_blocked = open.link.blocked().is_some();
+                    open.link.close().await;
+                    match over {
+                        // That is why, whatever did not come to its end.
+                        Over::Failed(_) if is_blocked => silent(&open.link).into(),
+                        over => over,
+                    }
+                }
+                None => match stop.or(self.open()).await {
+                    Ok(open) => {
+                        session = Some(open);
+                        continue;
+                    }
+                    Err(over) => over,
+                },
+            };
+            self.status.lock().is_active = false;
+            let Over::Failed(error) = over else {
+                return Ok(());
+            };
+            self.note_waiting(&error);
+            if !error.is_retryable() {
+                return Err(error);
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = stop.is_wished() => return Ok(()),
+            }
+            pause = (pause * 2).min(RECONNECT.1);
+        }
+    }
+
+    /// Moves messages as long as the connection lasts.
+    async fn serve(
+        &self,
+        session: &mut Session,
+        stop: &Stop,
+        pause: &mut std::time::Duration,
+    ) -> Over {
+        let mut doubt = match stop.or(session.journal.lead()).await {
+            Ok(doubt) => doubt,
+            Err(over) => return over,
+        };
+        match self.queue.find(INGRESS, &session.link).await {
+            Ok(others) => self.note_competitors(others),
+            Err(error) => return error.into(),
+        }
+        // What may have been published before comes back all at once.
+        let prefetch = usize::from(self.config.prefetch).max(doubt.len());
+        let prefetch = u16::try_from(prefetch).unwrap_or(u16::MAX);
+        let limited = session
+            .source
+            .basic_qos(prefetch, BasicQosOptions::default());
+        if let Err(error) = within(INGRESS, limited).await {
+            return error.into();
+        }
+        {
+            let mut status = self.status.lock();
+            (status.is_active, status.error) = (true, None);
+        }
+        tracing::info!(
+            queue = self.queue.name,
+            topic = self.topic.as_str(),
+            in_doubt = doubt.len(),
+            "an ingress moves messages"
+        );
+        loop {
+            match self.move_batch(session, stop, &mut doubt).await {
+                Ok(()) => *pause = RECONNECT.0,
+                Err(over) => return over,
+            }
+            // What has not come back was acknowledged, or other messages would have come behind it.
+            doubt = Doubt::default();
+        }
+    }
+
+    async fn move_batch(
+        &self,
+        session: &mut Session,
+        stop: &Stop,
+        doubt: &mut Doubt,
+    ) -> Result<(), Over> {
+        let batch = self.take(session, stop).await?;
+        let Some(last) = batch.last().map(|it| it.delivery_tag) else {
+            return Ok(());
+        };
+        let mut given = Vec::new();
+        let mut moving = Vec::with_capacity(batch.len());
+        let formats = Formats::default();
+        for (index, delivery) in batch.into_iter().enumerate() {
+            moving.push(self.read(index, delivery, &formats, doubt, &mut given)?);
+        }
+        stop.or(session.journal.note(given)).await?;
+        trace!(target: "eventbus::step", step = "ingress.publish.before");
+        self.publish(session, stop, moving).await?;
+        trace!(target: "eventbus::step", step = "ingress.publish.after");
+        let options = BasicAckOptions { multiple: true };
+        let acked = async {
+            session.source.basic_ack(last, options).await?;
+            settle_down(&session.source, self.queue.name.as_str().into()).await
+        };
+        let settled = natively(MOVE, acked).await?;
+        trace!(target: "eventbus::step", step = "ingress.acknowledge.after");
+        match settled {
+            Ok(_) => {}
+            Err(error) if is_missing(&error) => return Err(self.queue.missing(MOVE).into()),
+            Err(error) => return Err(into_error(MOVE, error).into()),
+        }
+        stop.or(session.journal.forget()).await?;
+        Ok(())
+    }
+
+    /// Waits for messages, and takes what is there; then nothing more is handed out.
+    async fn take(&self, session: &Session, stop: &Stop) -> Result<Vec<Delivery>, Over> {
+        let options = BasicConsumeOptions::default();
+        let none = FieldTable::default();
+        let name = ShortString::from(self.queue.name.as_str());
+        let consumer = session.source.basic_consume(name, "".into(), options, none);
+        let mut consumer = match natively(MOVE, consumer).await? {
+            Ok(consumer) => consumer,
+            Err(error) if is_missing(&error) => return Err(self.queue.missing(MOVE).into()),
+            Err(error) => return Err(into_error(MOVE, error).into()),
+        };
+        let first = stop.or(async { Ok(consumer.next().await) }).await?;
+        let Some(first) = first else {
+            return Err(self.queue.missing(MOVE).into());
+        };
+        let cancelled = session
+            .source
+            .basic_cancel(consumer.tag(), BasicCancelOptions::default());
+        within(MOVE, cancelled).await?;
+        let mut batch = vec![first.map_err(|error| into_error(MOVE, error))?];
+        while let Some(delivery) = consumer.next().await {
+            batch.push(delivery.map_err(|error| into_error(MOVE, error))?);
+        }
+        Ok(batch)
+    }
+
+    /// Makes a message of the topic, with an id and a key.
+    fn read(
+        &self,
+        index: usize,
+        delivery: Delivery,
+        formats: &Formats,
+        doubt: &mut Doubt,
+        given: &mut Vec<(u64, EventId)>,
+    ) -> Result<Moving> {
+        let properties = delivery.properties.clone();
+        let is_back = delivery.redelivered;
+        let read = properties::read(&self.topic, delivery);
+        if read.offset.is_some() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                MOVE,
+                "the queue is a stream, from which nothing is taken away: an ingress would move its messages again and again",
+            )
+            .with("queue", &self.queue.name));
+        }
+        let mut message = read.message;
+        if let Some(key) = self.queue.key_of(&message.payload) {
+            message.key = Some(key);
+        }
+        if formats.own_id(&message).is_none() {
+            let print = names::fnv(&message.payload);
+            let known = is_back.then(|| doubt.take(print)).flatten();
+            let id = known.clone().unwrap_or_else(EventId::new);
+            message.headers = with_id(&message, &id)?;
+            // Of one that was handed out before nothing says later whether it came back.
+            if known.is_some() || !is_back {
+                given.push((print, id));
+            }
+        }
+        let partition = match &message.key {
+            Some(key) => partition_of(key, self.partitions),
+            None => fastrand::u32(..) % self.partitions.max(1),
+        };
+        Ok(Moving {
+            routed: Routed::to_partition(index, partition, message),
+            properties,
+        })
+    }
+
+    /// Publishes all of a batch, however long that takes.
+    async fn publish(
+        &self,
+        session: &Session,
+        stop: &Stop,
+        moving: Vec<Moving>,
+    ) -> Result<(), Over> {
+        let (mut moving, unfit): (Vec<_>, Vec<_>) =
+            moving.into_iter().partition(|it| self.is_fit(it));
+        for it in unfit {
+            self.put_aside(session, it).await?;
+        }
+        let mut pause = RECONNECT.0;
+        while !moving.is_empty() {
+            let window: Vec<_> = moving.iter().map(|it| &it.routed).collect();
+            let deadline = Instant::now() + self.config.publish_timeout;
+            let published = publish_all(&session.sink, &window, deadline);
+            let came = stop.or(async { Ok(published.await) }).await?;
+            let mut left = Vec::new();
+            let mut failure = None;
+            for (it, came) in moving.into_iter().zip(came) {
+                match came {
+                    Came::Taken => {
+                        let mut status = self.status.lock();
+                        status.moved += 1;
+                        status.unkeyed += u64::from(it.routed.message.key.is_none());
+                        continue;
+                    }
+                    Came::Failed(_, error) => failure = Some(error),
+                    Came::Lost(error) => return Err(into_error(MOVE, error).into()),
+                    Came::Silent => return Err(silent(&session.link).into()),
+                }
+                left.push(it);
+            }
+            moving = left;
+            if let Some(error) = failure {
+                self.note_waiting(&error);
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = stop.is_wished() => return Err(Over::Stopped),
+                }
+                pause = (pause * 2).min(RECONNECT.1);
+            }
+        }
+        self.status.lock().error = None;
+        Ok(())
+    }
+
+    fn is_fit(&self, moving: &Moving) -> bool {
+        let message = &moving.routed.message;
+        message.check(self.config.message_bytes_max).is_ok() && properties::check(message).is_ok()
+    }
+
+    /// Keeps a message that the topic cannot take, as it came.
+    async fn put_aside(&self, session: &Session, moving: Moving) -> Result<()> {
+        let name = names::refused_queue(MOVE, &self.queue.name)?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), text("quorum"));
+        let options = QueueDeclareOptions { ..DURABLE };
+        let declared = session.sink.queue_declare(name.clone(), options, arguments);
+        within(MOVE, declared).await?;
+        let message = moving.routed.message;
+        let sent = session.sink.basic_publish(
+            ShortString::default(),
+            name.clone(),
+            BasicPublishOptions {
+                mandatory: true,
+                immediate: false,
+            },
+            &message.payload,
+            moving.properties.with_delivery_mode(2),
+        );
+        let confirmed = async { sent.await?.await };
+        match within(MOVE, confirmed).await? {
+            Confirmation::Ack(None) => {}
+            _ => {
+                return Err(Error::new(
+                    ErrorKind::Unavailable,
+                    MOVE,
+                    "the server did not keep a message that the topic cannot take",
+                )
+                .with("queue", name));
+            }
+        }
+        tracing::error!(
+            queue = self.queue.name,
+            topic = self.topic.as_str(),
+            bytes = message.payload.len(),
+            kept_in = name.as_str(),
+            "a message is too large for the topic, or its key or headers are: it is put aside as it came"
+        );
+        self.status.lock().refused += 1;
+        Ok(())
+    }
+
+    /// Says why nothing is moved, once for each reason.
+    fn note_waiting(&self, error: &Error) {
+        let reason = error.to_string();
+        let mut status = self.status.lock();
+        if status.error.as_ref() != Some(&reason) {
+            tracing::warn!(%error, queue = self.queue.name, "an ingress waits");
+            status.error = Some(reason);
+        }
+    }
+
+    fn note_competitors(&self, others: u32) {
+        let mut status = self.status.lock();
+        if others > status.competitors {
+            tracing::warn!(
+                queue = self.queue.name,
+                consumers = others,
+                "others consume the queue of an ingress: what they take does not come to the topic"
+            );
+        }
+        status.competitors = others;
+    }
+}
+
+fn with_id(message: &Message, id: &EventId) -> Result<eventbus_core::Headers> {
+    let builder: HeadersBuilder = message.headers.to_builder().unlimited();
+    Ok(builder.push(header::ID, id.to_string())?.build())
+}
+
+fn silent(link: &Link) -> Error {
+    let error = |message: &str| Error::new(ErrorKind::Unavailable, MOVE, message);
+    match link.blocked() {
+        Some(reason) => error(
+            "the server takes no messages until it has memory and disk again: look at its alarms",
+        )
+        .with("blocked", reason),
+        None => error("the server has not confirmed the messages in time"),
+    }
+}
