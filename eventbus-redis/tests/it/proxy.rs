@@ -76,6 +76,7 @@ impl Wire {
                     batch = error.into_messages();
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
         let harm = async {
@@ -125,6 +126,7 @@ async fn take(member: &mut Member, count: usize) -> Vec<Delivery> {
     while taken.len() < count {
         match within(LIMIT, member.deliveries.next()).await {
             Ok(Signal::Delivered(deliveries)) => taken.extend(deliveries),
+            Ok(Signal::Gap { from, to, .. }) => panic!("a gap from {from:?} to {to:?}"),
             Ok(_) => {}
             Err(error) => assert!(error.is_retryable(), "{error}"),
         }
