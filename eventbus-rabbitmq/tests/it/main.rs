@@ -5,4 +5,5 @@ mod conformance;
 mod errors;
 mod letters;
 mod order;
+mod proxy;
 mod server;
