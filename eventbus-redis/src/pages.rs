@@ -183,6 +183,10 @@ impl Pages {
         if look.has_gap(from) {
             return Ok(gap(wakes, wanted, look));
         }
+        if look.end() > wanted.to {
+            // The watch sees one more entry at a time: whoever followed it would read pages of one.
+            wakes.appended(&[(wanted.row, look.end())]);
+        }
         let mut messages = Vec::new();
         let entries = entries_of(entries)?;
         let is_empty = entries.is_empty();
@@ -430,6 +434,8 @@ mod tests {
         let reply = Value::Array(vec![Value::Array(stream)]);
         let look = look(4, 4, 10, 40);
         let read = |wanted: &Wanted| {
+            // The watch goes on meanwhile.
+            wakes.appended(&[(7, position::beyond(id(35)))]);
             let page = Pages::default().page(&wakes, wanted, look, reply.clone());
             page.expect("it can be read")
         };
@@ -437,6 +443,7 @@ mod tests {
             panic!("it is behind what was heard of");
         };
         assert_eq!(next, wanted.from, "it is not passed over");
+        assert_eq!(end.next(), look.end(), "and what comes behind it, too");
         wanted.to = end.next();
         let Page::Messages(messages) = read(&wanted) else {
             panic!("it is there");
