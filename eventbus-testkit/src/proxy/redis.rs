@@ -61,7 +61,7 @@ impl RedisCommands {
 
     fn picks(self, name: &[u8]) -> bool {
         let is_it = |picked: &&str| picked.as_bytes().eq_ignore_ascii_case(name);
-        !name.is_empty() && self.0.iter().any(|picked| is_it(&picked))
+        !name.is_empty() && self.0.iter().any(is_it)
     }
 }
 
