@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use eventbus_core::{
-    Broker, Delivery, Group, Key, Member, Message, Outcome, Publisher, Receipt, Signal, Subscriber,
+    Delivery, Group, Key, Member, Message, Outcome, Publisher, Receipt, Signal, Subscriber,
     Subscription, Topic, Unpublished, Verdict,
 };
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
