@@ -9,7 +9,7 @@ use eventbus::broker::{
     Subscription,
 };
 use eventbus::prelude::{Error, ErrorKind, Result};
-use eventbus::{Group, LaneLag, Message, Topic};
+use eventbus::{Group, LaneLag, Message, RabbitMqBroker, Topic};
 use lapin::options::{ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Connection, ConnectionProperties};
@@ -75,17 +75,17 @@ async fn connect(url: &str) -> anyhow::Result<Connection> {
 /// A broker that also answers how much waits for a group, as the server counts it: not what is handed
 /// out and not settled.
 #[derive(Debug)]
-pub struct Counted<B> {
-    broker: B,
+pub struct Counted {
+    broker: RabbitMqBroker,
     url: String,
     /// Which asks the server; made anew when it was lost.
     asking: Mutex<Option<(Connection, Channel)>>,
 }
 
-impl<B> Counted<B> {
+impl Counted {
     /// Asks the server at a URL.
     #[must_use]
-    pub fn new(broker: B, url: &str) -> Self {
+    pub fn new(broker: RabbitMqBroker, url: &str) -> Self {
         Self {
             broker,
             url: url.to_owned(),
@@ -126,21 +126,21 @@ async fn count(channel: &Channel, queue: ShortString) -> lapin::Result<u64> {
 }
 
 #[async_trait]
-impl<B: Broker> Publisher for Counted<B> {
+impl Publisher for Counted {
     async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
         self.broker.publish(batch).await
     }
 }
 
 #[async_trait]
-impl<B: Broker> Subscriber for Counted<B> {
+impl Subscriber for Counted {
     async fn subscribe(&self, subscription: Subscription) -> Result<Member> {
         self.broker.subscribe(subscription).await
     }
 }
 
 #[async_trait]
-impl<B: Broker> Broker for Counted<B> {
+impl Broker for Counted {
     fn capabilities(&self) -> Capabilities {
         self.broker.capabilities()
     }
