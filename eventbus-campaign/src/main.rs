@@ -20,6 +20,7 @@ mod plan;
 mod prefixed;
 mod probe;
 mod process;
+mod product;
 mod progress;
 mod recorded;
 mod recording;
@@ -127,7 +128,7 @@ async fn play(role: RoleCommand) -> anyhow::Result<()> {
 /// Logs to stderr; `RUST_LOG` overrides what.
 fn start_logging(crash_at: Option<CrashPoint>) {
     let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("warn,sqlx::query=error,librdkafka=off"));
+        .unwrap_or_else(|_| EnvFilter::new("warn,sqlx::query=error,librdkafka=off,lapin=off"));
     let log = tracing_subscriber::fmt::layer()
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)

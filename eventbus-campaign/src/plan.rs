@@ -144,17 +144,17 @@ impl Plan {
         self
     }
 
-    /// With this done besides to what is on Kafka: its wire is cut, its groups are shared out again and
-    /// again, and the broker is killed, stopped and continued where it is the campaign's own.
+    /// With this done besides to what is on a message broker: its wire is cut, its groups are shared out
+    /// again and again, and the broker is killed, stopped and continued where it is the campaign's own.
     #[must_use]
     pub fn on(mut self, base: &Ground) -> Self {
-        if !base.is_kafka() {
+        if base.product().is_none() {
             return self;
         }
         self.has_wire = true;
         let plan = self.harmed_besides_by(&[(Harm::Cut, 2), (Harm::Churn, 1)]);
         match base {
-            Ground::OwnKafka => plan.harmed_besides_by(&[
+            Ground::Own(_) => plan.harmed_besides_by(&[
                 (Harm::BrokerKill, 2),
                 (Harm::BrokerTerminate, 2),
                 (Harm::BrokerPause, 2),

@@ -15,11 +15,13 @@ use eventbus::broker::{
 use eventbus::prelude::{Error, ErrorKind, EventBus, Result};
 use eventbus::store::KeyStateStore;
 use eventbus::{
-    KafkaBroker, Message, PostgresBroker, SqliteBroker, SqliteConfig, SqliteStore, header,
+    KafkaBroker, Message, PostgresBroker, RabbitMqBroker, RedisBroker, SqliteBroker, SqliteConfig,
+    SqliteStore, header,
 };
 use eventbus_verify::{Client, Entry, Operation, Phase, Session, Stamp};
 
 use crate::prefixed::Prefixed;
+use crate::site::rabbitmq::Counted;
 use crate::tried::{self, TOPIC};
 
 /// How a process reaches the broker that is tried.
@@ -98,16 +100,33 @@ impl BrokerArgs {
                 (Arc::new(broker), held)
             }
             "kafka" => {
-                let broker = KafkaBroker::from_url(&self.broker).await?;
-                let held = self.held.as_deref().context("Kafka holds no keys")?;
-                let held = SqliteStore::connect(SqliteConfig::from_url(held)?).await?;
-                let broker = Prefixed::new(Arc::new(broker), &self.prefix);
-                (Arc::new(broker), Arc::new(held))
+                self.with_store(KafkaBroker::from_url(&self.broker).await?)
+                    .await?
+            }
+            "redis" => {
+                self.with_store(RedisBroker::from_url(&self.broker).await?)
+                    .await?
+            }
+            "amqp" => {
+                let broker = RabbitMqBroker::from_url(&self.broker).await?;
+                self.with_store(Counted::new(broker, &self.broker)).await?
             }
             _ => anyhow::bail!(
-                "a broker that processes share is sqlite:, postgres:// or kafka://, not {scheme}:"
+                "a broker that processes share is sqlite:, postgres://, kafka://, redis:// or amqp://, not {scheme}:"
             ),
         })
+    }
+
+    /// A broker that holds no keys, with the store that does.
+    async fn with_store(
+        &self,
+        broker: impl Broker,
+    ) -> anyhow::Result<(Arc<dyn Broker>, Arc<dyn KeyStateStore>)> {
+        let held = self.held.as_deref();
+        let held = held.context("this broker holds no keys")?;
+        let held = SqliteStore::connect(SqliteConfig::from_url(held)?).await?;
+        let broker = Prefixed::new(Arc::new(broker), &self.prefix);
+        Ok((Arc::new(broker), Arc::new(held)))
     }
 }
 

@@ -158,7 +158,7 @@ impl Report<'_> {
                 *of_base.entry(&tally.base).or_default() += count;
             }
         }
-        let bases: Vec<&str> = vec!["SQLite", "PostgreSQL", "Kafka"];
+        let bases: Vec<&str> = vec!["SQLite", "PostgreSQL", "Kafka", "Redis", "RabbitMQ"];
         writeln!(f, "\n## Faults\n\n| kind | {} |", bases.join(" | "))?;
         writeln!(f, "| --- |{}", " ---: |".repeat(bases.len()))?;
         for (fault, counts) in kinds {

@@ -23,6 +23,7 @@ use crate::meter::{Meter, Taken};
 use crate::plan::Plan;
 use crate::probe::{Entrance, Prober};
 use crate::process::{Process, Role, Spec};
+use crate::product::Product;
 use crate::recorded;
 use crate::recording::Recording;
 use crate::server::Server;
@@ -139,6 +140,7 @@ async fn played(
     progress: impl Fn(u64, u64) + Send + Sync,
 ) -> anyhow::Result<Outcome> {
     let site = tools.site(&setting);
+    let base = setting.base.clone();
     let run = RunId(setting.seed as u32 ^ setting.number.rotate_left(16));
     let recording = Recording::start(&setting.directory, run).await?;
     let client = &recording.client;
@@ -171,7 +173,8 @@ async fn played(
         extra: 0,
         steps: BTreeMap::new(),
         complaints: Vec::new(),
-        meter: Meter::default().with_read_ahead(setting.base.read_ahead()),
+        meter: Meter::default()
+            .with_read_ahead(setting.base.product().map_or(0, Product::read_ahead)),
         looked: Instant::now(),
         tools,
         plan,
@@ -182,7 +185,10 @@ async fn played(
     let lasted = begun.elapsed();
     let begun = Instant::now();
     round.stop(Role::is_source).await;
-    let stuck = witness::settled(&bus, store.as_ref(), &round.plan.groups).await?;
+    // Where the broker does not count what is handed out, that is over when no effect is added.
+    let counted = base.product().is_none_or(Product::tells_lag);
+    let effects = if counted { &[][..] } else { &readers };
+    let stuck = witness::settled(&bus, store.as_ref(), &round.plan.groups, effects).await?;
     let drained = begun.elapsed();
     round.complaints.extend(stuck);
     round.stop(|_| true).await;

@@ -1,6 +1,7 @@
 //! What is tried: each scenario is a plan for its rounds, and says which failures it covers.
 
 use crate::plan::Plan;
+use crate::product::Product;
 use crate::site::Ground;
 
 mod backlog;
@@ -28,8 +29,9 @@ pub struct Scenario {
     pub runs_on: RunsOn,
     /// Its share of the time, where all are given one.
     pub share: u32,
-    /// How much of it is tried where everything is, on SQLite, on PostgreSQL and on Kafka.
-    pub full: [Amount; 3],
+    /// How much of it is tried where everything is, on SQLite, on PostgreSQL, and on Kafka, Redis and
+    /// RabbitMQ.
+    pub full: [Amount; 5],
     /// What its rounds are made of.
     pub plan: fn(&Ground) -> Plan,
 }
@@ -48,7 +50,7 @@ pub enum Amount {
 pub enum RunsOn {
     /// Everything.
     All,
-    /// Servers: PostgreSQL and Kafka.
+    /// Servers: PostgreSQL, Kafka, Redis and `RabbitMQ`.
     Servers,
     /// PostgreSQL only.
     Postgres,
@@ -60,11 +62,13 @@ impl Scenario {
     /// How much of it is tried on this, where everything is.
     #[must_use]
     pub fn full_on(&self, base: &Ground) -> Amount {
-        let [sqlite, postgres, kafka] = self.full;
-        match base {
-            Ground::Sqlite => sqlite,
-            Ground::Postgres(_) => postgres,
-            Ground::Kafka(_) | Ground::OwnKafka => kafka,
+        let [sqlite, postgres, kafka, redis, rabbitmq] = self.full;
+        match (base, base.product()) {
+            (Ground::Sqlite, _) => sqlite,
+            (_, None) => postgres,
+            (_, Some(Product::Kafka)) => kafka,
+            (_, Some(Product::Redis)) => redis,
+            (_, Some(Product::RabbitMq)) => rabbitmq,
         }
     }
 

@@ -1,5 +1,7 @@
-//! A Kafka broker of the campaign's own, which `dev/brokers` starts, so that it may be harmed.
+//! A broker of the campaign's own, which `dev/brokers` starts, so that it may be harmed.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -10,16 +12,20 @@ use tempfile::TempDir;
 use tokio::process::Command;
 use tokio::time::sleep;
 
+use crate::product::Product;
+
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../dev/brokers");
-const URL: &str = "EVENTBUS_TEST_KAFKA=";
 /// Where `dev/brokers` is told that a broker's files lie.
 const DATA: &str = "DEV_BROKERS_DATA";
+/// And how often Redis is to write its file: before it acknowledges.
+const FSYNC: (&str, &str) = ("DEV_BROKERS_REDIS_FSYNC", "always");
 /// How long it may take to end when it is told to.
 const END_WITHIN: Duration = Duration::from_secs(60);
 
 /// A broker that runs, or was killed. Dropped, it is removed.
 #[derive(Debug)]
 pub struct Server {
+    product: Product,
     directory: TempDir,
     url: String,
 }
@@ -30,15 +36,19 @@ impl Server {
     /// # Errors
     ///
     /// When it does not start; what `dev/brokers` said is in it.
-    pub async fn start(data: Option<&Path>) -> anyhow::Result<Self> {
+    pub async fn start(product: Product, data: Option<&Path>) -> anyhow::Result<Self> {
         let mut builder = tempfile::Builder::new();
-        builder.prefix("eventbus-verify-kafka-");
+        let prefix = format!("eventbus-verify-{}-", product.command());
+        // RabbitMQ runs as a user of its own, who has to enter it.
+        builder.prefix(&prefix);
+        builder.permissions(Permissions::from_mode(0o755));
         let directory = match data {
             // The script goes elsewhere.
             Some(data) => builder.tempdir_in(std::path::absolute(data)?),
             None => builder.tempdir(),
         };
         let mut server = Self {
+            product,
             directory: directory.context("make a directory for a broker")?,
             url: String::new(),
         };
@@ -59,7 +69,7 @@ impl Server {
     }
 
     fn files(&self) -> PathBuf {
-        self.directory.path().join("kafka")
+        self.directory.path().join(self.product.command())
     }
 
     /// Starts it, unless it runs, and waits until it gives work to clients.
@@ -69,17 +79,19 @@ impl Server {
     /// When it does not start.
     pub async fn up(&self) -> anyhow::Result<String> {
         let output = Command::new(SCRIPT)
-            .args(["up", "kafka"])
+            .args(["up", self.product.command()])
             .env(DATA, self.directory.path())
+            .env(FSYNC.0, FSYNC.1)
             .stdin(Stdio::null())
             .output()
             .await
             .context("run dev/brokers")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "Kafka does not start: {said}");
+        let (name, said) = (self.product.name(), String::from_utf8_lossy(&output.stderr));
+        ensure!(output.status.success(), "{name} does not start: {said}");
         let lines = String::from_utf8_lossy(&output.stdout).into_owned();
-        let url = lines.lines().find_map(|line| line.strip_prefix(URL));
-        Ok(url.context("dev/brokers says where Kafka is")?.to_owned())
+        let mut lines = lines.lines().filter_map(|line| line.split_once('='));
+        let url = lines.find(|(name, _)| *name == self.product.variable());
+        Ok(url.context("dev/brokers says where it is")?.1.to_owned())
     }
 
     /// Sends a signal to its process.
@@ -107,16 +119,24 @@ impl Server {
         Ok(())
     }
 
-    /// Its process, known by the id that was recorded and by its settings.
+    /// Its process, known by the id that was recorded and by its directory or settings.
     fn pid(&self) -> Option<Pid> {
         let id = std::fs::read_to_string(self.files().join("pid")).ok()?;
         let pid = Pid::from_raw(id.trim().parse().ok()?)?;
+        let process = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
+        let word = match self.product {
+            Product::Kafka => self.files().join("server.properties"),
+            Product::RabbitMq => self.files(),
+            Product::Redis => {
+                let place = std::fs::read_link(process.join("cwd")).ok()?;
+                return (place == self.files().join("data")).then_some(pid);
+            }
+        };
         // Of one that has ended and was not waited for, it is empty.
-        let command = std::fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
-        let settings = self.files().join("server.properties");
-        let settings = settings.as_os_str().as_encoded_bytes();
+        let command = std::fs::read(process.join("cmdline")).ok()?;
+        let word = word.as_os_str().as_encoded_bytes();
         let mut words = command.split(|byte| *byte == 0);
-        words.any(|word| word == settings).then_some(pid)
+        words.any(|one| one == word).then_some(pid)
     }
 }
 
@@ -127,7 +147,7 @@ impl Drop for Server {
             let _ = kill_process(pid, Signal::KILL);
         }
         let down = std::process::Command::new(SCRIPT)
-            .args(["down", "kafka"])
+            .args(["down", self.product.command()])
             .env(DATA, self.directory.path())
             .stdin(Stdio::null())
             .output();

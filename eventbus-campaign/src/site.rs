@@ -4,14 +4,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use eventbus::TopicSpec;
+use eventbus::broker::AdminRequest;
 use eventbus_testkit::FaultProxy;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection};
 
+use crate::product::Product;
 use crate::recorded::BrokerArgs;
 use crate::store::{self, own_schema};
+use crate::tried::TOPIC;
 
 mod kafka;
+pub mod rabbitmq;
+mod redis;
 
 /// How many partitions the tried topic has.
 pub const PARTITIONS: u32 = 8;
@@ -26,11 +32,11 @@ pub enum Ground {
     Sqlite,
     /// Schemas of the round's own, on the server with this URL.
     Postgres(String),
-    /// Topics and groups of the round's own, on the broker with this URL. What Kafka cannot keep lies
-    /// in files of the round's directory.
-    Kafka(String),
+    /// Topics and groups of the round's own, on the broker with this URL. What it does not keep, held
+    /// keys and effects, lies in files of the round's directory.
+    Broker(Product, String),
     /// The same, on a broker that the campaign starts, so that it may be harmed.
-    OwnKafka,
+    Own(Product),
 }
 
 impl Ground {
@@ -40,23 +46,28 @@ impl Ground {
     ///
     /// For a broker that cannot be tried like this; it says why.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
-        match text.split(':').next() {
-            Some("sqlite") => Ok(Self::Sqlite),
-            Some("postgres" | "postgresql") => Ok(Self::Postgres(text.to_owned())),
-            Some("kafka") if text == "kafka" => Ok(Self::OwnKafka),
-            Some("kafka") => {
-                ensure!(
-                    !text.contains(','),
-                    "the fault proxy stands before one broker: name one"
-                );
-                Ok(Self::Kafka(text.to_owned()))
-            }
-            Some("memory") => anyhow::bail!(
+        let own = |product: &Product| text == product.command();
+        if let Some(product) = Product::ALL.into_iter().find(own) {
+            return Ok(Self::Own(product));
+        }
+        let scheme = text.split(':').next().unwrap_or_default();
+        if let Some(product) = Product::ALL.into_iter().find(|it| it.scheme() == scheme) {
+            ensure!(
+                !text.contains(','),
+                "the fault proxy stands before one broker: name one"
+            );
+            return Ok(Self::Broker(product, text.to_owned()));
+        }
+        match scheme {
+            "sqlite" => Ok(Self::Sqlite),
+            "postgres" | "postgresql" => Ok(Self::Postgres(text.to_owned())),
+            "memory" => anyhow::bail!(
                 "memory: lives within one process and ends with it, so that there is nothing to kill: \
                  its faults are tried by TestBus::with_faults, see docs/guide/verify-your-own.md"
             ),
             _ => anyhow::bail!(
-                "write sqlite, kafka, postgres://USER:PASSWORD@HOST:PORT/DATABASE, or kafka://HOST:PORT"
+                "write sqlite, kafka, redis, rabbitmq, postgres://USER:PASSWORD@HOST:PORT/DATABASE, kafka://HOST:PORT, \
+                 redis://:PASSWORD@HOST:PORT, or amqp://USER:PASSWORD@HOST:PORT/VHOST"
             ),
         }
     }
@@ -67,25 +78,28 @@ impl Ground {
         match self {
             Self::Sqlite => "SQLite",
             Self::Postgres(_) => "PostgreSQL",
-            Self::Kafka(_) | Self::OwnKafka => "Kafka",
+            Self::Broker(product, _) | Self::Own(product) => product.name(),
         }
     }
 
     /// What names it on a command line, on whichever machine, without a password.
     #[must_use]
-    pub fn as_said(&self) -> &'static str {
+    pub fn as_said(&self) -> String {
         match self {
-            Self::Sqlite => "sqlite",
-            Self::Postgres(_) => "\"$EVENTBUS_TEST_POSTGRES\"",
-            Self::Kafka(_) => "\"$EVENTBUS_TEST_KAFKA\"",
-            Self::OwnKafka => "kafka",
+            Self::Sqlite => "sqlite".to_owned(),
+            Self::Postgres(_) => "\"$EVENTBUS_TEST_POSTGRES\"".to_owned(),
+            Self::Broker(product, _) => format!("\"${}\"", product.variable()),
+            Self::Own(product) => product.command().to_owned(),
         }
     }
 
-    /// Whether it is Kafka.
+    /// Which message broker it is, if it is one and no database.
     #[must_use]
-    pub fn is_kafka(&self) -> bool {
-        matches!(self, Self::Kafka(_) | Self::OwnKafka)
+    pub fn product(&self) -> Option<Product> {
+        match self {
+            Self::Sqlite | Self::Postgres(_) => None,
+            Self::Broker(product, _) | Self::Own(product) => Some(*product),
+        }
     }
 
     /// Whether it is a server, which processes reach over a wire.
@@ -94,20 +108,13 @@ impl Ground {
         *self != Self::Sqlite
     }
 
-    /// How many bytes a process may have read ahead of what it handles, when it is behind: of Kafka
-    /// what its client does by default (`queued.max.messages.kbytes`).
-    #[must_use]
-    pub fn read_ahead(&self) -> u64 {
-        if self.is_kafka() { 32 << 20 } else { 0 }
-    }
-
     /// The address of the server, if there is one.
     #[must_use]
     pub fn address(&self) -> Option<String> {
         let (url, port) = match self {
             Self::Postgres(url) => (url, 5432),
-            Self::Kafka(url) => (url, 9092),
-            Self::Sqlite | Self::OwnKafka => return None,
+            Self::Broker(product, url) => (url, product.port()),
+            Self::Sqlite | Self::Own(_) => return None,
         };
         let rest = url.split("://").nth(1)?;
         let rest = rest.split(['/', '?']).next()?;
@@ -148,8 +155,8 @@ impl Site {
         let there = |url: &str| proxy.url(url).context("a server has an address");
         let base = match &self.base {
             Ground::Postgres(url) => Ground::Postgres(there(url)?),
-            Ground::Kafka(url) => Ground::Kafka(there(url)?),
-            Ground::Sqlite | Ground::OwnKafka => anyhow::bail!("there is no wire to a file"),
+            Ground::Broker(product, url) => Ground::Broker(*product, there(url)?),
+            Ground::Sqlite | Ground::Own(_) => anyhow::bail!("there is no wire to a file"),
         };
         Ok(Self {
             base,
@@ -160,13 +167,18 @@ impl Site {
     /// The broker.
     #[must_use]
     pub fn broker(&self) -> BrokerArgs {
-        let Ground::Kafka(url) = &self.base else {
+        let Ground::Broker(product, url) = &self.base else {
             let url = format!("{}&partitions={PARTITIONS}", self.url("bus"));
             return BrokerArgs::new(url);
         };
         let and = if url.contains('?') { '&' } else { '?' };
-        let session = LEASE.as_secs();
-        BrokerArgs::new(format!("{url}{and}session_timeout={session}s"))
+        let lease = match product {
+            Product::Kafka => "session_timeout",
+            Product::Redis => "lease",
+            Product::RabbitMq => "heartbeat",
+        };
+        let seconds = LEASE.as_secs();
+        BrokerArgs::new(format!("{url}{and}{lease}={seconds}s"))
             .with_prefix(&self.prefix)
             .with_held(self.url("held"))
     }
@@ -186,7 +198,7 @@ impl Site {
     fn url(&self, part: &str) -> String {
         let lease = LEASE.as_secs();
         match &self.base {
-            Ground::Sqlite | Ground::Kafka(_) | Ground::OwnKafka => {
+            Ground::Sqlite | Ground::Broker(..) | Ground::Own(_) => {
                 format!("sqlite://{}?lease={lease}s", self.file(part).display())
             }
             Ground::Postgres(url) => {
@@ -213,13 +225,13 @@ impl Site {
     ///
     /// Those of database and broker.
     pub async fn prepare(&self, groups: &[u16]) -> anyhow::Result<()> {
-        if let Ground::Kafka(_) = &self.base {
-            kafka::prepare(&self.broker()).await?;
+        if let Ground::Broker(product, _) = &self.base {
+            self.make_topic(*product, groups).await?;
         }
         let groups = groups.iter().map(|group| format!("group_{group}"));
         for part in groups.chain(["store".to_owned()]) {
             match &self.base {
-                Ground::Sqlite | Ground::Kafka(_) | Ground::OwnKafka => {
+                Ground::Sqlite | Ground::Broker(..) | Ground::Own(_) => {
                     let file = SqliteConnectOptions::new().filename(self.file(&part));
                     let file = file
                         .create_if_missing(true)
@@ -238,6 +250,17 @@ impl Site {
         Ok(())
     }
 
+    async fn make_topic(&self, product: Product, groups: &[u16]) -> anyhow::Result<()> {
+        let broker = self.broker().connect().await?;
+        let topic = TopicSpec::new(TOPIC).with_partitions(PARTITIONS);
+        broker.admin(AdminRequest::ApplyTopics(vec![topic])).await?;
+        if product == Product::RabbitMq {
+            rabbitmq::make_groups(&*broker, groups).await?;
+        }
+        broker.close().await?;
+        Ok(())
+    }
+
     /// The database of a group's effects, for whoever reads them.
     ///
     /// # Errors
@@ -246,7 +269,7 @@ impl Site {
     pub async fn reader(&self, group: u16) -> anyhow::Result<Reader> {
         let part = format!("group_{group}");
         Ok(match &self.base {
-            Ground::Sqlite | Ground::Kafka(_) | Ground::OwnKafka => {
+            Ground::Sqlite | Ground::Broker(..) | Ground::Own(_) => {
                 let file = SqliteConnectOptions::new().filename(self.file(&part));
                 let pool = sqlx::sqlite::SqlitePoolOptions::new().max_connections(1);
                 let file = file.busy_timeout(Duration::from_secs(30));
@@ -267,8 +290,15 @@ impl Site {
     pub async fn remove(&self, groups: &[u16]) -> anyhow::Result<()> {
         let url = match &self.base {
             Ground::Postgres(url) => url,
-            Ground::Kafka(url) => return kafka::remove(url, &self.prefix).await,
-            Ground::Sqlite | Ground::OwnKafka => return Ok(()),
+            Ground::Broker(product, url) => {
+                let prefix = &self.prefix;
+                return match product {
+                    Product::Kafka => kafka::remove(url, prefix).await,
+                    Product::Redis => redis::remove(url, prefix).await,
+                    Product::RabbitMq => rabbitmq::remove(url, prefix, groups).await,
+                };
+            }
+            Ground::Sqlite | Ground::Own(_) => return Ok(()),
         };
         let groups = groups.iter().map(|group| format!("group_{group}"));
         for part in groups.chain(["store".to_owned(), "bus".to_owned()]) {
@@ -309,6 +339,8 @@ mod tests {
             ("postgres://host?x=/y", "host:5432"),
             ("kafka://host?x=y", "host:9092"),
             ("kafka://a:b@host:9093", "host:9093"),
+            ("redis://:b@host", "host:6379"),
+            ("amqp://a:b@host/%2f", "host:5672"),
         ] {
             let base = Ground::parse(url).expect("a URL");
             assert_eq!(base.address().as_deref(), Some(address));

@@ -44,9 +44,9 @@ pub struct VerifyArgs {
     /// Decides what is published, who is harmed, when and how [default: another one each time]
     #[arg(long)]
     seed: Option<u64>,
-    /// On what it is tried, again and again: `sqlite`, `postgres://…`, `kafka` for a broker that is
-    /// started for it and may be killed, or `kafka://…` [default: sqlite, and the server that
-    /// EVENTBUS_TEST_POSTGRES names]
+    /// On what it is tried, again and again: `sqlite`, `postgres://…`, `kafka`, `redis` or `rabbitmq`
+    /// for a broker that is started for it and may be killed, or `kafka://…`, `redis://…`, `amqp://…`
+    /// [default: sqlite, and the server that EVENTBUS_TEST_POSTGRES names]
     #[arg(long, value_name = "URL")]
     broker: Vec<String>,
     /// Which scenario is tried, again and again; `list` shows them all [default: all]
@@ -98,8 +98,8 @@ pub async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
 fn list() {
     for scenario in scenario::ALL {
         let on = match scenario.runs_on {
-            RunsOn::All => "sqlite, postgres, kafka",
-            RunsOn::Servers => "postgres, kafka",
+            RunsOn::All => "sqlite, postgres, kafka, redis, rabbitmq",
+            RunsOn::Servers => "postgres, kafka, redis, rabbitmq",
             RunsOn::Postgres => "postgres",
             RunsOn::SqliteOnSmallDisk => "sqlite, as root",
         };
@@ -249,7 +249,7 @@ impl Run {
         );
         let bases = self.args.broker.iter().map(|broker| Ground::parse(broker));
         for base in bases.flatten() {
-            add("broker", Some(base.as_said().to_owned()));
+            add("broker", Some(base.as_said()));
         }
         for scenario in &self.args.scenario {
             add("scenario", Some(scenario.clone()));
@@ -315,10 +315,10 @@ impl Run {
 
     /// Starts the broker of a scenario, where it is one of the campaign's own.
     async fn server(&self, base: &Ground) -> anyhow::Result<Option<Arc<Server>>> {
-        if *base != Ground::OwnKafka {
+        let Ground::Own(product) = base else {
             return Ok(None);
-        }
-        let server = Server::start(self.args.data.as_deref()).await?;
+        };
+        let server = Server::start(*product, self.args.data.as_deref()).await?;
         Ok(Some(Arc::new(server)))
     }
 
@@ -368,9 +368,9 @@ impl Run {
         }
         let place = self.place()?;
         let setting = Setting {
-            base: match server {
-                Some(server) => Ground::Kafka(server.url().to_owned()),
-                None => base.clone(),
+            base: match (server, base.product()) {
+                (Some(server), Some(product)) => Ground::Broker(product, server.url().to_owned()),
+                _ => base.clone(),
             },
             server: server.cloned(),
             directory: place.path().to_owned(),
@@ -414,7 +414,7 @@ fn keep(place: TempDir, server: Option<&Arc<Server>>) -> PathBuf {
     let kept = place.keep();
     if let Some(server) = server {
         // The broker itself is removed. What cannot be copied is missed by whoever looks for it.
-        drop(std::fs::copy(server.log(), kept.join("kafka.log")));
+        drop(std::fs::copy(server.log(), kept.join("broker.log")));
     }
     kept
 }

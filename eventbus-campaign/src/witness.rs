@@ -10,6 +10,7 @@ use eventbus_verify::{Effect, Entry, MessageId, Operation, Phase, Sample, Sessio
 use sqlx::{AssertSqlSafe, Row as _};
 use tokio::time::sleep;
 
+use crate::child::patiently;
 use crate::recorded::group_name;
 use crate::site::Reader;
 use crate::store::Store;
@@ -18,6 +19,8 @@ use crate::tried::{TOPIC, message_id};
 /// How often is asked whether everything is settled, and how often the answer has to be yes.
 const GLANCE: Duration = Duration::from_millis(50);
 const QUIET_PASSES: u32 = 5;
+/// For how long no effect is added where only that tells that nothing is handed out any more.
+const STILL: Duration = Duration::from_secs(10);
 /// Without anything being settled for so long, the rest never is.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How many records are written at a time.
@@ -51,6 +54,26 @@ impl Reader {
             }
         }
         Ok(effects)
+    }
+
+    /// The number of the effect that was added last.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub async fn last_effect(&self) -> anyhow::Result<u64> {
+        const LAST: &str = "SELECT COALESCE(MAX(position), 0) FROM";
+        let last: i64 = match self {
+            Self::Sqlite(pool) => {
+                let sql = AssertSqlSafe(format!("{LAST} effects"));
+                sqlx::query_scalar(sql).fetch_one(pool).await?
+            }
+            Self::Postgres(pool, schema) => {
+                let sql = AssertSqlSafe(format!("{LAST} {schema}.effects"));
+                sqlx::query_scalar(sql).fetch_one(pool).await?
+            }
+        };
+        Ok(last.cast_unsigned())
     }
 
     /// How many effects the messages of a probe have.
@@ -96,7 +119,8 @@ fn effect(id: &[u8], number: impl Fn(usize) -> sqlx::Result<i64>) -> anyhow::Res
     })
 }
 
-/// Waits until everything that was committed is published and settled; says what never is.
+/// Waits until everything that was committed is published and settled; says what never is. Where the
+/// lag leaves out what is handed out, it waits until nothing is added to these effects, too.
 ///
 /// # Errors
 ///
@@ -105,9 +129,18 @@ pub async fn settled(
     bus: &EventBus,
     store: Option<&Store>,
     groups: &[u16],
+    effects: &[Reader],
 ) -> anyhow::Result<Option<String>> {
     let (mut last, mut since, mut passes) = (u64::MAX, Instant::now(), 0);
-    while passes < QUIET_PASSES {
+    let (mut count, mut still_since) = (0, Instant::now());
+    while passes < QUIET_PASSES || (!effects.is_empty() && still_since.elapsed() < STILL) {
+        let mut counted = 0;
+        for reader in effects {
+            counted += reader.last_effect().await?;
+        }
+        if counted != count {
+            (count, still_since) = (counted, Instant::now());
+        }
         let left = left(bus, store, groups).await?;
         passes = if left == 0 { passes + 1 } else { 0 };
         if left != last {
@@ -143,7 +176,9 @@ pub async fn left(bus: &EventBus, store: Option<&Store>, groups: &[u16]) -> anyh
 ///
 /// When the broker does not say.
 pub async fn lag(bus: &EventBus, group: u16) -> anyhow::Result<u64> {
-    let lanes = bus.lag(&group_name(group), &[TOPIC]).await?;
+    let name = group_name(group);
+    // A connection that was lost with the broker is noticed by the first question.
+    let lanes = patiently(async || Ok(bus.lag(&name, &[TOPIC]).await?)).await?;
     Ok(lanes.iter().map(|lane| lane.messages).sum())
 }
 
@@ -160,16 +195,23 @@ pub async fn note_what_is_left(
     for group in groups {
         let lag = Entry::sample(Sample::Lag, lag(bus, *group).await?).with_group(*group);
         session.ok(lag)?;
-        let letters = dead_letters(bus, *group).await?;
+        let letters = patiently(async || dead_letters(bus, *group).await).await?;
         note(session, Operation::DeadLetter, *group, &letters)?;
         let parked = parked(bus, *group).await?;
         note(session, Operation::Park, *group, &parked)?;
     }
+    if !bus.capabilities().replay {
+        // Nobody can read again what the broker has.
+        return Ok(());
+    }
     let reread = Entry::new(Operation::Reread);
     session.invoke(reread)?;
-    let mut reader = bus
-        .read(&[TOPIC], Start::Earliest, Some(Until::Now))
-        .await?;
+    let read = async || {
+        Ok(bus
+            .read(&[TOPIC], Start::Earliest, Some(Until::Now))
+            .await?)
+    };
+    let mut reader = patiently(read).await?;
     let mut stored = Vec::with_capacity(BATCH);
     while let Some(record) = reader.next().await? {
         let stamp = stamp_of(&record.message).context("the topic has a foreign message")?;

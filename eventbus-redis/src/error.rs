@@ -24,7 +24,11 @@ fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
     use ErrorKind::{
         Codec, Internal, InvalidInput, RateLimited, Unauthorized, Unavailable, Unsupported,
     };
-    let code = native.code().unwrap_or_default();
+    // A transaction that was given up says only that, and why in the errors of its commands.
+    let errors = native.clone().into_server_errors();
+    let first = errors.as_ref().and_then(|errors| errors.first());
+    let code = first.map_or(native.code(), |(_, error)| Some(error.code()));
+    let code = code.unwrap_or_default();
     match (native.kind(), code) {
         (redis::ErrorKind::AuthenticationFailed, _) | (_, "WRONGPASS" | "NOAUTH") => (
             Unauthorized,

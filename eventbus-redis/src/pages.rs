@@ -183,8 +183,14 @@ impl Pages {
         if look.has_gap(from) {
             return Ok(gap(wakes, wanted, look));
         }
+        if look.end() > wanted.to {
+            // The watch sees one more entry at a time: whoever followed it would read pages of one.
+            wakes.appended(&[(wanted.row, look.end())]);
+        }
         let mut messages = Vec::new();
-        for (number, entry) in (from.before + 1..).zip(entries_of(entries)?) {
+        let entries = entries_of(entries)?;
+        let is_empty = entries.is_empty();
+        for (number, entry) in (from.before + 1..).zip(entries) {
             let message = unpack(wanted, number, entry)?;
             if message.position >= wanted.to {
                 break;
@@ -200,12 +206,17 @@ impl Pages {
             // What the writer and the watch say of an end is later than the end itself.
             wakes.corrects(wanted.row, wanted.to, look.end());
         }
-        match messages.is_empty() {
-            true => Ok(Page::Nothing {
-                next: wanted.to.min(look.end()),
-            }),
-            false => Ok(Page::Messages(messages)),
+        if !messages.is_empty() {
+            return Ok(Page::Messages(messages));
         }
+        // Nobody can go on from a place that does not say how many entries were before it: the next ones
+        // would be numbered wrongly, and passed over.
+        let next = match position::is_beyond(wanted.to) {
+            true if is_empty => look.end(),
+            true => wanted.from,
+            false => wanted.to.min(look.end()),
+        };
+        Ok(Page::Nothing { next })
     }
 }
 
@@ -349,6 +360,11 @@ async fn count_from(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use eventbus_core::log::TopicLanes;
+    use eventbus_core::{LaneTable, Limits, Topic};
+
     use super::*;
 
     fn id(millis: u64) -> EntryId {
@@ -390,6 +406,50 @@ mod tests {
         let nothing_read = position::from(Position(0));
         assert!(!look(0, 0, 0, 0).has_gap(nothing_read));
         assert!(!look(2, 2, 10, 20).has_gap(nothing_read));
+    }
+
+    #[test]
+    fn what_was_added_between_a_wake_and_its_page_is_read_next() {
+        let topic = Topic::from_static("orders");
+        let topic = Arc::new(TopicLanes::new(topic, 1, 7));
+        let mut lanes = LaneTable::new(Limits::default());
+        let mut wanted = Wanted {
+            lane: lanes.open(),
+            topic,
+            row: 7,
+            from: position::behind(id(30), 3),
+            // Entry 3 was just heard of, and is read already.
+            to: position::beyond(id(30)),
+        };
+        let wakes = Wakes::new();
+        let end = wakes.lane(7, wanted.to);
+        let entry = Value::Array(vec![
+            Value::BulkString(b"40-0".to_vec()),
+            Value::Array(Vec::new()),
+        ]);
+        let stream = vec![
+            Value::BulkString(b"orders".to_vec()),
+            Value::Array(vec![entry]),
+        ];
+        let reply = Value::Array(vec![Value::Array(stream)]);
+        let look = look(4, 4, 10, 40);
+        let read = |wanted: &Wanted| {
+            // The watch goes on meanwhile.
+            wakes.appended(&[(7, position::beyond(id(35)))]);
+            let page = Pages::default().page(&wakes, wanted, look, reply.clone());
+            page.expect("it can be read")
+        };
+        let Page::Nothing { next } = read(&wanted) else {
+            panic!("it is behind what was heard of");
+        };
+        assert_eq!(next, wanted.from, "it is not passed over");
+        assert_eq!(end.next(), look.end(), "and what comes behind it, too");
+        wanted.to = end.next();
+        let Page::Messages(messages) = read(&wanted) else {
+            panic!("it is there");
+        };
+        let positions: Vec<_> = messages.iter().map(|it| it.position).collect();
+        assert_eq!(positions, [position::entry(id(40), 4)]);
     }
 
     #[test]

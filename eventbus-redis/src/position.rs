@@ -49,6 +49,11 @@ pub(crate) fn beyond(id: EntryId) -> Position {
     behind(id, (1 << NUMBER_BITS) - 1)
 }
 
+/// Whether a place is one of [`beyond`], which says which entry comes before it and not how many.
+pub(crate) fn is_beyond(position: Position) -> bool {
+    position.0 & ((1 << (NUMBER_BITS + 1)) - 1) == (1 << (NUMBER_BITS + 1)) - 1
+}
+
 /// What a position says. One that is no place of this broker's lies where its id does.
 pub(crate) fn from(position: Position) -> From {
     let number = (position.0 >> 1) as u64 & ((1 << NUMBER_BITS) - 1);

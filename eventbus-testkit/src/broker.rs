@@ -39,6 +39,7 @@
 mod content;
 mod group;
 mod lifecycle;
+mod notes;
 mod position;
 mod pressure;
 mod settlement;
@@ -74,6 +75,7 @@ pub use lifecycle::{
     closing_one_client_leaves_the_other_working, dropped_next_loses_nothing, health_is_answered,
     publish_after_close_is_not_taken, restart_keeps_what_was_acknowledged,
 };
+pub use notes::{NOTES_VARIABLE, note};
 pub use position::{
     bounded_read_ends_where_it_says, empty_partition_ends_at_once, gap_is_reported_with_its_range,
     group_is_reset_only_without_members, groups_are_listed_with_their_positions,
@@ -132,6 +134,7 @@ macro_rules! broker_conformance {
         async fn $check() {
             let harness = $harness;
             $crate::broker::$check(&harness).await;
+            $crate::broker::note(stringify!($check), &harness).await;
         }
     };
     (@all $attributes:tt $harness:expr) => {

@@ -22,7 +22,8 @@ pub use lease::LeaseHarness;
 pub use outbox::{OutboxHarness, OutboxTransaction};
 pub use probe::{Ledger, Probe, Record, text_of, within};
 pub use proxy::{
-    Direction, FaultProxy, KafkaApi, Protocol, Requests, Statements, Traffic, WireFault,
+    AmqpMethod, AmqpMethods, Direction, FaultProxy, KafkaApi, Protocol, RedisCommands, Requests,
+    Statements, Traffic, WireFault,
 };
 pub use schedule::ScheduleHarness;
 pub use simulation::{SEED_VARIABLE, Simulation};

@@ -31,10 +31,12 @@
 //! # }).unwrap();
 //! ```
 
+mod amqp;
 mod kafka;
 mod link;
 mod postgres;
 mod protocol;
+mod redis;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -46,8 +48,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
+pub use amqp::{AmqpMethod, AmqpMethods};
 pub use kafka::{KafkaApi, Requests};
 pub use protocol::{Protocol, Statements};
+pub use redis::RedisCommands;
 
 /// What is wrong with a wire, for all connections over it, those that are made meanwhile included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,8 +88,10 @@ pub enum WireFault {
     /// Requests that the [`Protocol`] picks arrive so much later, and so does what is sent behind them
     /// on their connection.
     DelayRequest(Duration),
-    /// Requests that the [`Protocol`] picks are served, and their responses say an error of this number
-    /// where they would say none: of Kafka those to `Produce` and `OffsetCommit`, of others none.
+    /// Requests that the [`Protocol`] picks are answered by an error of this number: of Kafka those to
+    /// `Produce` and `OffsetCommit`, which are served all the same; of Redis one of the numbers of
+    /// [`RedisCommands`], and the command is not served; of AMQP the channel is closed with this number
+    /// in place of the method, which is not served. Of `PostgreSQL` none.
     Misreport(i16),
 }
 
@@ -127,7 +133,7 @@ struct Counters {
 ///
 /// - A connection that has lost bytes is never used again: it is reset when the fault ends.
 /// - Each connection holds at most one piece of 16 KiB for each direction, and of Kafka one response that
-///   is rewritten.
+///   is rewritten, of AMQP one frame.
 /// - All its tasks end when the handle is dropped, and all connections with them.
 #[derive(Debug)]
 pub struct FaultProxy {

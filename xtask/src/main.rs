@@ -1,6 +1,7 @@
 //! `cargo xtask …`: the checks of this repository that are programs; `dev/test` decides when they run.
 
 mod demo;
+mod matrix;
 mod tidy;
 mod workspace;
 
@@ -15,6 +16,8 @@ use workspace::Workspace;
 const USAGE: &str = "usage: cargo xtask COMMAND
   tidy              check the arrows between the crates and the house rules a program can see
   features PACKAGE  list the features of a workspace package, one a line
+  matrix DIRECTORY  write the table of checks and brokers into docs/brokers/README.md, from what the conformance suites
+                    noted there: run them with EVENTBUS_CONFORMANCE_NOTES=DIRECTORY
   demo-summary      read the output of `ecommerce demo --json` and check that its last line adds up";
 
 #[expect(clippy::print_stdout, reason = "a command line prints its answer")]
@@ -27,6 +30,10 @@ fn main() -> Result<ExitCode> {
             for feature in Workspace::load()?.features(package)? {
                 println!("{feature}");
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        ["matrix", notes] => {
+            matrix::write(&workspace::root()?, notes.as_ref())?;
             Ok(ExitCode::SUCCESS)
         }
         ["demo-summary"] => {

@@ -19,7 +19,7 @@ pub(crate) struct Finding {
 }
 
 impl Finding {
-    fn new(place: &str, message: impl Into<String>) -> Self {
+    pub(crate) fn new(place: &str, message: impl Into<String>) -> Self {
         Self {
             place: place.to_owned(),
             line: None,
@@ -57,6 +57,7 @@ const FILE_RULES: &[fn(&File) -> Vec<Finding>] = &[
 /// Runs every rule over the whole workspace.
 pub(crate) fn check(workspace: &Workspace) -> Vec<Finding> {
     let mut findings = arrows::point_one_way(&workspace.metadata);
+    findings.extend(crate::matrix::lacks(workspace));
     for file in &workspace.files {
         findings.extend(FILE_RULES.iter().flat_map(|rule| rule(file)));
     }

@@ -52,7 +52,8 @@ pub(crate) fn packages(metadata: &Value) -> impl Iterator<Item = &Value> {
     metadata["packages"].as_array().into_iter().flatten()
 }
 
-fn root() -> Result<PathBuf> {
+/// Where the repository lies that this program was built from.
+pub(crate) fn root() -> Result<PathBuf> {
     // Asked for at run time: a target folder shared between clones must not answer with the other clone.
     let package = env::var_os("CARGO_MANIFEST_DIR")
         .context("CARGO_MANIFEST_DIR is not set: run this through cargo")?;

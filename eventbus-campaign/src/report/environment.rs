@@ -5,6 +5,7 @@ use std::process::Command;
 
 use sqlx::{Connection as _, PgConnection};
 
+use crate::product::Product;
 use crate::site::Ground;
 
 /// On what a run ran.
@@ -28,8 +29,8 @@ impl Environment {
         for base in bases {
             match base {
                 Ground::Postgres(url) => add("PostgreSQL", postgres(url).await),
-                Ground::OwnKafka => add("Kafka", kafka()),
-                Ground::Sqlite | Ground::Kafka(_) => {}
+                Ground::Own(product) => add(product.name(), started(*product)),
+                Ground::Sqlite | Ground::Broker(..) => {}
             }
         }
         Self { versions }
@@ -87,8 +88,19 @@ async fn postgres(url: &str) -> Option<String> {
 }
 
 /// The version that `dev/brokers` starts.
-fn kafka() -> Option<String> {
-    let pom = include_str!("../../../dev/kafka/pom.xml");
-    let version = pom.split("<kafka.version>").nth(1)?;
-    version.split('<').next().map(str::to_owned)
+fn started(product: Product) -> Option<String> {
+    match product {
+        Product::Kafka => {
+            let pom = include_str!("../../../dev/kafka/pom.xml");
+            let version = pom.split("<kafka.version>").nth(1)?;
+            version.split('<').next().map(str::to_owned)
+        }
+        // Redis server v=7.0.15 sha=…
+        Product::Redis => {
+            let text = said("redis-server", &["--version"])?;
+            let mut words = text.split_whitespace();
+            words.find_map(|word| Some(word.strip_prefix("v=")?.to_owned()))
+        }
+        Product::RabbitMq => said("rabbitmqctl", &["version"]),
+    }
 }

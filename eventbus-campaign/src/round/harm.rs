@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use eventbus::Group;
 use eventbus::broker::AdminRequest;
-use eventbus_testkit::{
-    Direction, FaultProxy, KafkaApi, Protocol, Requests, Statements, WireFault,
-};
+use eventbus_testkit::{Direction, FaultProxy, Protocol, Statements, WireFault};
 use eventbus_verify::Fault;
 use rustix::process::Signal;
 use sqlx::sqlite::SqliteConnectOptions;
@@ -23,6 +21,7 @@ use crate::child::patiently;
 use crate::crash_point::CrashPoint;
 use crate::plan::{Harm, Plan};
 use crate::process::{Process, Role, Spec};
+use crate::product::Product;
 use crate::recorded::group_name;
 use crate::server::Server;
 use crate::site::{Ground, LEASE, Site};
@@ -35,9 +34,6 @@ const EXTRA_MAX: usize = 2;
 /// How often a member joins or leaves in a row, and how fast.
 const CHURN: usize = 5;
 const CHURN_EVERY: Duration = Duration::from_secs(2);
-/// What Kafka says of commits that it did not do, or may not have done: the coordinator loads, or is
-/// elsewhere; the leader is elsewhere, or too few replicas have it.
-const REFUSALS: &[i16] = &[14, 15, 16, 6, 20];
 /// The steps of who publishes.
 const SOURCE_STEPS: &[&str] = &[
     "publish.before",
@@ -127,20 +123,10 @@ impl Tools {
     }
 }
 
-/// Which requests are commits, to the proxy: of Kafka whatever moves a message or a group.
+/// Which requests are commits, to the proxy.
 fn protocol(base: &Ground) -> Protocol {
-    match base.is_kafka() {
-        false => Protocol::Postgres(Statements::commits()),
-        true => Protocol::Kafka(Requests::of(&[
-            KafkaApi::Produce,
-            KafkaApi::Fetch,
-            KafkaApi::OffsetCommit,
-            KafkaApi::JoinGroup,
-            KafkaApi::SyncGroup,
-            KafkaApi::Heartbeat,
-            KafkaApi::LeaveGroup,
-        ])),
-    }
+    let of_sql = || Protocol::Postgres(Statements::commits());
+    base.product().map_or_else(of_sql, Product::protocol)
 }
 
 impl Round {
@@ -238,7 +224,8 @@ impl Round {
             Role::Consume(_) => CONSUME_STEPS,
         };
         // Of a broker that is none of ours the steps are not known.
-        let is_known = |step: &&&str| !self.setting.base.is_kafka() || !step.starts_with("sql.");
+        let is_known =
+            |step: &&&str| self.setting.base.product().is_none() || !step.starts_with("sql.");
         let steps: Vec<&str> = steps.iter().filter(is_known).copied().collect();
         let step = self.random.choice(&steps).copied().unwrap_or_default();
         let point = CrashPoint {
@@ -524,7 +511,9 @@ impl Round {
                 (Fault::Delay, WireFault::DelayRequest(late))
             }
             Harm::Misreport => {
-                let code = self.random.choice(REFUSALS).copied().unwrap_or(6);
+                let product = self.setting.base.product();
+                let refusals = product.map_or(&[][..], Product::refusals);
+                let code = self.random.choice(refusals).copied().unwrap_or_default();
                 (Fault::ResponseLoss, WireFault::Misreport(code))
             }
             _ => (Fault::Cut, WireFault::Cut),

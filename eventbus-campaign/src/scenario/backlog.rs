@@ -15,7 +15,7 @@ pub const SCENARIO: Scenario = Scenario {
     covers: &[31, 52],
     runs_on: RunsOn::All,
     share: 2,
-    full: [Amount::Minutes(5); 3],
+    full: [Amount::Minutes(5); 5],
     plan,
 };
 

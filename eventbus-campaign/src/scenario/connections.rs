@@ -9,11 +9,11 @@ use crate::site::Ground;
 
 pub const SCENARIO: Scenario = Scenario {
     name: "connections",
-    about: "an outbox and a broker on a server whose wire delays, is cut, half open, loses one direction, truncates, and loses the responses of commits; on Kafka these come late, or say what is not so, too",
+    about: "an outbox and a broker on a server whose wire delays, is cut, half open, loses one direction, truncates, and loses the responses of commits; of a message broker these come late, or say what is not so, too",
     covers: &[7, 8, 9, 11, 27, 43, 48],
     runs_on: RunsOn::Servers,
     share: 4,
-    full: [Amount::Minutes(15); 3],
+    full: [Amount::Minutes(15); 5],
     plan,
 };
 
@@ -34,7 +34,7 @@ fn plan(base: &Ground) -> Plan {
             (Harm::Delay, 2),
             (Harm::Kill, 1),
         ]);
-    let plan = match base.is_kafka() {
+    let plan = match base.product().is_some() {
         true => plan.harmed_besides_by(&[(Harm::LateCommits, 4), (Harm::Misreport, 4)]),
         false => plan,
     };

@@ -9,7 +9,7 @@ use crate::site::Ground;
 
 pub const SCENARIO: Scenario = Scenario {
     name: "embedded",
-    about: "producers and members of two groups on one broker are killed, stopped and continued, join and leave; on Kafka the broker is, too, and its wire is cut",
+    about: "producers and members of two groups on one broker are killed, stopped and continued, join and leave; a message broker is, too, and its wire is cut",
     covers: &[23, 25, 26],
     runs_on: RunsOn::All,
     share: 4,
@@ -17,6 +17,8 @@ pub const SCENARIO: Scenario = Scenario {
         Amount::Messages(20_000_000),
         Amount::Minutes(10),
         Amount::Messages(2_000_000),
+        Amount::Messages(1_000_000),
+        Amount::Messages(300_000),
     ],
     plan,
 };

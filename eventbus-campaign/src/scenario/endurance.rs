@@ -13,7 +13,7 @@ pub const SCENARIO: Scenario = Scenario {
     covers: &[11],
     runs_on: RunsOn::All,
     share: 6,
-    full: [Amount::Minutes(32); 3],
+    full: [Amount::Minutes(32); 5],
     plan,
 };
 

@@ -13,7 +13,7 @@ pub const SCENARIO: Scenario = Scenario {
     covers: &[44, 45, 50],
     runs_on: RunsOn::Postgres,
     share: 2,
-    full: [Amount::Minutes(5); 3],
+    full: [Amount::Minutes(5); 5],
     plan,
 };
 

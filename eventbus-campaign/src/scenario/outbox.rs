@@ -13,7 +13,13 @@ pub const SCENARIO: Scenario = Scenario {
     covers: &[25, 41, 42, 43, 46, 50],
     runs_on: RunsOn::All,
     share: 4,
-    full: [Amount::Messages(1_000_000); 3],
+    full: [
+        Amount::Messages(1_000_000),
+        Amount::Messages(1_000_000),
+        Amount::Messages(1_000_000),
+        Amount::Messages(300_000),
+        Amount::Messages(100_000),
+    ],
     plan,
 };
 

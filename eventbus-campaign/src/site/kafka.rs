@@ -1,30 +1,16 @@
-//! The topics of a round on Kafka: made before it, and removed with its groups behind it.
+//! The topics and groups of a round on Kafka: removed behind it.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use eventbus::broker::AdminRequest;
-use eventbus::{KafkaConfig, TopicSpec};
+use eventbus::KafkaConfig;
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::FromClientConfig as _;
 
-use super::PARTITIONS;
-use crate::recorded::BrokerArgs;
-use crate::tried::TOPIC;
-
 /// How long the broker may take to answer.
 const ANSWER: Duration = Duration::from_secs(30);
-
-/// Makes the tried topic.
-pub(super) async fn prepare(broker: &BrokerArgs) -> anyhow::Result<()> {
-    let broker = broker.connect().await?;
-    let topic = TopicSpec::new(TOPIC).with_partitions(PARTITIONS);
-    broker.admin(AdminRequest::ApplyTopics(vec![topic])).await?;
-    broker.close().await?;
-    Ok(())
-}
 
 /// Removes all topics and groups with a prefix. The SDK removes none, so this is a client of its own.
 pub(super) async fn remove(url: &str, prefix: &str) -> anyhow::Result<()> {

@@ -185,7 +185,7 @@ pub enum MemoryProfile {
     /// As RabbitMQ: 16 MiB a message; a new group begins with what is published from then on and
     /// nothing is read again, except dead letters; redelivery, selective settlement.
     RabbitMq,
-    /// As Redis streams: 64 MiB a message, history and replay, no redelivery.
+    /// As Redis streams: 16 MiB a message, history and replay, no redelivery.
     Redis,
 }
 
@@ -232,7 +232,7 @@ impl MemoryProfile {
                 ..declared
             },
             Self::Redis => Capabilities {
-                message_bytes_max: 64 * MIB,
+                message_bytes_max: 16 * MIB,
                 history: true,
                 replay: true,
                 gaps: true,

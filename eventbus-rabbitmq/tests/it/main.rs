@@ -9,5 +9,6 @@ mod ingress;
 mod letters;
 mod order;
 mod own;
+mod proxy;
 mod server;
 mod shop;

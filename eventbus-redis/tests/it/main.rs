@@ -1,5 +1,6 @@
 //! Tests against the Redis that `dev/brokers up redis` starts.
 
 mod conformance;
+mod proxy;
 mod server;
 mod streams;

@@ -182,8 +182,8 @@ struct Outgoing {
 }
 
 impl Watch for Session {
-    fn asks(&mut self, bytes: &[u8], fault: WireFault) -> Asked {
-        let mut asked = Asked::default();
+    fn asks<'b>(&mut self, bytes: &'b [u8], fault: WireFault) -> Asked<'b> {
+        let mut asked = Asked::passing(bytes);
         let mut rest = bytes;
         while let (false, Some(header)) = (self.is_opaque, self.client.next(&mut rest)) {
             let [_, _, _, _, key @ .., a, b, c, d] = header;

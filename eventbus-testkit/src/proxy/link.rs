@@ -175,7 +175,7 @@ impl Link {
                     self.loses();
                 }
                 Followed {
-                    bytes: Cow::Borrowed(bytes),
+                    bytes: asked.bytes,
                     late: asked.late,
                     is_served: false,
                 }

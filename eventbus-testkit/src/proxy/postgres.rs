@@ -151,8 +151,8 @@ impl Session {
 }
 
 impl Watch for Session {
-    fn asks(&mut self, bytes: &[u8], fault: WireFault) -> Asked {
-        let mut asked = Asked::default();
+    fn asks<'b>(&mut self, bytes: &'b [u8], fault: WireFault) -> Asked<'b> {
+        let mut asked = Asked::passing(bytes);
         let mut rest = bytes;
         while let (false, Some(frame)) = (self.phase == Phase::Opaque, self.client.next(&mut rest))
         {
@@ -295,7 +295,8 @@ mod tests {
     fn the_answer_to_a_simple_commit_is_lost_and_no_other() {
         let mut session = opened();
         assert!(!session.asks(&message(b'Q', b"BEGIN\0"), LOSE).loses);
-        let asked = session.asks(&message(b'Q', b"COMMIT\0"), LOSE);
+        let commit = message(b'Q', b"COMMIT\0");
+        let asked = session.asks(&commit, LOSE);
         assert!(asked.loses);
         // Both answers come in one piece: that to BEGIN passes.
         let begin = [&message(b'C', b"BEGIN\0")[..], READY].concat();

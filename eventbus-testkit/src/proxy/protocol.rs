@@ -4,12 +4,12 @@ use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::amqp::AmqpMethods;
 use super::kafka::Requests;
-use super::{WireFault, kafka, postgres};
+use super::redis::RedisCommands;
+use super::{WireFault, amqp, kafka, postgres, redis};
 
 /// What passes over a wire.
-///
-/// AMQP and RESP come with their adapters, as variants here and a `Watch` each.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub enum Protocol {
@@ -24,6 +24,14 @@ pub enum Protocol {
     /// [`LoseResponse`](WireFault::LoseResponse), [`DelayRequest`](WireFault::DelayRequest) and
     /// [`Misreport`](WireFault::Misreport).
     Kafka(Requests),
+    /// That of Redis (RESP), without encryption. These commands are harmed, by
+    /// [`LoseResponse`](WireFault::LoseResponse), [`DelayRequest`](WireFault::DelayRequest) and
+    /// [`Misreport`](WireFault::Misreport), which here refuses them in truth: the server does not see them.
+    Redis(RedisCommands),
+    /// AMQP 0.9.1, without encryption. These methods are harmed, by
+    /// [`LoseResponse`](WireFault::LoseResponse), [`DelayRequest`](WireFault::DelayRequest) and
+    /// [`Misreport`](WireFault::Misreport), which here closes the channel in their place.
+    Amqp(AmqpMethods),
 }
 
 /// Picks statements by their text.
@@ -60,6 +68,8 @@ impl Protocol {
             Self::Opaque => Box::new(Nothing),
             Self::Postgres(statements) => Box::new(postgres::Session::new(statements)),
             Self::Kafka(requests) => Box::new(kafka::Session::new(requests, address)),
+            Self::Redis(commands) => Box::new(redis::Session::new(commands)),
+            Self::Amqp(methods) => Box::new(amqp::Session::new(methods)),
         }
     }
 }
@@ -67,19 +77,32 @@ impl Protocol {
 /// Follows what passes on one connection; bytes come in pieces of any size.
 pub(super) trait Watch: Send {
     /// Looks at what the client sends, before it is passed on.
-    fn asks(&mut self, bytes: &[u8], fault: WireFault) -> Asked;
+    fn asks<'b>(&mut self, bytes: &'b [u8], fault: WireFault) -> Asked<'b>;
 
     /// Looks at what the server sends.
     fn answers<'b>(&mut self, bytes: &'b [u8]) -> Answered<'b>;
 }
 
 /// What is to be done with what the client sent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Asked {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Asked<'b> {
+    /// What passes in its place.
+    pub(super) bytes: Cow<'b, [u8]>,
     /// Whether the response to something in it, or to something before, is to be lost.
     pub(super) loses: bool,
     /// How much later it is to arrive.
     pub(super) late: Option<Duration>,
+}
+
+impl<'b> Asked<'b> {
+    /// What passes as it is.
+    pub(super) fn passing(bytes: &'b [u8]) -> Self {
+        Self {
+            bytes: Cow::Borrowed(bytes),
+            loses: false,
+            late: None,
+        }
+    }
 }
 
 /// What is to be done with what the server sent.
@@ -96,8 +119,8 @@ pub(super) struct Answered<'b> {
 struct Nothing;
 
 impl Watch for Nothing {
-    fn asks(&mut self, _: &[u8], _: WireFault) -> Asked {
-        Asked::default()
+    fn asks<'b>(&mut self, bytes: &'b [u8], _: WireFault) -> Asked<'b> {
+        Asked::passing(bytes)
     }
 
     fn answers<'b>(&mut self, bytes: &'b [u8]) -> Answered<'b> {

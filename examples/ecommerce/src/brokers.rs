@@ -12,8 +12,8 @@ use crate::databases::StoreArgs;
 /// On which broker the services meet.
 #[derive(Args, Clone, Debug)]
 pub struct BrokerArgs {
-    /// The broker on which the services meet, such as `kafka://HOST:PORT`, or `memory:`, which lives
-    /// and dies with this process [default: the embedded one, an SQLite file in the data directory]
+    /// The broker on which the services meet, such as `kafka://HOST:PORT`, `redis://HOST:PORT` or
+    /// `amqp://HOST:PORT`, or `memory:`, which lives and dies with this process [default: the embedded one, an SQLite file in the data directory]
     #[arg(long, value_name = "URL")]
     broker: Option<String>,
     /// What stands before the names of the topics, so that several shops have room on one broker
@@ -59,8 +59,9 @@ impl BrokerArgs {
             Some(url) => url.clone(),
             None => format!("sqlite://{}", data.join("bus.db").display()),
         };
-        // Kafka keeps neither held keys nor what is tried again later.
-        let beside = url.starts_with("kafka:").then(|| store.of_bus(data));
+        // Message brokers keep neither held keys nor what is tried again later.
+        let keeps_none = ["kafka:", "redis:", "amqp:"].map(|scheme| url.starts_with(scheme));
+        let beside = keeps_none.contains(&true).then(|| store.of_bus(data));
         let prefix = self.topic_prefix.as_deref().unwrap_or_default();
         let config = EventBusConfig::new(url).with_topic_prefix(prefix);
         match beside {
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_kafka_does_not_keep_is_in_the_shop_s_store() {
+    fn what_message_brokers_do_not_keep_is_in_the_shop_s_store() {
         let data = Path::new("data");
         let beside = |broker, store: &str| {
             let store = StoreArgs {
@@ -129,10 +130,10 @@ mod tests {
             named(broker).config(data, &store).store
         };
         assert_eq!(beside(None, "sqlite"), None);
-        assert_eq!(
-            beside(Some("kafka://host"), "sqlite").as_deref(),
-            Some("sqlite://data/bus.db")
-        );
+        for url in ["kafka://host", "redis://host", "amqp://host"] {
+            let store = beside(Some(url), "sqlite");
+            assert_eq!(store.as_deref(), Some("sqlite://data/bus.db"));
+        }
         assert_eq!(
             beside(Some("kafka://host"), "postgres://db/shop?schema=blue").as_deref(),
             Some("postgres://db/shop?schema=shop&connections=5&schema=blue&schema=blue_bus")

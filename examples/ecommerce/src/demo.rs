@@ -27,7 +27,7 @@ mod summary;
 mod timeline;
 
 use checkout::Checkout;
-use history::History;
+use history::Watch;
 use order_book::OrderBook;
 use summary::{Findings, Summary};
 
@@ -218,12 +218,13 @@ async fn show(
     let gateway = gateway.context("the demo runs a gateway")?;
     let board = shop.board.clone().context("the demo runs a gateway")?;
     let warehouse = shop.warehouse.clone().context("the demo has stock")?;
+    let watch = Watch::begin(bus).await?;
     let checkout = Checkout::place_all(gateway, book, &board, args.rate, &bar).await?;
     bar.set_message("waiting for the ends");
     let unfinished = board.wait_until_open(0, PATIENCE).await?;
     bar.finish_and_clear();
 
-    let history = History::read(bus).await?;
+    let history = watch.end().await?;
     let findings = Findings {
         psp: ask(&psp.url).await?,
         mailer: ask(&mailer.url).await?,

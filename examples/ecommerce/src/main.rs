@@ -149,6 +149,8 @@ async fn main() -> ExitCode {
 
 /// Logs to stderr; `RUST_LOG` overrides what.
 fn start_logging(default: &str, crash_at: Option<CrashPoint>) {
+    // RabbitMQ's client logs an error for each channel that the server closes, also where that is an answer.
+    let default = format!("{default},lapin=off");
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let log = tracing_subscriber::fmt::layer()
         .with_ansi(std::io::stderr().is_terminal())

@@ -78,7 +78,8 @@ fn a_picked_request_is_late() {
         session.asks(&request(KafkaApi::Heartbeat, 3, 1), late).late,
         None
     );
-    let asked = session.asks(&request(KafkaApi::OffsetCommit, 7, 2), late);
+    let commit = request(KafkaApi::OffsetCommit, 7, 2);
+    let asked = session.asks(&commit, late);
     assert_eq!(asked.late, Some(Duration::from_secs(1)));
 }
 
