@@ -18,7 +18,7 @@ use eventbus::{EventBus, Message, RedisBroker};
 use futures_util::StreamExt;
 use pairs::{Arm, Comparison, Envelope, Figure, OrderCreated, Watch, What, fill, number, order};
 use redis::aio::MultiplexedConnection;
-use redis::{Pipeline, Value};
+use redis::{AsyncConnectionConfig, Pipeline, Value};
 
 /// As many as our defaults create.
 const PARTITIONS: u32 = 4;
@@ -84,8 +84,11 @@ impl Bench {
     }
 
     async fn connect(&self) -> MultiplexedConnection {
-        let connection = self.client.get_multiplexed_async_connection().await;
-        connection.expect("it answers")
+        // On a busy machine the server may take longer than the half second of the default.
+        let config = AsyncConnectionConfig::new().set_response_timeout(None);
+        let client = &self.client;
+        let connection = client.get_multiplexed_async_connection_with_config(&config);
+        connection.await.expect("it answers")
     }
 
     async fn run(&self, arm: Arm, what: What) -> Figure {
