@@ -9,7 +9,7 @@ use eventbus_core::{Error, ErrorKind, Position, Result, Start, Timestamp};
 use redis::{Pipeline, Value};
 
 use crate::position::{self, EntryId};
-use crate::record;
+use crate::record::Reader;
 use crate::server::Server;
 use crate::topics::stream;
 
@@ -183,9 +183,11 @@ impl Pages {
         if look.has_gap(from) {
             return Ok(gap(wakes, wanted, look));
         }
-        let mut messages = Vec::new();
-        for (number, entry) in (from.before + 1..).zip(entries_of(entries)?) {
-            let message = unpack(wanted, number, entry)?;
+        let entries = entries_of(entries)?;
+        let mut messages = Vec::with_capacity(entries.len());
+        let mut reader = Reader::default();
+        for (number, entry) in (from.before + 1..).zip(entries) {
+            let message = unpack(&mut reader, wanted, number, entry)?;
             if message.position >= wanted.to {
                 break;
             }
@@ -241,7 +243,7 @@ fn entries_of(reply: Value) -> Result<Vec<Value>> {
     }
 }
 
-fn unpack(wanted: &Wanted, number: u64, entry: Value) -> Result<Unpacked> {
+fn unpack(reader: &mut Reader, wanted: &Wanted, number: u64, entry: Value) -> Result<Unpacked> {
     let Value::Array(parts) = entry else {
         return Err(unreadable());
     };
@@ -254,7 +256,7 @@ fn unpack(wanted: &Wanted, number: u64, entry: Value) -> Result<Unpacked> {
         Value::Array(fields) => fields,
         _ => Vec::new(),
     };
-    let message = record::read(&wanted.topic.name, fields);
+    let message = reader.read(&wanted.topic.name, fields);
     Ok(Unpacked {
         position: position::entry(id, number),
         time: time_of(id),
