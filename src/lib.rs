@@ -41,7 +41,7 @@ pub use eventbus_macros::Event;
 #[cfg(feature = "rabbitmq")]
 pub use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
 #[cfg(feature = "redis")]
-pub use eventbus_redis::{RedisBroker, RedisConfig};
+pub use eventbus_redis::{RedisBroker, RedisConfig, RedisDuplicates, RedisKeyState};
 #[cfg(feature = "postgres")]
 pub use eventbus_sql::{
     PostgresBroker, PostgresConfig, PostgresOutbox, PostgresStore, PostgresTransaction,

@@ -11,6 +11,7 @@ use eventbus_core::{
 
 use crate::config::RedisConfig;
 use crate::database::Shared;
+use crate::key_state::RedisKeyState;
 use crate::leases::RedisLeases;
 use crate::writer::Placed;
 
@@ -98,6 +99,12 @@ impl RedisBroker {
     #[must_use]
     pub fn leases(&self) -> RedisLeases {
         RedisLeases::new(Arc::clone(&self.client.shared.database), Arc::default())
+    }
+
+    /// Where keys of any groups are held on this server.
+    #[must_use]
+    pub fn key_state(&self) -> RedisKeyState {
+        RedisKeyState::new(self.client.shared.clone())
     }
 
     /// How many settlements of this client were ignored because their lane had been given away or

@@ -2,4 +2,5 @@
 
 mod conformance;
 mod server;
+mod stores;
 mod streams;
