@@ -1,6 +1,9 @@
-//! Tests against the Redis that `dev/brokers up redis` starts.
+//! Tests against the Redis that `dev/brokers up redis` starts, and servers of their own.
 
 mod conformance;
+mod errors;
+mod own_server;
 mod server;
+mod stopped;
 mod stores;
 mod streams;
