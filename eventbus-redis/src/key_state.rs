@@ -75,7 +75,11 @@ fn place_key(group: &Group, place: &TopicPartition) -> String {
 /// A script about one place; what it is given comes behind the fence.
 fn script(what: &str, group: &Group, place: &TopicPartition, fence: u64) -> Cmd {
     let mut ask = redis::cmd("EVAL");
-    ask.arg([scripts::COMMON, what].concat()).arg(4);
+    let begin = match what == scripts::HOLD {
+        true => "",
+        false => scripts::IN_NEED,
+    };
+    ask.arg([begin, scripts::COMMON, what].concat()).arg(4);
     ask.arg(fences_key(group)).arg(place_key(group, place));
     ask.arg(decisions_key(group)).arg(changes_key(group));
     ask.arg(place_name(&place.topic, place.partition));
@@ -85,6 +89,11 @@ fn script(what: &str, group: &Group, place: &TopicPartition, fence: u64) -> Cmd 
 
 fn under(what: &str, claim: &Claim) -> Cmd {
     script(what, &claim.group, &claim.place, claim.fence)
+}
+
+/// A count that Lua can say exactly.
+fn bounded(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 /// What a script answers under an earlier claim, and where there is no room.
@@ -229,7 +238,7 @@ impl KeyStateStore for RedisKeyState {
         pipeline.cmd("GET").arg(decisions_key(group));
         for claim in claims {
             let mut ask = under(scripts::DUE, claim);
-            ask.arg(now.as_micros()).arg(names_max);
+            ask.arg(now.as_micros()).arg(bounded(names_max));
             pipeline.add_command(ask);
         }
         let server = &self.shared.database.server;
@@ -293,7 +302,7 @@ impl KeyStateDesk for RedisKeyState {
                 _ => Vec::new(),
             };
             let mut ask = script(scripts::LIST, group, &place, 0);
-            ask.arg(behind).arg(names_max - reports.len());
+            ask.arg(behind).arg(bounded(names_max - reports.len()));
             let answer = self.ask(LIST, &ask).await?;
             reports.extend(read_reports(LIST, &place, answer)?);
         }
@@ -309,7 +318,7 @@ impl KeyStateDesk for RedisKeyState {
     ) -> Result<Vec<HeldMessage>> {
         let mut ask = script(scripts::MESSAGES, group, &held.place, 0);
         ask.arg(stored_name(&held.name));
-        ask.arg(after.unwrap_or(0)).arg(messages_max);
+        ask.arg(after.unwrap_or(0)).arg(bounded(messages_max));
         let answer = self.ask(MESSAGES, &ask).await?;
         read_messages(MESSAGES, &held.place.topic, answer)
     }

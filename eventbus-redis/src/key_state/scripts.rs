@@ -1,6 +1,9 @@
 //! What the server does with held keys, each in one step.
 
-/// What all scripts begin with: whose place it is, and where a name is noted that is tried some time.
+/// What a script begins with that a server lets run when its memory is full: all but what holds more.
+pub(super) const IN_NEED: &str = "#!lua flags=allow-oom\n";
+
+/// What all scripts have in front: whose place it is, and where a name is noted that is tried some time.
 pub(super) const COMMON: &str = "
     local fences, base = KEYS[1], KEYS[2]
     local names, due, decided = base .. ':names', base .. ':due', base .. ':decided'

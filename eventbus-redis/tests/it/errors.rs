@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Error, ErrorKind, Message, Outcome, PublishError, Publisher,
-    Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until, Verdict,
+    AdminReply, AdminRequest, Broker, Error, ErrorKind, Group, Message, Outcome, PublishError,
+    Publisher, Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until, Verdict,
 };
 use eventbus_redis::{RedisBroker, RedisDuplicates};
-use eventbus_testkit::within;
+use eventbus_testkit::{Probe, within};
 
 use crate::own_server::OwnServer;
 use crate::server::Server;
@@ -40,12 +40,17 @@ fn only(error: PublishError) -> (Outcome, Error) {
     (refused.outcome, refused.error)
 }
 
+/// What it says, with what caused it.
+fn said(error: &Error) -> String {
+    format!("{error:?}")
+}
+
 /// How many messages a reader finds.
 async fn count(broker: &RedisBroker, topic: &Topic) -> usize {
     let reader = Subscription::reader(vec![topic.clone()]).with_start(Start::Earliest);
     let reader = broker.subscribe(reader.with_until(Until::Now)).await;
     let mut reader = reader.expect("it reads");
-    let mut count = 0;
+    let (mut count, mut open) = (0, 0);
     loop {
         match within(PATIENCE, reader.deliveries.next()).await {
             Ok(Signal::Delivered(batch)) => {
@@ -55,7 +60,13 @@ async fn count(broker: &RedisBroker, topic: &Topic) -> usize {
                 let settled = reader.settlement.settle(&settled).await;
                 settled.expect("it goes on");
             }
-            Ok(Signal::Ended(_)) => return count,
+            Ok(Signal::Ended(lanes)) => {
+                open -= lanes.len();
+                if open == 0 {
+                    return count;
+                }
+            }
+            Ok(Signal::Assigned(lanes)) => open += lanes.len(),
             Ok(Signal::Gap { .. }) => panic!("a message is lost"),
             signal => drop(signal.expect("it goes on")),
         }
@@ -104,7 +115,7 @@ async fn a_missing_topic_is_not_found_where_none_is_to_be_created() {
     let (outcome, error) = publish(&broker, Message::new(missing.clone(), "x")).await;
     assert_eq!(outcome, Outcome::NotTaken);
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
-    assert!(error.to_string().contains("declare it"), "{error}");
+    assert!(said(&error).contains("declare it"), "{error}");
     let reader = Subscription::reader(vec![missing.clone()]);
     let error = broker.subscribe(reader).await.expect_err("it is missing");
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
@@ -161,6 +172,9 @@ async fn a_full_memory_refuses_and_loses_nothing() {
     let server = OwnServer::start(&settings).await;
     let broker = server.connect().await;
     let topic = topic("full");
+    let group = Group::new(topic.as_str()).expect("a good name");
+    let member = Subscription::group(group.clone(), vec![topic.clone()]);
+    let mut probe = Probe::join(&broker, member).await.expect("it joins");
     let message = || Message::new(topic.clone(), vec![b'x'; 64 * 1024]);
     let mut taken = 0;
     let error = loop {
@@ -183,6 +197,20 @@ async fn a_full_memory_refuses_and_loses_nothing() {
         );
     }
     assert_eq!(count(&broker, &topic).await, taken);
+    // Groups that have begun go on, too: what they settle makes room.
+    let lag = || AdminRequest::Lag {
+        group: group.clone(),
+        topics: vec![topic.clone()],
+    };
+    let again = within(PATIENCE, probe.collect(1)).await;
+    probe.settle(&again).await;
+    let Ok(AdminReply::Lag(lag)) = broker.admin(lag()).await else {
+        panic!("it is declared");
+    };
+    assert_eq!(
+        lag.iter().map(|it| it.messages).sum::<u64>(),
+        taken as u64 - 1
+    );
     server
         .answers(&["CONFIG", "SET", "maxmemory", "64mb"], "OK")
         .await;
@@ -231,7 +259,7 @@ async fn a_replica_takes_nothing_and_says_who_does() {
     assert_eq!(outcome, Outcome::NotTaken);
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
     assert!(error.is_retryable());
-    assert!(error.to_string().contains("name the primary"), "{error}");
+    assert!(said(&error).contains("name the primary"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -297,7 +325,7 @@ async fn a_server_that_reads_its_data_takes_messages_when_it_has_read_them() {
     assert_eq!(outcome, Outcome::NotTaken);
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
     assert!(error.is_retryable());
-    assert!(error.to_string().contains("reads its data"), "{error}");
+    assert!(said(&error).contains("reads its data"), "{error}");
     server.answers(&["PING"], "PONG").await;
     let message = Message::new(topic.clone(), "y");
     broker.publish(vec![message]).await.expect("it is taken");
