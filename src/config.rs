@@ -45,8 +45,8 @@ pub struct EventBusConfig {
     #[serde(default)]
     pub topic_prefix: String,
     /// Where keys are held and events wait for their time, such as `sqlite://held.db` or
-    /// `postgres://db.example/shop`: for a broker that keeps neither, which is Kafka. Without it they
-    /// are on the broker, where that can. May hold a password, which is never shown.
+    /// `postgres://db.example/shop`: for a broker that keeps neither, such as Kafka. A `redis://`
+    /// server keeps held keys only. Without it they are on the broker, where that can. May hold a password, which is never shown.
     ///
     /// It is a part of the bus: all processes on one broker name the same, and no other broker has
     /// it. What is held was taken from the broker and is nowhere else, so it has to be as durable.

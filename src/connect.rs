@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+#[cfg(feature = "redis")]
+use eventbus_core::Durability;
 use eventbus_core::{Error, ErrorKind, EventBus, EventBusBuilder, Result, Topic, redacted_url};
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 use eventbus_core::{KeyStateStore, ScheduleStore};
@@ -22,7 +24,7 @@ const SCHEMES: &[(&str, &str)] = &[
 ];
 
 /// Schemes of what can keep held keys and events for later beside a broker.
-const STORES: &[&str] = &["sqlite", "postgres", "postgresql"];
+const STORES: &[&str] = &["sqlite", "postgres", "postgresql", "redis", "rediss"];
 
 /// Connects an [`EventBus`]; in scope with the prelude, so that `EventBus::connect` is there.
 pub trait Connect: Sized {
@@ -132,9 +134,11 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
             eventbus_rabbitmq::RabbitMqBroker::from_url(url).await?,
         )),
         #[cfg(feature = "redis")]
-        "redis" | "rediss" => Ok(EventBus::builder(
-            eventbus_redis::RedisBroker::from_url(url).await?,
-        )),
+        "redis" | "rediss" => {
+            let broker = eventbus_redis::RedisBroker::from_url(url).await?;
+            let key_state = broker.key_state();
+            Ok(EventBus::builder(broker).key_state(Arc::new(key_state)))
+        }
         scheme => Err(unknown(scheme, url)),
     }
 }
@@ -153,13 +157,27 @@ async fn with_store(builder: EventBusBuilder, url: &str) -> Result<EventBusBuild
             let schema = eventbus_sql::PostgresBroker::from_url(url).await?;
             Ok(with_both(builder, schema.key_state(), schema.schedule()))
         }
+        #[cfg(feature = "redis")]
+        "redis" | "rediss" => {
+            let key_state = eventbus_redis::RedisBroker::from_url(url).await?.key_state();
+            if key_state.durability() == Durability::Process {
+                // What is held counts as settled on the broker.
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "connect",
+                    "the server has no append-only file, so what is held would end with it: set `appendonly yes`",
+                )
+                .with("url", redacted_url(url)));
+            }
+            Ok(builder.key_state(Arc::new(key_state)))
+        }
         // Also `memory:`: what is held counts as settled on the broker, and would end with the process.
         scheme => Err(match STORES.contains(&scheme) {
             true => unknown(scheme, url),
             false => Error::new(
                 ErrorKind::InvalidInput,
                 "connect",
-                "held keys and events for later are kept in a database: `sqlite://FILE` or `postgres://HOST/DATABASE`",
+                "held keys and events for later are kept in a database, `sqlite://FILE` or `postgres://HOST/DATABASE`; held keys alone also on `redis://HOST`",
             )
             .with("url", format_args!("{:?}", redacted_url(url))),
         }),

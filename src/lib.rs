@@ -44,7 +44,7 @@ pub use eventbus_rabbitmq::{
     RabbitMqQueue,
 };
 #[cfg(feature = "redis")]
-pub use eventbus_redis::{RedisBroker, RedisConfig};
+pub use eventbus_redis::{RedisBroker, RedisConfig, RedisDuplicates, RedisKeyState};
 #[cfg(feature = "postgres")]
 pub use eventbus_sql::{
     PostgresBroker, PostgresConfig, PostgresOutbox, PostgresStore, PostgresTransaction,

@@ -1,19 +1,18 @@
 //! The client handle: publishing, and what is declared.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use eventbus_core::log::{Members, TopicLanes};
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Capabilities, Error, Message, Outcome, PublishError,
-    Publisher, Result, Topic, Unpublished,
+    Publisher, Result, Unpublished,
 };
 
 use crate::config::RedisConfig;
 use crate::database::Shared;
+use crate::key_state::RedisKeyState;
 use crate::leases::RedisLeases;
-use crate::topics::stream;
 use crate::writer::Placed;
 
 /// Most bytes of one message.
@@ -102,6 +101,12 @@ impl RedisBroker {
         RedisLeases::new(Arc::clone(&self.client.shared.database), Arc::default())
     }
 
+    /// Where keys of any groups are held on this server.
+    #[must_use]
+    pub fn key_state(&self) -> RedisKeyState {
+        RedisKeyState::new(self.client.shared.clone())
+    }
+
     /// How many settlements of this client were ignored because their lane had been given away or
     /// they had been made before.
     pub fn stale_settlements(&self) -> u64 {
@@ -114,33 +119,35 @@ impl RedisBroker {
 
     /// Finds the stream of each message.
     async fn place(&self, messages: Vec<Message>) -> Result<Vec<Placed>, (Error, Vec<Message>)> {
-        let mut topics: HashMap<Topic, Arc<TopicLanes>> = HashMap::new();
-        let mut streams: HashMap<u32, Arc<str>> = HashMap::new();
+        let database = &self.client.shared.database;
+        // A batch has few topics: the one of the message before is mostly that of the next.
+        let mut met = Vec::with_capacity(1);
         for message in &messages {
-            if !topics.contains_key(&message.topic) {
-                let met = self
-                    .client
-                    .shared
-                    .database
-                    .meet_topic("publish", &message.topic);
-                match met.await {
-                    Ok(topic) => topics.insert(message.topic.clone(), topic),
-                    Err(error) => return Err((error, messages)),
-                };
+            let mut known = met.iter().map(|(topic, _): &(Arc<TopicLanes>, _)| topic);
+            if known.any(|known| known.name == message.topic) {
+                continue;
+            }
+            match database.meet_topic("publish", &message.topic).await {
+                Ok(topic) => {
+                    let streams = database.known.streams(&topic);
+                    met.push((topic, streams));
+                }
+                Err(error) => return Err((error, messages)),
             }
         }
         let place = |message: Message| {
-            let topic = &topics[&message.topic];
+            let mut known = met.iter();
+            let (topic, streams) = known.find(|(topic, _)| topic.name == message.topic)?;
             let row = topic.lane_for(&message);
-            let named = streams.entry(row);
-            let stream = named.or_insert_with(|| stream(topic, row - topic.first_lane).into());
-            Placed {
+            let stream = streams.get((row - topic.first_lane) as usize)?;
+            Some(Placed {
                 row,
                 stream: Arc::clone(stream),
                 message,
-            }
+            })
         };
-        Ok(messages.into_iter().map(place).collect())
+        // Each of them was met above.
+        Ok(messages.into_iter().filter_map(place).collect())
     }
 }
 

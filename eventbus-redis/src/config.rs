@@ -39,6 +39,9 @@ pub struct RedisConfig {
     pub password: Option<String>,
     /// Whether connections are encrypted, as `rediss://` says; needs the feature `tls`.
     pub tls: bool,
+    /// Whether a topic that is published or subscribed to is created where it is missing; otherwise
+    /// that is `NotFound`, but for dead letters.
+    pub create_topics: bool,
     /// The partitions of topics that nobody declared.
     pub partitions: u32,
     /// How long a command may take.
@@ -61,6 +64,7 @@ impl fmt::Debug for RedisConfig {
             .field("database", &self.database)
             .field("user", &self.user)
             .field("tls", &self.tls)
+            .field("create_topics", &self.create_topics)
             .field("partitions", &self.partitions)
             .field("timeout", &self.timeout)
             .field("lease", &self.lease)
@@ -84,6 +88,7 @@ impl RedisConfig {
             user: None,
             password: None,
             tls: false,
+            create_topics: true,
             partitions: 4,
             timeout: Duration::from_secs(5),
             lease: Duration::from_secs(10),
@@ -97,6 +102,13 @@ impl RedisConfig {
     #[must_use]
     pub fn with_port(mut self, port: u16) -> Self {
         self.port = port;
+        self
+    }
+
+    /// Sets whether missing topics are created.
+    #[must_use]
+    pub fn with_create_topics(mut self, create: bool) -> Self {
+        self.create_topics = create;
         self
     }
 
@@ -142,8 +154,8 @@ impl RedisConfig {
         self
     }
 
-    /// Reads `redis://USER:PASSWORD@HOST:PORT/DATABASE`, or `rediss://` for TLS, with `partitions`,
-    /// `timeout`, `lease`, `retention`, `group_expiry` and `replicas` as options behind `?`. Times are
+    /// Reads `redis://USER:PASSWORD@HOST:PORT/DATABASE`, or `rediss://` for TLS, with
+    /// `create_topics`, `partitions`, `timeout`, `lease`, `retention`, `group_expiry` and `replicas` as options behind `?`. Times are
     /// numbers with a unit: `500ms`, `5s`, `10m`, `1h`, `7d`.
     ///
     /// # Errors
@@ -195,6 +207,11 @@ impl RedisConfig {
                 .ok_or("`timeout` and `lease` are at least 100ms")
         };
         match name {
+            "create_topics" => {
+                self.create_topics = value
+                    .parse()
+                    .map_err(|_| "`create_topics` is `true` or `false`")?;
+            }
             "partitions" => {
                 let count = value.parse().ok();
                 self.partitions = count
@@ -239,8 +256,7 @@ const TIME_MIN: Duration = Duration::from_millis(100);
 const READ_URL: &str = "read broker url";
 const ADDRESS: &str = "a Redis broker is redis://USER:PASSWORD@HOST:PORT/DATABASE, or rediss:// for TLS, with the characters that mean something in a url as %-codes";
 const TIME: &str = "a time is a number with a unit, such as 500ms, 5s, 10m, 1h or 7d";
-const OPTIONS: &str =
-    "the options are partitions, timeout, lease, retention, group_expiry and replicas";
+const OPTIONS: &str = "the options are create_topics, partitions, timeout, lease, retention, group_expiry and replicas";
 
 #[cfg(test)]
 mod tests {
@@ -278,6 +294,7 @@ mod tests {
             ("redis://me:secret@h/db", "redis://USER"),
             ("redis://secret@h", "redis://USER"),
             ("redis://me:secret@h?mode=1", "the options are"),
+            ("redis://me:secret@h?create_topics=1", "`true` or `false`"),
             ("redis://me:secret@h?partitions=0", "1 to 4096"),
             ("redis://me:secret@h?lease=5", "with a unit"),
             ("redis://me:secret@h?lease=5ms", "at least 100ms"),

@@ -5,10 +5,21 @@ use redis::{RedisError, ServerErrorKind};
 
 /// Turns an error of the client into one that says what to do.
 pub(crate) fn into_error(operation: &'static str, native: RedisError) -> Error {
-    let (kind, retry, message) = meaning(&native);
+    let (kind, retry, message) = meaning(first(&native).as_ref().unwrap_or(&native));
     Error::new(kind, operation, message)
         .with_retry(retry)
         .with_source(native)
+}
+
+/// Of commands that go together, the first that was refused, which says why.
+fn first(native: &RedisError) -> Option<RedisError> {
+    let refused = native.clone().into_server_errors()?;
+    Some(RedisError::from(refused.first()?.1.clone()))
+}
+
+/// Whether the server's memory is full.
+pub(crate) fn is_full(native: &RedisError) -> bool {
+    first(native).as_ref().unwrap_or(native).code() == Some("OOM")
 }
 
 /// Whether the server refused a command, so that it did nothing. Otherwise nobody knows.
@@ -65,10 +76,11 @@ fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
             Retry::Never,
             "the server is part of a cluster, which this broker does not use: name one that is not",
         ),
-        (_, "NOREPLICAS") => (
+        // The writer's own says nothing of a code.
+        (redis::ErrorKind::Extension, "") | (_, "NOREPLICAS") => (
             Unavailable,
             Retry::Later,
-            "fewer replicas than the server asks for have what was written: look at `min-replicas-to-write`",
+            "fewer replicas have what was written than `replicas`, or `min-replicas-to-write` of the server, asks for: look at them",
         ),
         (_, "WRONGTYPE") => (
             InvalidInput,

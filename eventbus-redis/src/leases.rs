@@ -59,9 +59,11 @@ pub(crate) fn place_name(topic: &Topic, partition: u32) -> String {
     format!("{topic} {partition}")
 }
 
+/// A server whose memory is full lets it run all the same: without members nothing would be read.
+///
 /// Ends members whose time is over, and those named; and tells whether anything changed, to all who
 /// wait. `members`, `leases`, `changes` and `now`, in milliseconds, are set.
-const COMMON: &str = "
+const COMMON: &str = "#!lua flags=allow-oom
     local members, leases, changes, groups = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
     local time = redis.call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)

@@ -4,9 +4,11 @@ mod admin;
 mod broker;
 mod config;
 mod database;
+mod duplicates;
 mod error;
 mod groups;
 mod janitor;
+mod key_state;
 mod leases;
 mod pages;
 mod position;
@@ -19,4 +21,6 @@ mod writer;
 
 pub use broker::RedisBroker;
 pub use config::RedisConfig;
+pub use duplicates::RedisDuplicates;
+pub use key_state::RedisKeyState;
 pub use leases::RedisLeases;

@@ -6,10 +6,11 @@ use std::sync::{Mutex, PoisonError};
 
 use eventbus_core::log::{PAGE_ROWS, Page, Unpacked, Wakes, Wanted};
 use eventbus_core::{Error, ErrorKind, Position, Result, Start, Timestamp};
-use redis::{Pipeline, Value};
+use redis::{Pipeline, RedisResult, Value};
 
+use crate::error::is_full;
 use crate::position::{self, EntryId};
-use crate::record;
+use crate::record::Reader;
 use crate::server::Server;
 use crate::topics::stream;
 
@@ -20,9 +21,11 @@ const PAGE_BYTES: usize = 2 * 1024 * 1024;
 /// Messages of a page where nothing is known of their size.
 const PAGE_FIRST: usize = 32;
 
+/// A server whose memory is full lets it run all the same: reading makes room.
+///
 /// How many entries were ever added and are there, and the first and last ids; nothing where there is
 /// no stream.
-const LOOK: &str = "
+const LOOK: &str = "#!lua flags=no-writes,allow-oom
     if redis.call('EXISTS', KEYS[1]) == 0 then return false end
     local info = redis.call('XINFO', 'STREAM', KEYS[1])
     local found = {}
@@ -30,9 +33,20 @@ const LOOK: &str = "
     return {found['entries-added'], found['length'],
         found['recorded-first-entry-id'], found['last-generated-id']}";
 
+/// What `LOOK` says and a page, in one step: for a server whose memory is full, which takes no
+/// transactions.
+const PAGE: &str = "#!lua flags=no-writes,allow-oom
+    local found = redis.call('XREAD', 'COUNT', ARGV[1], 'STREAMS', KEYS[1], ARGV[2])
+    if redis.call('EXISTS', KEYS[1]) == 0 then return {false, found} end
+    local info = redis.call('XINFO', 'STREAM', KEYS[1])
+    local look = {}
+    for i = 1, #info, 2 do look[info[i]] = info[i + 1] end
+    return {{look['entries-added'], look['length'], look['recorded-first-entry-id'],
+        look['last-generated-id']}, found}";
+
 /// How many entries come at or after an id, at most so many, the last one looked at, and how many were
 /// ever added.
-const COUNT: &str = "
+const COUNT: &str = "#!lua flags=no-writes,allow-oom
     local found = redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])
     local info = redis.call('XINFO', 'STREAM', KEYS[1])
     local added = 0
@@ -140,6 +154,29 @@ impl Pages {
         }
     }
 
+    /// What is asked for pages: two commands each in one transaction, which costs the server less, or
+    /// one script each.
+    fn questions(&self, wanted: &[Wanted], together: bool) -> Pipeline {
+        let mut pipeline = Pipeline::with_capacity(2 * wanted.len());
+        if together {
+            pipeline.atomic();
+        }
+        for wanted in wanted {
+            let stream = stream(&wanted.topic, wanted.row - wanted.topic.first_lane);
+            let after = position::from(wanted.from).after().to_string();
+            let count = self.count(wanted.row);
+            if together {
+                pipeline.cmd("EVAL").arg(LOOK).arg(1).arg(&stream);
+                pipeline.cmd("XREAD").arg("COUNT").arg(count);
+                pipeline.arg("STREAMS").arg(&stream).arg(after);
+            } else {
+                pipeline.cmd("EVAL").arg(PAGE).arg(1).arg(&stream);
+                pipeline.arg(count).arg(after);
+            }
+        }
+        pipeline
+    }
+
     /// Reads one page for each that is wanted.
     pub(crate) async fn read(
         &self,
@@ -147,19 +184,13 @@ impl Pages {
         wakes: &Wakes,
         wanted: &[Wanted],
     ) -> Result<Vec<Page>> {
-        let mut pipeline = Pipeline::with_capacity(2 * wanted.len());
-        pipeline.atomic();
-        for wanted in wanted {
-            let stream = stream(&wanted.topic, wanted.row - wanted.topic.first_lane);
-            let after = position::from(wanted.from).after();
-            pipeline.cmd("EVAL").arg(LOOK).arg(1).arg(&stream);
-            pipeline
-                .cmd("XREAD")
-                .arg("COUNT")
-                .arg(self.count(wanted.row));
-            pipeline.arg("STREAMS").arg(&stream).arg(after.to_string());
+        let together = self.questions(wanted, true);
+        let mut replies: RedisResult<Vec<Value>> = server.reads.send(&together).await;
+        if replies.as_ref().is_err_and(is_full) {
+            let pages = server.reads.send(&self.questions(wanted, false)).await;
+            let pages: RedisResult<Vec<(Value, Value)>> = pages;
+            replies = pages.map(|pages| pages.into_iter().flat_map(<[Value; 2]>::from).collect());
         }
-        let replies: Result<Vec<Value>, _> = server.reads.send(&pipeline).await;
         let replies = replies.map_err(|error| crate::error::into_error(READ, error))?;
         let mut replies = replies.into_iter();
         let mut pages = Vec::with_capacity(wanted.len());
@@ -187,11 +218,12 @@ impl Pages {
             // The watch sees one more entry at a time: whoever followed it would read pages of one.
             wakes.appended(&[(wanted.row, look.end())]);
         }
-        let mut messages = Vec::new();
         let entries = entries_of(entries)?;
         let is_empty = entries.is_empty();
+        let mut messages = Vec::with_capacity(entries.len());
+        let mut reader = Reader::default();
         for (number, entry) in (from.before + 1..).zip(entries) {
-            let message = unpack(wanted, number, entry)?;
+            let message = unpack(&mut reader, wanted, number, entry)?;
             if message.position >= wanted.to {
                 break;
             }
@@ -252,7 +284,7 @@ fn entries_of(reply: Value) -> Result<Vec<Value>> {
     }
 }
 
-fn unpack(wanted: &Wanted, number: u64, entry: Value) -> Result<Unpacked> {
+fn unpack(reader: &mut Reader, wanted: &Wanted, number: u64, entry: Value) -> Result<Unpacked> {
     let Value::Array(parts) = entry else {
         return Err(unreadable());
     };
@@ -265,7 +297,7 @@ fn unpack(wanted: &Wanted, number: u64, entry: Value) -> Result<Unpacked> {
         Value::Array(fields) => fields,
         _ => Vec::new(),
     };
-    let message = record::read(&wanted.topic.name, fields);
+    let message = reader.read(&wanted.topic.name, fields);
     Ok(Unpacked {
         position: position::entry(id, number),
         time: time_of(id),

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use eventbus_core::{Headers, HeadersBuilder, Key, Message, Topic, header, lines};
 use redis::{Cmd, Value};
 
@@ -33,24 +33,57 @@ pub(crate) fn add(stream: &str, message: &Message, text: &mut Vec<u8>) -> Cmd {
     if in_lines > 0 {
         cmd.arg(lines::NAME).arg(&text[..]);
     }
-    for (name, value) in message.headers.iter().skip(in_lines) {
-        cmd.arg([HEADER, name].concat()).arg(value);
+    for (name, value) in message.headers.iter_bytes().skip(in_lines) {
+        cmd.arg([HEADER.as_bytes(), name].concat()).arg(value);
     }
     cmd
 }
 
-/// A message as an entry's fields say, in whatever order they come. Fields that nothing reads here
-/// become headers of their own name.
-pub(crate) fn read(topic: &Topic, fields: Vec<Value>) -> Message {
-    let mut entry = Entry::default();
-    let mut fields = fields.into_iter();
-    while let (Some(Value::BulkString(name)), Some(value)) = (fields.next(), fields.next()) {
-        let Value::BulkString(value) = value else {
-            continue;
-        };
-        entry.take(name, value);
+/// What messages that are read one after the other share memory by, and what has memory of its own.
+const CHUNK: usize = 64 * 1024;
+const LARGE: usize = 2 * 1024;
+
+/// Makes messages of entries.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    /// When it is used up, as much is taken again.
+    chunk: BytesMut,
+}
+
+impl Reader {
+    /// A message as an entry's fields say, in whatever order they come. Fields that nothing reads here
+    /// become headers of their own name.
+    pub(crate) fn read(&mut self, topic: &Topic, fields: Vec<Value>) -> Message {
+        let mut entry = Entry::default();
+        let mut fields = fields.into_iter();
+        while let (Some(Value::BulkString(name)), Some(value)) = (fields.next(), fields.next()) {
+            let Value::BulkString(value) = value else {
+                continue;
+            };
+            entry.take(name, value);
+        }
+        entry.into_message(topic, self)
     }
-    entry.into_message(topic)
+
+    /// Memory that is left of what was taken.
+    fn memory(&mut self) -> BytesMut {
+        let chunk = std::mem::take(&mut self.chunk);
+        match chunk.capacity() < LARGE {
+            true => BytesMut::with_capacity(CHUNK),
+            false => chunk,
+        }
+    }
+
+    fn keep(&mut self, bytes: Vec<u8>) -> Bytes {
+        if bytes.len() >= LARGE {
+            return bytes.into();
+        }
+        let mut chunk = self.memory();
+        chunk.extend_from_slice(&bytes);
+        let kept = chunk.split().freeze();
+        self.chunk = chunk;
+        kept
+    }
 }
 
 #[derive(Default)]
@@ -78,14 +111,17 @@ impl Entry {
         }
     }
 
-    fn into_message(mut self, topic: &Topic) -> Message {
+    fn into_message(mut self, topic: &Topic, reader: &mut Reader) -> Message {
         let is_whole = self.data.is_some();
-        let mut headers = Headers::builder().unlimited();
+        let mut headers = HeadersBuilder::on(reader.memory()).unlimited();
         if let Some(text) = self.lines.take() {
-            match lines::read(&text, b"", Headers::builder().unlimited()) {
-                Some(read) => headers = read,
-                None => self.others.push((lines::NAME.into(), text)),
-            }
+            headers = match lines::read(&text, b"", headers) {
+                Some(read) => read,
+                None => {
+                    self.others.push((lines::NAME.into(), text));
+                    Headers::builder().unlimited()
+                }
+            };
         }
         if let Some(text) = self.metadata.take() {
             match serde_json::from_slice::<BTreeMap<String, String>>(&text) {
@@ -110,9 +146,11 @@ impl Entry {
                 left_out.to_string().as_bytes(),
             );
         }
-        let payload = self.data.map_or_else(Bytes::new, Bytes::from);
-        let mut message = Message::new(topic.clone(), payload).with_headers(headers.build());
-        message.key = self.key.map(Key::new);
+        let (headers, rest) = headers.build_with_rest();
+        reader.chunk = rest;
+        let payload = self.data.map_or_else(Bytes::new, |data| reader.keep(data));
+        let mut message = Message::new(topic.clone(), payload).with_headers(headers);
+        message.key = self.key.map(|key| Key::new(reader.keep(key)));
         message
     }
 }

@@ -31,6 +31,11 @@ pub(crate) struct Server {
     pub(crate) waits: Line,
     /// What an acknowledgement of the server means.
     pub(crate) durability: Durability,
+    /// Whether it throws away what is to end by itself when its memory is full.
+    pub(crate) evicts: bool,
+    replicas: u32,
+    /// For how many milliseconds replicas are waited for.
+    wait: u64,
 }
 
 impl std::fmt::Debug for Server {
@@ -106,8 +111,34 @@ impl Server {
             reads: line(config.timeout)?,
             control: line(config.timeout)?,
             waits: line(config.timeout + WAIT)?,
+            evicts: is_bounded(&info) && policy(&info).starts_with("volatile"),
+            replicas: config.replicas,
+            wait: config.timeout.as_millis() as u64 / 2,
             durability: durability(&info, fsync.get(1).map(String::as_str)),
         })
+    }
+
+    /// Runs one command that writes, and waits for the replicas that are asked for.
+    pub(crate) async fn keep<T: FromRedisValue>(
+        &self,
+        operation: &'static str,
+        cmd: Cmd,
+    ) -> Result<T> {
+        if self.replicas == 0 {
+            return self.control.ask(operation, &cmd).await;
+        }
+        let mut pipeline = Pipeline::with_capacity(2);
+        pipeline.add_command(cmd);
+        pipeline.cmd("WAIT").arg(self.replicas).arg(self.wait);
+        let answer = self.control.send(&pipeline).await;
+        let (answer, replicas): (T, u32) = answer.map_err(|error| into_error(operation, error))?;
+        if replicas < self.replicas {
+            let message =
+                "fewer replicas than `replicas` asks for have it: look at them, or lower it";
+            let error = Error::new(ErrorKind::Unavailable, operation, message);
+            return Err(error.with("replicas", replicas));
+        }
+        Ok(answer)
     }
 
     /// The server's date, which is what its entries' ids are made of.
@@ -163,13 +194,20 @@ fn check(info: &str) -> Result<()> {
             "the server is part of a cluster, which this broker does not use: name one that is not",
         ));
     }
-    let policy = value(info, "maxmemory_policy").unwrap_or_default();
-    let is_bounded = value(info, "maxmemory").is_some_and(|bytes| bytes != "0");
-    if is_bounded && policy.starts_with("allkeys") {
+    let policy = policy(info);
+    if is_bounded(info) && policy.starts_with("allkeys") {
         let message = "the server throws keys away when its memory is full, and messages with them: set `maxmemory-policy noeviction`";
         return Err(refuse(message).with("maxmemory-policy", policy));
     }
     Ok(())
+}
+
+fn policy(info: &str) -> &str {
+    value(info, "maxmemory_policy").unwrap_or_default()
+}
+
+fn is_bounded(info: &str) -> bool {
+    value(info, "maxmemory").is_some_and(|bytes| bytes != "0")
 }
 
 fn durability(info: &str, fsync: Option<&str>) -> Durability {

@@ -22,6 +22,8 @@ pub(crate) struct Known(Mutex<Names>);
 struct Names {
     topics: Topics,
     by_first_lane: BTreeMap<u32, Arc<TopicLanes>>,
+    /// By the first lane, the keys of its partitions.
+    streams: HashMap<u32, Arc<[Arc<str>]>>,
     next_lane: u32,
     groups: HashMap<Group, i64>,
     by_number: Vec<Group>,
@@ -43,10 +45,20 @@ impl Known {
         }
         let topic = Arc::new(TopicLanes::new(name.clone(), partitions, names.next_lane));
         names.next_lane += partitions;
+        let streams = (0..partitions).map(|partition| stream(&topic, partition).into());
+        let streams = streams.collect();
+        names.streams.insert(topic.first_lane, streams);
         names
             .by_first_lane
             .insert(topic.first_lane, Arc::clone(&topic));
         names.topics.remember(&topic)
+    }
+
+    /// The streams of a topic, by partition.
+    pub(crate) fn streams(&self, topic: &TopicLanes) -> Arc<[Arc<str>]> {
+        let known = self.lock().streams.get(&topic.first_lane).cloned();
+        // Whatever topic there is was remembered.
+        known.unwrap_or_default()
     }
 
     /// The stream that a row is about.
@@ -201,6 +213,10 @@ pub(crate) async fn meet(
     if let Some(topic) = look_up(server, known, operation, name).await? {
         return Ok(topic);
     }
+    // What a message that cannot be handled goes to has to be there.
+    if !config.create_topics && !name.is_dead_letters() {
+        return Err(missing(operation, name));
+    }
     let spec = TopicSpec::new(name.clone());
     let (stored, _) = create(server, config, operation, &spec).await?;
     Ok(known.remember(name, stored.partitions))
@@ -214,12 +230,14 @@ pub(crate) async fn expect(
     name: &Topic,
 ) -> Result<Arc<TopicLanes>> {
     let topic = look_up(server, known, operation, name).await?;
-    topic.ok_or_else(|| {
-        Error::new(
-            ErrorKind::NotFound,
-            operation,
-            "there is no such topic: look at its name, or declare it",
-        )
-        .with("topic", name)
-    })
+    topic.ok_or_else(|| missing(operation, name))
+}
+
+fn missing(operation: &'static str, name: &Topic) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        operation,
+        "there is no such topic: look at its name, or declare it",
+    )
+    .with("topic", name)
 }

@@ -1,16 +1,22 @@
 //! The one that publishes: whatever is to be published joins the next pipeline of this client.
 //!
 //! ```text
-//!  publish ─┐                  ┌ a pipeline of XADD, and WAIT where replicas are asked for
-//!  publish ─┼─▶ [ next flush ] ┤
-//!  publish ─┘                  └ then: each message is answered by itself, whoever reads is woken
+//!  publish ─┐              ┌ a few pipelines of XADD, and WAIT where replicas are asked for
+//!  publish ─┼─▶ [ next ] ──┤
+//!  publish ─┘              └ then: each message is answered by itself, whoever reads is woken
 //! ```
+//!
+//! The messages of one publish are sent in their order; of several that nobody awaited one after the
+//! other, a lost connection may change it.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
 
 use eventbus_core::log::Wakes;
-use eventbus_core::{Coalescer, Error, ErrorKind, Flushes, Message, Outcome};
+use eventbus_core::{Coalescer, Error, ErrorKind, Flushes, Message, Outcome, Position};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use redis::{Pipeline, RedisError, RedisResult, Value};
 use tokio::sync::oneshot;
 use tracing::trace;
@@ -23,9 +29,12 @@ use crate::server::Server;
 
 const PUBLISH: &str = "publish";
 
-/// Most messages of a pipeline, and bytes after which no more are added.
-const MESSAGES_MAX: usize = 1000;
-const BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Most messages of a pipeline, and bytes after which no more are added. Larger ones leave the
+/// processor's caches before they are written.
+const MESSAGES_MAX: usize = 512;
+const BYTES_MAX: usize = 1024 * 1024;
+/// Most pipelines on their way, so that the server goes on while answers are read.
+const LOADS_MAX: usize = 4;
 
 /// A message with the row and the key of its stream.
 #[derive(Debug)]
@@ -111,13 +120,16 @@ impl Writer {
         wakes: &Arc<Wakes>,
     ) -> (Self, impl Future<Output = ()> + Send + use<>) {
         let (publishes, flushes) = Coalescer::new();
-        let task = WriterTask {
-            flushes,
+        let sender = Sender {
             server,
             replicas: config.replicas,
             wait: config.timeout.as_millis() as u64 / 2,
             wakes: Arc::clone(wakes),
-            text: Vec::new(),
+        };
+        let task = WriterTask {
+            flushes,
+            waiting: VecDeque::new(),
+            sender,
         };
         (Self { publishes }, task.run())
     }
@@ -135,12 +147,8 @@ impl Writer {
 /// The task behind [`Writer`].
 struct WriterTask {
     flushes: Flushes<Publish>,
-    server: Server,
-    replicas: u32,
-    /// For how many milliseconds replicas are waited for.
-    wait: u64,
-    wakes: Arc<Wakes>,
-    text: Vec<u8>,
+    waiting: VecDeque<Publish>,
+    sender: Sender,
 }
 
 /// What became of one message.
@@ -148,43 +156,82 @@ type Answer = Result<EntryId, (Outcome, Arc<RedisError>)>;
 
 impl WriterTask {
     async fn run(mut self) {
-        let mut batch = Vec::new();
+        let mut taken = Vec::new();
+        let mut on_their_way = FuturesUnordered::new();
         loop {
-            // The outcome is told to each caller, so the ticket's is not asked for.
-            self.flushes.next(&mut batch).await.done();
-            self.write(std::mem::take(&mut batch)).await;
+            while on_their_way.len() < LOADS_MAX
+                && let Some(load) = self.load(on_their_way.is_empty())
+            {
+                on_their_way.push(self.sender.clone().write(load));
+            }
+            tokio::select! {
+                biased;
+                Some(()) = on_their_way.next() => {}
+                // The outcome is told to each caller, so the ticket's is not asked for.
+                ticket = self.flushes.next(&mut taken), if self.waiting.is_empty() || on_their_way.len() < LOADS_MAX => {
+                    ticket.done();
+                    self.waiting.extend(taken.drain(..));
+                }
+            }
         }
     }
 
-    /// Publishes a batch, in pieces, and answers everybody in it.
-    async fn write(&mut self, batch: Vec<Publish>) {
+    /// What is to be sent next: as many whole publishes as fit one pipeline, one at least. While others
+    /// are on their way, a pipeline waits until it is half full, so that it costs little.
+    fn load(&mut self, is_idle: bool) -> Option<Vec<Publish>> {
+        let (mut count, mut messages, mut bytes) = (0, 0, 0);
+        for publish in &self.waiting {
+            let sizes = publish.messages.iter().map(|it| it.message.size());
+            messages += publish.messages.len();
+            bytes += sizes.sum::<usize>();
+            if count > 0 && (messages > MESSAGES_MAX || bytes > BYTES_MAX) {
+                break;
+            }
+            count += 1;
+        }
+        let is_half_full = messages >= MESSAGES_MAX / 2 || bytes >= BYTES_MAX / 2;
+        let is_load = count > 0 && (is_idle || is_half_full);
+        is_load.then(|| self.waiting.drain(..count).collect())
+    }
+}
+
+/// Sends pipelines.
+#[derive(Clone)]
+struct Sender {
+    server: Server,
+    replicas: u32,
+    /// For how many milliseconds replicas are waited for.
+    wait: u64,
+    wakes: Arc<Wakes>,
+}
+
+impl Sender {
+    /// Publishes a load and answers everybody in it. One that is larger than a pipeline goes piece after
+    /// piece: its messages have an order.
+    async fn write(self, load: Vec<Publish>) {
         let mut answers = Vec::new();
-        let messages: Vec<&Placed> = batch.iter().flat_map(|it| &it.messages).collect();
+        let messages: Vec<&Placed> = load.iter().flat_map(|it| &it.messages).collect();
         let mut from = 0;
         while from < messages.len() {
             let piece = &messages[from..from + piece(&messages[from..])];
             from += piece.len();
-            answers.extend(self.add(piece).await);
+            let answered = self.add(piece).await;
+            match answers.is_empty() {
+                true => answers = answered,
+                false => answers.extend(answered),
+            }
         }
         drop(messages);
         let mut answers = answers.into_iter();
-        for publish in batch {
+        for publish in load {
             let count = publish.messages.len();
             publish.answer(answers.by_ref().take(count));
         }
     }
 
-    async fn add(&mut self, piece: &[&Placed]) -> Vec<Answer> {
-        let mut pipeline = Pipeline::with_capacity(piece.len() + 1);
-        for placed in piece {
-            pipeline.add_command(record::add(&placed.stream, &placed.message, &mut self.text));
-        }
-        if self.replicas > 0 {
-            pipeline.cmd("WAIT").arg(self.replicas).arg(self.wait);
-        }
-        pipeline.ignore_errors();
+    async fn add(&self, piece: &[&Placed]) -> Vec<Answer> {
         trace!(target: "eventbus::step", step = "redis.publish.before");
-        let sent: RedisResult<Vec<RedisResult<Value>>> = self.server.writes.send(&pipeline).await;
+        let sent = self.send(piece).await;
         trace!(target: "eventbus::step", step = "redis.publish.after");
         let mut replies = match sent {
             Ok(replies) => replies.into_iter(),
@@ -201,13 +248,19 @@ impl WriterTask {
             }
         };
         let mut answers = Vec::with_capacity(piece.len());
+        let mut ends: Vec<(u32, Position)> = Vec::new();
         for placed in piece {
             let answer = answer(replies.next());
             if let Ok(id) = &answer {
-                self.wakes.appended(&[(placed.row, beyond(*id))]);
+                // Ids of a stream rise.
+                match ends.iter_mut().find(|(row, _)| *row == placed.row) {
+                    Some((_, end)) => *end = beyond(*id),
+                    None => ends.push((placed.row, beyond(*id))),
+                }
             }
             answers.push(answer);
         }
+        self.wakes.appended(&ends);
         if self.replicas > 0 && !has_replicas(replies.next(), self.replicas) {
             let error = Arc::new(RedisError::from((
                 redis::ErrorKind::Extension,
@@ -219,6 +272,19 @@ impl WriterTask {
             }
         }
         answers
+    }
+
+    async fn send(&self, piece: &[&Placed]) -> RedisResult<Vec<RedisResult<Value>>> {
+        let mut text = Vec::new();
+        let mut pipeline = Pipeline::with_capacity(piece.len() + 1);
+        for placed in piece {
+            pipeline.add_command(record::add(&placed.stream, &placed.message, &mut text));
+        }
+        if self.replicas > 0 {
+            pipeline.cmd("WAIT").arg(self.replicas).arg(self.wait);
+        }
+        pipeline.ignore_errors();
+        self.server.writes.send(&pipeline).await
     }
 }
 

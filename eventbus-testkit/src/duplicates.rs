@@ -23,20 +23,23 @@ pub trait DuplicatesHarness: Send + Sync {
 
 /// Expands to one `#[tokio::test]` for each check of [`duplicates`](crate::duplicates).
 ///
-/// The expression makes the [`DuplicatesHarness`] of one test and may `await`.
+/// The expression makes the [`DuplicatesHarness`] of one test and may `await`. An attribute in front of
+/// it is put on every test.
 #[macro_export]
 macro_rules! duplicates_conformance {
-    (@checks $harness:expr; $($check:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $check() {
-                let harness = $harness;
-                $crate::duplicates::$check(&harness).await;
-            }
-        )*
+    (@checks $attributes:tt $harness:expr; $($check:ident)*) => {
+        $( $crate::duplicates_conformance!(@check $attributes $harness; $check); )*
     };
-    ($harness:expr) => {
-        $crate::duplicates_conformance!(@checks $harness;
+    (@check [$(#[$attribute:meta])*] $harness:expr; $check:ident) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        $(#[$attribute])*
+        async fn $check() {
+            let harness = $harness;
+            $crate::duplicates::$check(&harness).await;
+        }
+    };
+    (@all $attributes:tt $harness:expr) => {
+        $crate::duplicates_conformance!(@checks $attributes $harness;
             new_event_is_granted_to_the_first_that_asks
             handled_event_is_known_by_another_handle
             answers_come_in_the_order_of_the_ids
@@ -50,6 +53,13 @@ macro_rules! duplicates_conformance {
             groups_share_nothing
             concurrent_claims_grant_one
         );
+    };
+    // One attribute, not several: before an expression a repetition would be ambiguous.
+    (#[$attribute:meta] $harness:expr) => {
+        $crate::duplicates_conformance!(@all [#[$attribute]] $harness);
+    };
+    ($harness:expr) => {
+        $crate::duplicates_conformance!(@all [] $harness);
     };
 }
 

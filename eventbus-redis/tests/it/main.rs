@@ -1,6 +1,10 @@
-//! Tests against the Redis that `dev/brokers up redis` starts.
+//! Tests against the Redis that `dev/brokers up redis` starts, and servers of their own.
 
 mod conformance;
+mod errors;
+mod own_server;
 mod proxy;
 mod server;
+mod stopped;
+mod stores;
 mod streams;
