@@ -69,6 +69,12 @@ pub(crate) struct Client {
     pub(crate) members: Members<Shared>,
 }
 
+/// A topic of a batch, with the streams of its partitions.
+struct Met {
+    topic: Arc<TopicLanes>,
+    streams: Arc<[Arc<str>]>,
+}
+
 impl RedisBroker {
     /// Connects, looks whether the server keeps what it takes, and returns a client.
     ///
@@ -121,23 +127,22 @@ impl RedisBroker {
     async fn place(&self, messages: Vec<Message>) -> Result<Vec<Placed>, (Error, Vec<Message>)> {
         let database = &self.client.shared.database;
         // A batch has few topics: the one of the message before is mostly that of the next.
-        let mut met = Vec::with_capacity(1);
+        let mut met: Vec<Met> = Vec::with_capacity(1);
         for message in &messages {
-            let mut known = met.iter().map(|(topic, _): &(Arc<TopicLanes>, _)| topic);
-            if known.any(|known| known.name == message.topic) {
+            if met.iter().any(|met| met.topic.name == message.topic) {
                 continue;
             }
             match database.meet_topic("publish", &message.topic).await {
                 Ok(topic) => {
                     let streams = database.known.streams(&topic);
-                    met.push((topic, streams));
+                    met.push(Met { topic, streams });
                 }
                 Err(error) => return Err((error, messages)),
             }
         }
         let place = |message: Message| {
-            let mut known = met.iter();
-            let (topic, streams) = known.find(|(topic, _)| topic.name == message.topic)?;
+            let mut met = met.iter();
+            let Met { topic, streams } = met.find(|met| met.topic.name == message.topic)?;
             let row = topic.lane_for(&message);
             let stream = streams.get((row - topic.first_lane) as usize)?;
             Some(Placed {
