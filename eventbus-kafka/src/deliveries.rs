@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use eventbus_core::{
     Deliveries, Error, ErrorKind, Lane, Receipt, Result, Retry, Settlement, Signal, Verdict,
 };
+use rdkafka::consumer::Consumer as _;
 
 use crate::client::blocking;
 use crate::committer::Committer;
@@ -130,7 +131,6 @@ impl KafkaSettlement {
         let deadline = Instant::now() + PATIENCE;
         let mut pause = Duration::from_millis(10);
         loop {
-            let mut given_up = member.watch_client();
             let offsets = member.lanes().uncommitted();
             if offsets.is_empty() {
                 return Ok(());
@@ -138,9 +138,10 @@ impl KafkaSettlement {
             let Some(client) = member.client() else {
                 return member.check_open(SETTLE);
             };
+            let context = Arc::clone(client.context());
             let answer = tokio::select! {
                 answer = committer.commit(client, offsets) => Some(answer?),
-                _ = given_up.changed() => None,
+                () = context.given_up() => None,
             };
             let Some((done, offsets)) = answer else {
                 // Its thread waits for the old client. What that had is lost, and has nothing to commit.

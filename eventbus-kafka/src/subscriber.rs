@@ -54,8 +54,6 @@ pub(crate) struct Member {
     lanes: Mutex<Lanes>,
     config: KafkaConfig,
     client: Mutex<Held>,
-    /// Counts the clients that were given up.
-    given_up: watch::Sender<u32>,
     /// Wakes `next`.
     pub(crate) notify: Arc<Notify>,
     pub(crate) complaints: Complaints,
@@ -96,7 +94,8 @@ pub(crate) struct MemberContext {
     member: Arc<Member>,
     /// When each commit began that is not answered.
     commits: Mutex<Vec<Instant>>,
-    is_given_up: AtomicBool,
+    /// Another client has taken its place: what the coordinator says to this one is of no account.
+    given_up: watch::Sender<bool>,
 }
 
 impl MemberContext {
@@ -107,7 +106,7 @@ impl MemberContext {
             },
             member,
             commits: Mutex::default(),
-            is_given_up: AtomicBool::new(false),
+            given_up: watch::Sender::new(false),
         }
     }
 
@@ -121,9 +120,11 @@ impl MemberContext {
         oldest.unwrap_or_default()
     }
 
-    /// Another client has taken its place: what the coordinator says to this one is of no account.
-    pub(crate) fn give_up(&self) {
-        self.is_given_up.store(true, Ordering::Release);
+    /// Resolves when another client takes its place.
+    pub(crate) async fn given_up(&self) {
+        let mut given_up = self.given_up.subscribe();
+        // The sender lives as long as this.
+        let _ = given_up.wait_for(|given_up| *given_up).await;
     }
 }
 
@@ -166,7 +167,7 @@ impl ConsumerContext for MemberContext {
             "partitions are shared out"
         );
         // One that was given up is answered, and opens nothing: the lanes are those of another client.
-        let is_given_up = self.is_given_up.load(Ordering::Acquire);
+        let is_given_up = *self.given_up.borrow();
         let done = match event {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS if is_given_up => {
                 take(client, list)
@@ -196,7 +197,6 @@ impl Member {
             subscription,
             config,
             client: Mutex::default(),
-            given_up: watch::Sender::new(0),
             notify: Arc::default(),
             // Its own: what another client complained of says nothing about this one.
             complaints: Complaints::default(),
@@ -230,16 +230,11 @@ impl Member {
 
     /// Lets a client go whose commits are not answered: all it had is lost.
     pub(crate) fn give_up_client(&self, client: &Client) {
-        client.context().give_up();
         self.take_client();
         self.lanes().lose_all();
         self.notify.notify_one();
-        self.given_up.send_modify(|count| *count += 1);
-    }
-
-    /// Changes when the client is given up.
-    pub(crate) fn watch_client(&self) -> watch::Receiver<u32> {
-        self.given_up.subscribe()
+        // Last: who hears of it finds nothing left to commit.
+        client.context().given_up.send_replace(true);
     }
 
     /// How long a commit may wait. One whose member has nothing any more keeps it from joining again.
