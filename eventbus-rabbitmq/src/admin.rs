@@ -3,6 +3,7 @@
 use eventbus_core::{AdminReply, AdminRequest, Error, ErrorKind, Result, TopicReport};
 
 use crate::broker::Shared;
+use crate::error::blocked;
 
 impl Shared {
     /// Answers an administrative request.
@@ -45,12 +46,7 @@ impl Shared {
     async fn health(&self, operation: &'static str) -> Result<AdminReply> {
         let publishing = self.publishing.present().await;
         if let Some(reason) = publishing.and_then(|link| link.blocked()) {
-            return Err(Error::new(
-                ErrorKind::Unavailable,
-                operation,
-                "the server takes no messages until it has memory and disk again: look at its alarms",
-            )
-            .with("blocked", reason));
+            return Err(blocked(operation, &reason));
         }
         // A channel that comes is an answer.
         self.asking.channel(operation).await?;

@@ -140,6 +140,16 @@ fn too_old() -> (ErrorKind, &'static str) {
     )
 }
 
+/// The server has raised an alarm, for the reason that it gave.
+pub(crate) fn blocked(operation: &'static str, reason: &str) -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        operation,
+        "the server takes no messages until it has memory and disk again: look at its alarms",
+    )
+    .with("blocked", reason)
+}
+
 /// Whether a channel was closed because something does not exist.
 pub(crate) fn is_missing(error: &lapin::Error) -> bool {
     is_soft(error, Soft::NOTFOUND)

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
 use crate::confirms::{Came, Routed, publish_all};
-use crate::error::{into_error, is_too_large, missing_exchange};
+use crate::error::{blocked, into_error, is_too_large, missing_exchange};
 use crate::link::{Link, SharedLink, closed, within};
 use crate::topics::Topics;
 
@@ -384,14 +384,9 @@ fn window(waiting: &mut VecDeque<OnItsWay>) -> Vec<OnItsWay> {
     waiting.drain(..count).collect()
 }
 
-fn silent(blocked: Option<&str>) -> Error {
-    match blocked {
-        Some(reason) => Error::new(
-            ErrorKind::Unavailable,
-            PUBLISH,
-            "the server takes no messages until it has memory and disk again: look at its alarms",
-        )
-        .with("blocked", reason),
+fn silent(reason: Option<&str>) -> Error {
+    match reason {
+        Some(reason) => blocked(PUBLISH, reason),
         None => Error::new(
             ErrorKind::Timeout,
             PUBLISH,

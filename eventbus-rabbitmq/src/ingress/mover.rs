@@ -24,7 +24,7 @@ use super::{INGRESS, Status};
 use crate::adopted::{self, RabbitMqQueue};
 use crate::config::RabbitMqConfig;
 use crate::confirms::{Came, Routed, publish_all};
-use crate::error::{into_error, is_missing};
+use crate::error::{blocked, into_error, is_missing};
 use crate::link::{Link, RECONNECT, natively, within};
 use crate::properties;
 use crate::topics::{DURABLE, declare_group, settle_down, text};
@@ -438,12 +438,12 @@ fn with_id(message: &Message, id: &EventId) -> Result<eventbus_core::Headers> {
 }
 
 fn silent(link: &Link) -> Error {
-    let error = |message: &str| Error::new(ErrorKind::Unavailable, MOVE, message);
     match link.blocked() {
-        Some(reason) => error(
-            "the server takes no messages until it has memory and disk again: look at its alarms",
-        )
-        .with("blocked", reason),
-        None => error("the server has not confirmed the messages in time"),
+        Some(reason) => blocked(MOVE, &reason),
+        None => Error::new(
+            ErrorKind::Unavailable,
+            MOVE,
+            "the server has not confirmed the messages in time",
+        ),
     }
 }
