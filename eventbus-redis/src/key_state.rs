@@ -23,7 +23,7 @@ use eventbus_core::{
     HeldPlace, HeldReport, HoldEntry, KeyDecision, KeyStateDesk, KeyStateStore, Result, Timestamp,
     Topic, TopicPartition, Wait,
 };
-use redis::{Cmd, Pipeline, Value};
+use redis::{Cmd, FromRedisValue, Pipeline, Value};
 
 use crate::database::Shared;
 use crate::error::into_error;
@@ -134,20 +134,15 @@ impl RedisKeyState {
         self.shared.database.server.keep(operation, ask).await
     }
 
-    async fn ask(&self, operation: &'static str, ask: &Cmd) -> Result<Value> {
-        self.shared
-            .database
-            .server
-            .control
-            .ask(operation, ask)
-            .await
+    async fn ask<T: FromRedisValue>(&self, operation: &'static str, ask: &Cmd) -> Result<T> {
+        let control = &self.shared.database.server.control;
+        control.ask(operation, ask).await
     }
 
     async fn version(&self, group: &Group) -> Result<u64> {
         let mut get = redis::cmd("GET");
         get.arg(decisions_key(group));
-        let control = &self.shared.database.server.control;
-        let version: Option<u64> = control.ask(DECISIONS, &get).await?;
+        let version: Option<u64> = self.ask(DECISIONS, &get).await?;
         Ok(version.unwrap_or(0))
     }
 
@@ -155,8 +150,7 @@ impl RedisKeyState {
     async fn places(&self, group: &Group) -> Result<Vec<TopicPartition>> {
         let mut ask = redis::cmd("HKEYS");
         ask.arg(fences_key(group));
-        let control = &self.shared.database.server.control;
-        let names: Vec<String> = control.ask(LIST, &ask).await?;
+        let names: Vec<String> = self.ask(LIST, &ask).await?;
         let read = |name: &String| {
             let (topic, partition) = name.rsplit_once(' ').ok_or_else(|| unreadable(LIST))?;
             let partition = partition.parse().map_err(|_| unreadable(LIST))?;
