@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use eventbus_core::log::{Members, TopicLanes};
+use eventbus_core::log::Members;
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Capabilities, Error, Message, Outcome, PublishError,
     Publisher, Result, Unpublished,
@@ -13,7 +13,10 @@ use crate::config::RedisConfig;
 use crate::database::Shared;
 use crate::key_state::RedisKeyState;
 use crate::leases::RedisLeases;
+use crate::topics::Streams;
 use crate::writer::Placed;
+
+const PUBLISH: &str = "publish";
 
 /// Most bytes of one message.
 const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -69,12 +72,6 @@ pub(crate) struct Client {
     pub(crate) members: Members<Shared>,
 }
 
-/// A topic of a batch, with the streams of its partitions.
-struct Met {
-    topic: Arc<TopicLanes>,
-    streams: Arc<[Arc<str>]>,
-}
-
 impl RedisBroker {
     /// Connects, looks whether the server keeps what it takes, and returns a client.
     ///
@@ -127,32 +124,32 @@ impl RedisBroker {
     async fn place(&self, messages: Vec<Message>) -> Result<Vec<Placed>, (Error, Vec<Message>)> {
         let database = &self.client.shared.database;
         // A batch has few topics: the one of the message before is mostly that of the next.
-        let mut met: Vec<Met> = Vec::with_capacity(1);
+        let mut met: Vec<Streams> = Vec::with_capacity(1);
+        let mut places = Vec::with_capacity(messages.len());
         for message in &messages {
-            if met.iter().any(|met| met.topic.name == message.topic) {
-                continue;
-            }
-            match database.meet_topic("publish", &message.topic).await {
-                Ok(topic) => {
-                    let streams = database.known.streams(&topic);
-                    met.push(Met { topic, streams });
+            let known = met.iter().position(|met| met.topic.name == message.topic);
+            let index = match known {
+                Some(index) => index,
+                None => {
+                    let topic = database.meet_topic(PUBLISH, &message.topic).await;
+                    match topic.and_then(|topic| database.streams(PUBLISH, topic.first_lane)) {
+                        Ok((streams, _)) => met.push(streams),
+                        Err(error) => return Err((error, messages)),
+                    }
+                    met.len() - 1
                 }
-                Err(error) => return Err((error, messages)),
-            }
+            };
+            let Streams { topic, keys } = &met[index];
+            let row = topic.lane_for(message);
+            places.push((row, Arc::clone(&keys[(row - topic.first_lane) as usize])));
         }
-        let place = |message: Message| {
-            let mut met = met.iter();
-            let Met { topic, streams } = met.find(|met| met.topic.name == message.topic)?;
-            let row = topic.lane_for(&message);
-            let stream = streams.get((row - topic.first_lane) as usize)?;
-            Some(Placed {
-                row,
-                stream: Arc::clone(stream),
-                message,
-            })
-        };
-        // Each of them was met above.
-        Ok(messages.into_iter().filter_map(place).collect())
+        let placed = places.into_iter().zip(messages);
+        let placed = placed.map(|((row, stream), message)| Placed {
+            row,
+            stream,
+            message,
+        });
+        Ok(placed.collect())
     }
 }
 
@@ -161,7 +158,7 @@ impl Publisher for RedisBroker {
     async fn publish(&self, batch: Vec<Message>) -> Result<(), PublishError> {
         let (sound, mut unpublished) = self.capabilities().check_batch(batch);
         let (indexes, messages): (Vec<usize>, Vec<Message>) = sound.into_iter().unzip();
-        let placed = match self.client.members.check_open("publish") {
+        let placed = match self.client.members.check_open(PUBLISH) {
             Ok(()) => self.place(messages).await,
             Err(error) => Err((error, messages)),
         };

@@ -14,7 +14,7 @@ use crate::config::RedisConfig;
 use crate::leases;
 use crate::pages::{self, Pages};
 use crate::server::Server;
-use crate::topics::{self, Known};
+use crate::topics::{self, Known, Streams};
 use crate::writer::Writer;
 use crate::{janitor, watch};
 
@@ -112,11 +112,11 @@ impl Database {
         topics::create(&self.server, &self.config, operation, spec).await
     }
 
-    /// The stream of a row.
-    fn stream(&self, row: u32) -> Result<String> {
-        self.known.stream(row).ok_or_else(|| {
+    /// The streams that a row is one of, and which.
+    pub(crate) fn streams(&self, operation: &'static str, row: u32) -> Result<(Streams, u32)> {
+        self.known.streams(row).ok_or_else(|| {
             let message = "a row of no topic was asked for";
-            Error::new(ErrorKind::Internal, "read messages", message)
+            Error::new(ErrorKind::Internal, operation, message)
         })
     }
 }
@@ -151,8 +151,9 @@ impl Log for Shared {
         }
         let mut ends = Vec::with_capacity(lanes.len());
         for lane in lanes {
-            let stream = database.stream(*lane)?;
-            ends.push(pages::at_time(&database.server, READ, &stream, time).await?);
+            let (streams, partition) = database.streams(READ, *lane)?;
+            let stream = &streams.keys[partition as usize];
+            ends.push(pages::at_time(&database.server, READ, stream, time).await?);
         }
         Ok(ends)
     }

@@ -14,6 +14,13 @@ use crate::server::Server;
 /// By name: how many partitions, and for how many milliseconds messages are kept that were read.
 pub(crate) const TOPICS: &str = "eventbus:topics";
 
+/// A topic with the keys of its partitions.
+#[derive(Clone, Debug)]
+pub(crate) struct Streams {
+    pub(crate) topic: Arc<TopicLanes>,
+    pub(crate) keys: Arc<[Arc<str>]>,
+}
+
 /// What is known of topics and groups. Rows of lanes and numbers of groups are this client's own.
 #[derive(Debug, Default)]
 pub(crate) struct Known(Mutex<Names>);
@@ -21,9 +28,7 @@ pub(crate) struct Known(Mutex<Names>);
 #[derive(Debug, Default)]
 struct Names {
     topics: Topics,
-    by_first_lane: BTreeMap<u32, Arc<TopicLanes>>,
-    /// By the first lane, the keys of its partitions.
-    streams: HashMap<u32, Arc<[Arc<str>]>>,
+    by_first_lane: BTreeMap<u32, Streams>,
     next_lane: u32,
     groups: HashMap<Group, i64>,
     by_number: Vec<Group>,
@@ -45,34 +50,32 @@ impl Known {
         }
         let topic = Arc::new(TopicLanes::new(name.clone(), partitions, names.next_lane));
         names.next_lane += partitions;
-        let streams = (0..partitions).map(|partition| stream(&topic, partition).into());
-        let streams = streams.collect();
-        names.streams.insert(topic.first_lane, streams);
-        names
-            .by_first_lane
-            .insert(topic.first_lane, Arc::clone(&topic));
+        let keys = (0..partitions).map(|partition| stream(&topic, partition).into());
+        let streams = Streams {
+            topic: Arc::clone(&topic),
+            keys: keys.collect(),
+        };
+        names.by_first_lane.insert(topic.first_lane, streams);
         names.topics.remember(&topic)
     }
 
-    /// The streams of a topic, by partition.
-    pub(crate) fn streams(&self, topic: &TopicLanes) -> Arc<[Arc<str>]> {
-        let known = self.lock().streams.get(&topic.first_lane).cloned();
-        // Whatever topic there is was remembered.
-        known.unwrap_or_default()
+    /// The streams that a row is one of, and which.
+    pub(crate) fn streams(&self, row: u32) -> Option<(Streams, u32)> {
+        let names = self.lock();
+        let (first, streams) = names.by_first_lane.range(..=row).next_back()?;
+        Some((streams.clone(), row - first))
     }
 
     /// The stream that a row is about.
-    pub(crate) fn stream(&self, row: u32) -> Option<String> {
-        let names = self.lock();
-        let (first, topic) = names.by_first_lane.range(..=row).next_back()?;
-        Some(stream(topic, row - first))
+    pub(crate) fn stream(&self, row: u32) -> Option<Arc<str>> {
+        let (streams, partition) = self.streams(row)?;
+        streams.keys.get(partition as usize).cloned()
     }
 
     /// The topic and partition of a row.
     pub(crate) fn place(&self, row: u32) -> Option<(Topic, u32)> {
-        let names = self.lock();
-        let (first, topic) = names.by_first_lane.range(..=row).next_back()?;
-        Some((topic.name.clone(), row - first))
+        let (streams, partition) = self.streams(row)?;
+        Some((streams.topic.name.clone(), partition))
     }
 
     pub(crate) fn group(&self, name: &Group) -> i64 {
@@ -93,7 +96,9 @@ impl Known {
 
     /// All topics that were used.
     pub(crate) fn topics(&self) -> Vec<Arc<TopicLanes>> {
-        self.lock().by_first_lane.values().cloned().collect()
+        let names = self.lock();
+        let topics = names.by_first_lane.values().map(|streams| &streams.topic);
+        topics.cloned().collect()
     }
 }
 

@@ -42,7 +42,7 @@ async fn look(database: &Database, seen: &mut HashMap<i64, EntryId>) -> Result<(
     for row in database.wakes.watched_lanes() {
         let end = database.wakes.end_of(row).map(|end| LaneEnd::next(&end));
         if let (Some(stream), Some(end)) = (database.known.stream(row), end) {
-            streams.push(stream);
+            streams.push(stream.to_string());
             after.push(position::from(end).after().to_string());
             watched.push(Watched::Lane(row));
         }
