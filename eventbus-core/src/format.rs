@@ -213,22 +213,21 @@ pub(crate) fn envelope_headers(
         true => None,
         false => Some(metadata_json(&envelope.metadata)?),
     };
-    let headers = HeadersBuilder::on(chunk::take())
+    // By their names: an adapter whose table has no order needs no note of it then.
+    let mut headers = HeadersBuilder::on(chunk::take())
+        .push_some(header::CAUSATION_ID, envelope.causation_id.as_ref())?
+        .push(header::CORRELATION_ID, &envelope.correlation_id)?;
+    if let Some(Range { start, end }) = data {
+        headers = headers.push_display(header::DATA, format_args!("{start}-{end}"))?;
+    }
+    let headers = headers
         .push(header::FORMAT, format)?
         .push(header::ID, envelope.id.text(&mut [0; UUID_LENGTH]))?
-        .push(header::TYPE, &envelope.event_type)?
-        .push_display(header::VERSION, envelope.version)?
-        .push(header::TIME, time)?
+        .push_some(header::METADATA, metadata)?
         .push(header::SOURCE, &envelope.source)?
-        .push(header::CORRELATION_ID, &envelope.correlation_id)?
-        .push_some(header::CAUSATION_ID, envelope.causation_id.as_ref())?
-        .push_some(header::METADATA, metadata)?;
-    let headers = match data {
-        Some(Range { start, end }) => {
-            headers.push_display(header::DATA, format_args!("{start}-{end}"))?
-        }
-        None => headers,
-    };
+        .push(header::TIME, time)?
+        .push(header::TYPE, &envelope.event_type)?
+        .push_display(header::VERSION, envelope.version)?;
     headers.push(header::CONTENT_TYPE, content_type)
 }
 

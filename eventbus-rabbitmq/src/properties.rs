@@ -1,10 +1,11 @@
 //! A message as the properties of one of AMQP, and back. Nothing is sent here.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use bytes::Bytes;
 use eventbus_core::{
-    Error, ErrorKind, Formats, Headers, HeadersBuilder, Key, Message, Result, Topic, header,
+    Error, ErrorKind, Formats, Headers, HeadersBuilder, Key, Message, Result, Topic, header, lines,
 };
 use lapin::BasicProperties;
 use lapin::message::Delivery;
@@ -12,8 +13,8 @@ use lapin::types::{AMQPValue, FieldArray, FieldTable, LongString, ShortString};
 
 /// The key.
 const KEY: &str = "eb-key";
-/// In which order the headers are, where that is not the one of their names: a byte for each header,
-/// which is the place of its name among all names in their order. AMQP's table has no order, and each
+/// In which order the headers are, where that is not the usual one (see [`place`]): a byte for each header,
+/// which is the place of its name among all names in that order. AMQP's table has no order, and each
 /// name once; of one that is repeated it has a list.
 const ORDER: &str = "eb-order";
 /// All headers as [`Headers::packed`] gives them, where the table cannot hold them.
@@ -61,13 +62,12 @@ pub(crate) fn to_properties(message: &Message) -> BasicProperties {
     if message.key.is_none() && message.headers.is_empty() {
         return properties;
     }
-    let mut table = BTreeMap::new();
+    let mut table = table_of(&message.headers).unwrap_or_else(|| {
+        let packed = long(message.headers.packed());
+        BTreeMap::from([(ShortString::from(PACKED), packed)])
+    });
     if let Some(key) = &message.key {
         table.insert(ShortString::from(KEY), long(key.as_bytes()));
-    }
-    if !write(&message.headers, &mut table) {
-        let packed = long(message.headers.packed());
-        table.insert(ShortString::from(PACKED), packed);
     }
     properties.with_headers(FieldTable::from(table))
 }
@@ -76,42 +76,53 @@ fn long(bytes: &[u8]) -> AMQPValue {
     AMQPValue::LongString(LongString::from(bytes))
 }
 
-/// Adds headers to a table; false, with nothing added, where it cannot hold them.
-fn write(headers: &Headers, table: &mut BTreeMap<ShortString, AMQPValue>) -> bool {
-    if headers.iter().any(|(name, _)| is_reserved(name)) {
-        return false;
-    }
-    let is_in_order = headers
-        .iter()
-        .zip(headers.iter().skip(1))
-        .all(|((before, _), (after, _))| before < after);
-    if !is_in_order {
-        let mut names: Vec<_> = headers.iter().map(|(name, _)| name).collect();
-        names.sort_unstable();
-        names.dedup();
-        if names.len() > usize::from(u8::MAX) {
-            return false;
-        }
-        let places = headers.iter().map(|(name, _)| {
-            // Each name is among them, and there are at most 255.
-            names.binary_search(&name).unwrap_or_default() as u8
-        });
-        let order: Vec<u8> = places.collect();
-        table.insert(ShortString::from(ORDER), long(&order));
-    }
+/// Where a header usually is: ours before others, both by their names.
+fn place(name: &str) -> (bool, &str) {
+    (!name.as_bytes().starts_with(lines::OURS), name)
+}
+
+/// Headers as a table; none where it cannot hold them.
+fn table_of(headers: &Headers) -> Option<BTreeMap<ShortString, AMQPValue>> {
+    let mut table = BTreeMap::new();
+    let mut is_in_order = true;
+    let mut before = None;
     for (name, value) in headers.iter() {
+        if is_reserved(name) {
+            return None;
+        }
+        is_in_order &= before < Some(place(name));
+        before = Some(place(name));
         // A name has at most 255 bytes.
-        let name = ShortString::from(name);
-        match table.get_mut(&name) {
-            None => drop(table.insert(name, long(value))),
-            Some(AMQPValue::FieldArray(values)) => values.push(long(value)),
-            Some(first) => {
-                let all = vec![std::mem::replace(first, AMQPValue::Void), long(value)];
-                *first = AMQPValue::FieldArray(FieldArray::from(all));
-            }
+        match table.entry(ShortString::from(name)) {
+            Entry::Vacant(entry) => drop(entry.insert(long(value))),
+            Entry::Occupied(entry) => match entry.into_mut() {
+                AMQPValue::FieldArray(values) => values.push(long(value)),
+                first => {
+                    let all = vec![std::mem::replace(first, AMQPValue::Void), long(value)];
+                    *first = AMQPValue::FieldArray(FieldArray::from(all));
+                }
+            },
         }
     }
-    true
+    if !is_in_order {
+        table.insert(ShortString::from(ORDER), long(&order(headers)?));
+    }
+    Some(table)
+}
+
+/// In which order they are, as [`ORDER`] says it; none where there are too many.
+fn order(headers: &Headers) -> Option<Vec<u8>> {
+    let mut names: Vec<_> = headers.iter().map(|(name, _)| place(name)).collect();
+    names.sort_unstable();
+    names.dedup();
+    if names.len() > usize::from(u8::MAX) {
+        return None;
+    }
+    let places = headers.iter().map(|(name, _)| {
+        // Each name is among them, and there are at most 255.
+        names.binary_search(&place(name)).unwrap_or_default() as u8
+    });
+    Some(places.collect())
 }
 
 /// What a delivery of AMQP says.
@@ -192,11 +203,14 @@ fn headers(table: &BTreeMap<ShortString, AMQPValue>) -> Headers {
     {
         return headers;
     }
-    let others = || {
-        table.iter().filter(|(name, _)| {
+    // Ours before others, both by their names.
+    let of = |ours: bool| {
+        let all = table.iter().filter(|(name, _)| {
             !matches!(name.as_str(), KEY | ORDER | DELIVERY_COUNT | STREAM_OFFSET)
-        })
+        });
+        all.filter(move |(name, _)| name.as_str().as_bytes().starts_with(lines::OURS) == ours)
     };
+    let others = || of(true).chain(of(false));
     let mut builder = Headers::builder().unlimited();
     if let Some(AMQPValue::LongString(order)) = table.get(ORDER) {
         let named: Vec<_> = others().collect();
