@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::adopted::RabbitMqQueue;
 use crate::config::RabbitMqConfig;
-use crate::confirms::Routed;
+use crate::confirms::{Destination, Routed};
 use crate::deliveries::{self, Owner, RabbitMqDeliveries, RabbitMqSettlement};
 use crate::link::{SharedLink, closed};
 use crate::publisher::Publisher as Channels;
@@ -153,7 +153,11 @@ impl Shared {
         for (index, message) in sound {
             if let Some(queue) = self.config.queues.get(&message.topic) {
                 match properties::check(&message).and_then(|()| queue.short_name(PUBLISH)) {
-                    Ok(name) => routed.push(Routed::to_queue(index, name, message)),
+                    Ok(name) => routed.push(Routed {
+                        index,
+                        to: Destination::Queue(name),
+                        message,
+                    }),
                     Err(error) => {
                         let outcome = Outcome::NotTaken;
                         refused.push(Unpublished::new(index, message, outcome, error));
@@ -176,7 +180,11 @@ impl Shared {
             match partitions {
                 Ok(partitions) => {
                     let partition = self.partition(&message, partitions);
-                    routed.push(Routed::to_partition(index, partition, message));
+                    routed.push(Routed {
+                        index,
+                        to: Destination::Partition(partition),
+                        message,
+                    });
                 }
                 Err(error) => {
                     let outcome = Outcome::NotTaken;

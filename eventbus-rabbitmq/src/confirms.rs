@@ -9,7 +9,7 @@ use lapin::message::BasicReturnMessage;
 use lapin::options::BasicPublishOptions;
 use lapin::types::ShortString;
 use lapin::{Channel, Confirmation, PublisherConfirm};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until};
 
 use crate::names;
 use crate::properties::to_properties;
@@ -20,29 +20,28 @@ const PUBLISH: &str = "publish";
 #[derive(Debug)]
 pub(crate) struct Routed {
     pub(crate) index: usize,
-    pub(crate) exchange: ShortString,
-    pub(crate) routing_key: ShortString,
+    pub(crate) to: Destination,
     pub(crate) message: Message,
 }
 
-impl Routed {
-    /// A message for a partition of its topic.
-    pub(crate) fn to_partition(index: usize, partition: u32, message: Message) -> Self {
-        Self {
-            index,
-            exchange: names::exchange(&message.topic),
-            routing_key: names::routing_key(partition),
-            message,
-        }
-    }
+/// Where a message goes.
+#[derive(Debug)]
+pub(crate) enum Destination {
+    /// A partition of its topic.
+    Partition(u32),
+    /// A queue of somebody else.
+    Queue(ShortString),
+}
 
-    /// A message for a queue of somebody else.
-    pub(crate) fn to_queue(index: usize, queue: ShortString, message: Message) -> Self {
-        Self {
-            index,
-            exchange: ShortString::default(),
-            routing_key: queue,
-            message,
+impl Routed {
+    /// The exchange and the routing key.
+    fn route(&self) -> (ShortString, ShortString) {
+        match &self.to {
+            Destination::Partition(partition) => (
+                names::exchange(&self.message.topic),
+                names::routing_key(*partition),
+            ),
+            Destination::Queue(queue) => (ShortString::default(), queue.clone()),
         }
     }
 }
@@ -68,21 +67,16 @@ pub(crate) async fn publish_all(
     let mut sending: Vec<Sending<'_>> = window
         .iter()
         .map(|it| {
-            let Routed {
+            let (exchange, routing_key) = it.route();
+            let sent = channel.basic_publish(
                 exchange,
                 routing_key,
-                message,
-                ..
-            } = *it;
-            let sent = channel.basic_publish(
-                exchange.clone(),
-                routing_key.clone(),
                 BasicPublishOptions {
                     mandatory: true,
                     immediate: false,
                 },
-                &message.payload,
-                to_properties(message),
+                &it.message.payload,
+                to_properties(&it.message),
             );
             Box::pin(sent) as Sending<'_>
         })
@@ -96,6 +90,8 @@ pub(crate) async fn publish_all(
         Poll::Ready(polled.collect())
     })
     .await;
+    // One timer for all of them.
+    let mut too_late = std::pin::pin!(sleep_until(deadline));
     let mut came = Vec::with_capacity(window.len());
     let mut returned = Vec::new();
     for (sent, early) in sending.into_iter().zip(&mut early) {
@@ -106,10 +102,15 @@ pub(crate) async fn publish_all(
             };
             confirm.await
         };
-        came.push(match timeout_at(deadline, confirmed).await {
-            Err(_) => Came::Silent,
-            Ok(Err(error)) => Came::Lost(error),
-            Ok(Ok(confirmation)) => {
+        let confirmed = tokio::select! {
+            biased;
+            confirmed = confirmed => Some(confirmed),
+            () = &mut too_late => None,
+        };
+        came.push(match confirmed {
+            None => Came::Silent,
+            Some(Err(error)) => Came::Lost(error),
+            Some(Ok(confirmation)) => {
                 let taken = match &confirmation {
                     Confirmation::Ack(_) => Came::Taken,
                     Confirmation::Nack(_) => Came::Failed(Outcome::Unknown, nacked()),
@@ -132,26 +133,19 @@ pub(crate) async fn publish_all(
 fn find(window: &[&Routed], came: &[Came], returned: &BasicReturnMessage) -> Option<usize> {
     let mut places = window.iter().zip(came);
     places.position(|(it, came)| {
-        let Routed {
-            exchange,
-            routing_key,
-            message,
-            ..
-        } = *it;
         matches!(came, Came::Taken)
-            && returned.exchange == *exchange
-            && returned.routing_key == *routing_key
-            && message.payload == returned.data
-            && to_properties(message) == returned.properties
+            && it.message.payload == returned.data
+            && it.route() == (returned.exchange.clone(), returned.routing_key.clone())
+            && to_properties(&it.message) == returned.properties
     })
 }
 
 fn unrouted(routed: &Routed) -> Error {
-    let message = match routed.exchange.as_str() {
-        "" => {
+    let message = match routed.to {
+        Destination::Queue(_) => {
             "the queue that keeps this topic is not there: start whoever declares it, or look at its name and the virtual host of the url"
         }
-        _ => {
+        Destination::Partition(_) => {
             "no group is bound to this topic, so nobody would ever get the message: start a consumer of it first, whose group then keeps what is published"
         }
     };

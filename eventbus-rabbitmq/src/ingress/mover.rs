@@ -23,7 +23,7 @@ use super::journal::{Doubt, Journal};
 use super::{INGRESS, Status};
 use crate::adopted::{self, RabbitMqQueue};
 use crate::config::RabbitMqConfig;
-use crate::confirms::{Came, Routed, publish_all};
+use crate::confirms::{Came, Destination, Routed, publish_all};
 use crate::error::{blocked, into_error, is_missing};
 use crate::link::{Link, RECONNECT, natively, within};
 use crate::properties;
@@ -309,7 +309,11 @@ impl Mover {
             None => fastrand::u32(..) % self.partitions.max(1),
         };
         Ok(Moving {
-            routed: Routed::to_partition(index, partition, message),
+            routed: Routed {
+                index,
+                to: Destination::Partition(partition),
+                message,
+            },
             properties,
         })
     }
