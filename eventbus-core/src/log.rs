@@ -78,7 +78,10 @@ pub struct Unpacked {
 
 /// What was found from a position on.
 #[derive(Debug)]
-#[allow(clippy::exhaustive_enums, reason = "a lane has messages or a gap")]
+#[allow(
+    clippy::exhaustive_enums,
+    reason = "a lane has messages, a gap, or begins anew"
+)]
 pub enum Page {
     /// These, without a gap between them. Reading goes on behind the last one.
     Messages(Vec<Unpacked>),
@@ -91,6 +94,15 @@ pub enum Page {
     Gone {
         /// The first position that there is, or will be.
         base: Position,
+    },
+    /// The log has lost its end, as after a failover to a server that had not got all of it: numbers
+    /// that were read are given to other messages. A reader goes back; a member gives its lease back,
+    /// so that what it settles late is refused, and whoever opens the place next goes back.
+    Restarted {
+        /// Where reading goes on, at or before what may not have been read.
+        at: Position,
+        /// Where the lane ends.
+        end: Position,
     },
 }
 

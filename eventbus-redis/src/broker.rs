@@ -40,7 +40,8 @@ const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 ///   lease. Redis's own consumer groups are not used: they hand an entry to whoever asks, in no order of
 ///   keys, and cannot refuse a member that stood still.
 /// - **Retention** removes what every group that lives has settled and that is older than the topic keeps,
-///   nothing else. What somebody else removes is a gap.
+///   nothing else. What somebody else removes is a gap; so is the end of a stream that a failover lost,
+///   behind which a group goes on a minute before where it was.
 /// - **Recovery.** A lost connection is a retryable error; the next call opens another.
 ///
 /// # Examples
@@ -199,6 +200,8 @@ impl Broker for RedisBroker {
     }
 
     async fn close(&self) -> Result<()> {
-        self.client.members.close().await
+        let closed = self.client.members.close().await;
+        self.client.shared.end();
+        closed
     }
 }

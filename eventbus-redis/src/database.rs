@@ -34,17 +34,23 @@ pub(crate) struct Database {
 pub(crate) struct Shared {
     pub(crate) database: Arc<Database>,
     pub(crate) writer: Writer,
-    _tasks: Arc<Tasks>,
+    tasks: Arc<Tasks>,
 }
 
 #[derive(Debug)]
 struct Tasks([JoinHandle<()>; 3]);
 
-impl Drop for Tasks {
-    fn drop(&mut self) {
+impl Tasks {
+    fn abort(&self) {
         for task in &self.0 {
             task.abort();
         }
+    }
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.abort();
     }
 }
 
@@ -71,8 +77,15 @@ impl Shared {
         Ok(Self {
             database,
             writer,
-            _tasks: Arc::new(Tasks(tasks)),
+            tasks: Arc::new(Tasks(tasks)),
         })
+    }
+}
+
+impl Shared {
+    /// Ends its tasks: what was not published by now is answered as unknown.
+    pub(crate) fn end(&self) {
+        self.tasks.abort();
     }
 }
 

@@ -1,19 +1,23 @@
 //! How far groups are: a position for each partition, moved only by who holds its lease.
 //!
-//! `eventbus:positions:TOPIC` holds, by `GROUP PARTITION`, the first position that is not settled, as 32
-//! hexadecimal digits. What every group has read is found by one look at it.
+//! `eventbus:positions:TOPIC` holds, by `GROUP PARTITION`, the first position that is not settled, as 39
+//! digits. What every group has read is found by one look at it.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use eventbus_core::log::{Advance, Place, TopicLanes, furthest};
-use eventbus_core::{Error, ErrorKind, Group, Lease, Position, Result, Start, Topic};
+use eventbus_core::{
+    Error, ErrorKind, Group, Lease, Position, Result, Start, Topic, TopicPartition,
+};
+use redis::{FromRedisValue, Pipeline, Value};
 use tokio::sync::Notify;
 
 use crate::database::Database;
-use crate::leases::{leases_key, place_name};
-use crate::pages;
+use crate::error::into_error;
+use crate::leases::{EXPIRIES, leases_key, place_name};
+use crate::pages::{self, Look};
 use crate::position;
 use crate::topics::stream;
 
@@ -38,6 +42,19 @@ const ADVANCE: &str = "#!lua flags=allow-oom
         end
     end
     return moved";
+
+/// Raises for how long a group is remembered.
+const REMEMBER: &str = "#!lua flags=allow-oom
+    local known = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
+    if known < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
+    return 1";
+
+/// Sets a position whose epoch is the lease's, wherever it was.
+const BEGIN: &str = "#!lua flags=allow-oom
+    local lease = redis.call('HGET', KEYS[1], ARGV[1])
+    if not lease or string.match(lease, '^(%d+) ') ~= ARGV[2] then return 0 end
+    redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])
+    return 1";
 
 pub(crate) fn positions_key(topic: &Topic) -> String {
     format!("eventbus:positions:{topic}")
@@ -73,7 +90,22 @@ impl Database {
                 let _: bool = self.server.control.ask(operation, &set).await?;
             }
         }
+        self.remember_for(operation, group).await?;
+        for topic in topics {
+            self.known.reads(&topic.name);
+        }
         Ok(self.known.group(group))
+    }
+
+    /// Has the group remembered as long as this client is set up to, or as another one is for longer.
+    async fn remember_for(&self, operation: &'static str, group: &Group) -> Result<()> {
+        let millis = u64::try_from(self.config.group_expiry.as_millis()).unwrap_or(u64::MAX);
+        let mut set = redis::cmd("EVAL");
+        set.arg(REMEMBER).arg(1).arg(EXPIRIES);
+        // What Lua counts exactly; longer is for ever.
+        set.arg(group.as_str()).arg(millis.min(1 << 53));
+        let _: Value = self.server.control.ask(operation, &set).await?;
+        Ok(())
     }
 
     /// How far a group is on these partitions of a topic.
@@ -111,38 +143,100 @@ impl Database {
         let Some(group) = self.known.group_name(group) else {
             return Ok(Vec::new());
         };
-        let mut places = Vec::with_capacity(leases.len());
+        let mut topics = Vec::with_capacity(leases.len());
+        let mut questions = Pipeline::with_capacity(3 * leases.len());
         for lease in leases {
-            let (name, partition) = (&lease.place.topic, lease.place.partition);
-            let topic = self.expect_topic(OPEN, name).await?;
-            if partition >= topic.partitions {
-                continue;
+            let TopicPartition { topic, partition } = &lease.place;
+            let found = self.expect_topic(OPEN, topic).await?;
+            if *partition >= found.partitions {
+                return Err(shrunk(&found, *partition));
             }
-            let mut ask = redis::cmd("HGET");
-            ask.arg(leases_key(&group)).arg(place_name(name, partition));
-            let held: Option<String> = self.server.control.ask(OPEN, &ask).await?;
+            let held = questions.cmd("HGET").arg(leases_key(&group));
+            held.arg(place_name(topic, *partition));
+            let known = questions.cmd("HGET").arg(positions_key(topic));
+            known.arg(position_name(&group, *partition));
+            questions.add_command(pages::ask_look(&stream(&found, *partition)));
+            topics.push(found);
+        }
+        let answers = self.server.control.send(&questions).await;
+        let answers: Vec<Value> = answers.map_err(|error| into_error(OPEN, error))?;
+        let mut answers = answers.into_iter();
+        let mut places = Vec::with_capacity(leases.len());
+        for (lease, topic) in leases.iter().zip(topics) {
+            let held: Option<String> = read(answers.next())?;
+            let known: Option<String> = read(answers.next())?;
+            let look = Look::read(answers.next().unwrap_or(Value::Nil))?;
             let epoch = held.as_deref().and_then(|held| held.split(' ').next());
             if epoch != Some(lease.epoch.to_string().as_str()) {
                 // It was granted to somebody else since.
                 continue;
             }
-            let mine = partition..partition + 1;
-            let known = self.positions(OPEN, &group, &topic, mine).await?;
-            let stream = stream(&topic, partition);
-            let look = pages::look(&self.server, OPEN, &stream).await?;
+            let known = match known {
+                Some(text) => {
+                    let position = position::read(text.as_bytes());
+                    Some(position.ok_or_else(|| damaged(OPEN, &topic.name))?)
+                }
+                None => None,
+            };
+            let (position, left) = self.begin(&group, lease, &topic, known, look).await?;
+            let partition = lease.place.partition;
             let row = topic.first_lane + partition;
             let end = self.wakes.lane(row, look.end());
             end.listen(notify);
             places.push(Place {
-                position: known.get(&partition).copied().unwrap_or(look.base()),
+                position,
                 topic,
                 partition,
                 until: Position(u128::MAX),
+                left,
                 end,
                 epoch: Some(lease.epoch),
             });
         }
         Ok(places)
+    }
+
+    /// Where a group goes on that was as far as is `known`, and where it was, if it cannot go on there: the
+    /// server may have lost how far it was, or the end of the stream.
+    async fn begin(
+        &self,
+        group: &Group,
+        lease: &Lease,
+        topic: &TopicLanes,
+        known: Option<Position>,
+        look: Look,
+    ) -> Result<(Position, Option<Position>)> {
+        let TopicPartition {
+            topic: name,
+            partition,
+        } = &lease.place;
+        let position = match known {
+            Some(known) if !look.has_lost(position::from(known)) => return Ok((known, None)),
+            Some(known) => {
+                let stream = stream(topic, *partition);
+                let again = pages::again(&self.server, OPEN, &stream, look, known).await?;
+                tracing::error!(
+                    %group, topic = %name, partition, from = %known, to = %again,
+                    "the stream has lost its end, as in a failover to a replica that had not got all of it: what was added in the last minute before is handled again"
+                );
+                again
+            }
+            None => {
+                tracing::error!(
+                    %group, topic = %name, partition,
+                    "the server has lost how far the group was: it begins with the first message there is"
+                );
+                look.base()
+            }
+        };
+        let mut set = redis::cmd("EVAL");
+        set.arg(BEGIN).arg(2);
+        set.arg(leases_key(group)).arg(positions_key(name));
+        set.arg(place_name(name, *partition)).arg(lease.epoch);
+        set.arg(position_name(group, *partition));
+        set.arg(position::stored(position));
+        let _: u64 = self.server.control.ask(OPEN, &set).await?;
+        Ok((position, Some(known.unwrap_or(Position(0)))))
     }
 
     /// Records how far groups are; what comes too late is counted.
@@ -170,6 +264,23 @@ impl Database {
         self.count_stale((furthest.len() as u64).saturating_sub(moved));
         Ok(())
     }
+}
+
+fn read<T: FromRedisValue>(answer: Option<Value>) -> Result<T> {
+    let read = redis::from_redis_value(answer.unwrap_or(Value::Nil));
+    read.map_err(|error| into_error(OPEN, error.into()))
+}
+
+/// A group shares out a partition that its topic does not have.
+fn shrunk(topic: &TopicLanes, partition: u32) -> Error {
+    Error::new(
+        ErrorKind::Conflict,
+        OPEN,
+        "the topic has fewer partitions than other members of the group know of: it was created anew, so restart those that knew it before",
+    )
+    .with("topic", &topic.name)
+    .with("partitions", topic.partitions)
+    .with("partition", partition)
 }
 
 pub(crate) fn damaged(operation: &'static str, topic: &Topic) -> Error {

@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use eventbus_core::log::TopicLanes;
-use eventbus_core::{Position, Result};
+use eventbus_core::{Position, Result, TopicSpec};
 
 use crate::database::Database;
 use crate::groups::{damaged, positions_key};
-use crate::leases::GROUPS;
+use crate::leases::{EXPIRIES, GROUPS};
 use crate::position::{self, EntryId};
 use crate::topics::{self, stream};
 
 const TRIM: &str = "remove what was read";
 /// How often it is looked for, unless retention is shorter.
 const INTERVAL_MAX: Duration = Duration::from_secs(60);
+/// Entries that are removed by one command, so that the server does other things in between.
+const TRIM_MAX: u64 = 10_000;
 const INTERVAL_MIN: Duration = Duration::from_millis(100);
 
 /// Looks for it until it is aborted with its database.
@@ -25,7 +27,13 @@ pub(crate) async fn run(database: Arc<Database>) {
     loop {
         tokio::time::sleep(interval).await;
         for topic in database.known.topics() {
-            if let Err(error) = database.trim_read(&topic).await {
+            let looked = database.look_after(&topic).await;
+            let looked = match looked {
+                // Who only publishes or looks has no say in how long things are kept.
+                Ok(()) if database.known.is_read(&topic.name) => database.trim_read(&topic).await,
+                looked => looked,
+            };
+            if let Err(error) = looked {
                 tracing::warn!(%error, topic = %topic.name, "what was read is removed later");
             }
         }
@@ -33,6 +41,27 @@ pub(crate) async fn run(database: Arc<Database>) {
 }
 
 impl Database {
+    /// Looks whether the topic is on the server as it is known here, and stores it again where the server
+    /// has lost it, so that nobody creates it with another count of partitions.
+    async fn look_after(&self, topic: &TopicLanes) -> Result<()> {
+        let Some(stored) = topics::find(&self.server, TRIM, &topic.name).await? else {
+            if self.known.is_read(&topic.name) {
+                tracing::error!(topic = %topic.name, "the server has lost the topic: it is stored again");
+                let spec = TopicSpec::new(topic.name.clone()).with_partitions(topic.partitions);
+                topics::create(&self.server, &self.config, TRIM, &spec).await?;
+            }
+            return Ok(());
+        };
+        if stored.partitions != topic.partitions {
+            tracing::error!(
+                topic = %topic.name, partitions = stored.partitions, known = topic.partitions,
+                "the topic was created anew with other partitions: restart this process"
+            );
+        }
+        self.known.changed(&topic.name, stored.partitions);
+        Ok(())
+    }
+
     /// Removes what all groups that live have settled and that is older than the topic keeps. Where no
     /// group ever read, nothing was read; dead letters are an operator's to remove.
     async fn trim_read(&self, topic: &TopicLanes) -> Result<()> {
@@ -55,11 +84,17 @@ impl Database {
             };
             let kept = too_old.min(position::from(position).first());
             let mut trim = redis::cmd("XTRIM");
-            trim.arg(stream(topic, partition))
-                .arg("MINID")
-                .arg("~")
-                .arg(kept.to_string());
-            let removed: u64 = self.server.control.ask(TRIM, &trim).await?;
+            trim.arg(stream(topic, partition)).arg("MINID").arg("~");
+            trim.arg(kept.to_string()).arg("LIMIT").arg(TRIM_MAX);
+            let mut removed = 0;
+            loop {
+                let more: u64 = self.server.control.ask(TRIM, &trim).await?;
+                removed += more;
+                // By whole nodes of the stream: less than that is left where a node's end is.
+                if more < TRIM_MAX / 2 {
+                    break;
+                }
+            }
             if removed > 0 {
                 tracing::debug!(topic = %topic.name, partition, removed, "what was read is removed");
             }
@@ -67,16 +102,21 @@ impl Database {
         Ok(())
     }
 
-    /// By partition, what no group that lives has settled yet. A group lives that had a member since
-    /// `group_expiry` began.
+    /// By partition, what no group that lives has settled yet. A group lives that had a member within the
+    /// longest `group_expiry` that one of its members was set up with.
     async fn read_by_all(&self, topic: &TopicLanes, now: i64) -> Result<HashMap<u32, Position>> {
-        let expiry = i64::try_from(self.config.group_expiry.as_millis()).unwrap_or(i64::MAX);
-        let mut living = redis::cmd("ZRANGEBYSCORE");
-        living
-            .arg(GROUPS)
-            .arg(now.saturating_sub(expiry))
-            .arg("+inf");
-        let living: Vec<String> = self.server.control.ask(TRIM, &living).await?;
+        let mut seen = redis::cmd("ZRANGE");
+        seen.arg(GROUPS).arg(0).arg(-1).arg("WITHSCORES");
+        let seen: Vec<(String, i64)> = self.server.control.ask(TRIM, &seen).await?;
+        let mut expiries = redis::cmd("HGETALL");
+        expiries.arg(EXPIRIES);
+        let expiries: HashMap<String, i64> = self.server.control.ask(TRIM, &expiries).await?;
+        let own = i64::try_from(self.config.group_expiry.as_millis()).unwrap_or(i64::MAX);
+        let lives = |group: &str| {
+            let expiry = expiries.get(group).copied().unwrap_or(own);
+            let mut seen = seen.iter();
+            seen.any(|(name, at)| name == group && *at >= now.saturating_sub(expiry))
+        };
         let mut all = redis::cmd("HGETALL");
         all.arg(positions_key(&topic.name));
         let all: HashMap<String, String> = self.server.control.ask(TRIM, &all).await?;
@@ -85,7 +125,7 @@ impl Database {
             let Some((group, partition)) = name.rsplit_once(' ') else {
                 return Err(damaged(TRIM, &topic.name));
             };
-            if !living.iter().any(|living| living == group) {
+            if !lives(group) {
                 continue;
             }
             let (Ok(partition), Some(position)) =

@@ -6,6 +6,7 @@
 //! | `eventbus:group:GROUP:leases` | by `TOPIC PARTITION`: the epoch, and who holds it or `-` |
 //! | `eventbus:group:GROUP:changes` | a stream of one entry, for who waits for changes |
 //! | `eventbus:groups` | by group: when one of its members was last heard of, in milliseconds |
+//! | `eventbus:groups:expiry` | by group: for how many milliseconds it is remembered without a member |
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +22,7 @@ use crate::database::Database;
 use crate::server::Server;
 
 pub(crate) const GROUPS: &str = "eventbus:groups";
+pub(crate) const EXPIRIES: &str = "eventbus:groups:expiry";
 
 const EXCHANGE: &str = "renew leases";
 const LEAVE: &str = "leave group";
@@ -117,7 +119,9 @@ const SERVE: &str = "
         local lease = redis.call('HGET', leases, place) or '0 -'
         local epoch, holder = string.match(lease, '^(%d+) (.*)$')
         if holder == '-' or redis.call('HEXISTS', members, holder) == 0 then
-            redis.call('HSET', leases, place, string.format('%.0f', epoch + 1) .. ' ' .. me)
+            -- Above all that a server gave which lost this key.
+            local later = math.max(epoch + 1, now)
+            redis.call('HSET', leases, place, string.format('%.0f', later) .. ' ' .. me)
             changed = true
         end
     end

@@ -1,12 +1,14 @@
 //! Reading streams as logs: pages of several lanes in one question, each with what the stream says of
 //! itself at that moment, so that a gap is seen.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use eventbus_core::log::{PAGE_ROWS, Page, Unpacked, Wakes, Wanted};
 use eventbus_core::{Error, ErrorKind, Position, Result, Start, Timestamp};
-use redis::{Pipeline, RedisResult, Value};
+use redis::{Cmd, Pipeline, RedisResult, Value};
 
 use crate::error::is_full;
 use crate::position::{self, EntryId};
@@ -16,10 +18,13 @@ use crate::topics::stream;
 
 const READ: &str = "read messages";
 
+/// How far the clocks of two servers may be apart of which one takes the other's place.
+const CLOCKS_APART: Duration = Duration::from_secs(60);
+
 /// Bytes that a page should have.
 const PAGE_BYTES: usize = 2 * 1024 * 1024;
-/// Messages of a page where nothing is known of their size.
-const PAGE_FIRST: usize = 32;
+/// What a message is taken for of whose size nothing is known.
+const SIZE_FIRST: usize = PAGE_BYTES / 32;
 
 /// A server whose memory is full lets it run all the same: reading makes room.
 ///
@@ -66,7 +71,7 @@ pub(crate) struct Look {
 }
 
 impl Look {
-    fn read(reply: Value) -> Result<Self> {
+    pub(crate) fn read(reply: Value) -> Result<Self> {
         let read = || {
             let Value::Array(parts) = reply else {
                 return Some(Ok(Self::default()));
@@ -113,6 +118,12 @@ impl Look {
         }
     }
 
+    /// Whether the stream knows less than was read: it lost its end, as in a failover to a replica that
+    /// had not got all of it, or another one has begun, with lower ids.
+    pub(crate) fn has_lost(&self, from: position::From) -> bool {
+        self.added > 0 && (self.added < from.before || self.last < from.id)
+    }
+
     /// Whether entries at or behind this place, which nobody read, are gone.
     ///
     /// As long as one before it is there, none behind it was trimmed. Otherwise exactly those before it
@@ -134,16 +145,23 @@ fn unreadable() -> Error {
 /// Reads pages, and remembers how large messages are.
 #[derive(Debug, Default)]
 pub(crate) struct Pages {
-    /// By row, the largest message of the last page.
+    /// By row, the largest message of the last page; more after a page that did not come.
     sizes: Mutex<HashMap<u32, usize>>,
 }
 
 impl Pages {
     fn count(&self, row: u32) -> usize {
         let sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
-        match sizes.get(&row) {
-            None => PAGE_FIRST,
-            Some(size) => (PAGE_BYTES / size.max(&1)).clamp(1, PAGE_ROWS as usize),
+        let size = sizes.get(&row).copied().unwrap_or(SIZE_FIRST);
+        (PAGE_BYTES / size.max(1)).clamp(1, PAGE_ROWS as usize)
+    }
+
+    /// Has less asked for after pages that did not come, perhaps because there was too much in them.
+    fn expect_larger(&self, wanted: &[Wanted]) {
+        let mut sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
+        for wanted in wanted {
+            let size = sizes.entry(wanted.row).or_insert(SIZE_FIRST);
+            *size = (*size * 4).min(PAGE_BYTES);
         }
     }
 
@@ -166,7 +184,7 @@ impl Pages {
             let after = position::from(wanted.from).after().to_string();
             let count = self.count(wanted.row);
             if together {
-                pipeline.cmd("EVAL").arg(LOOK).arg(1).arg(&stream);
+                pipeline.add_command(ask_look(&stream));
                 pipeline.cmd("XREAD").arg("COUNT").arg(count);
                 pipeline.arg("STREAMS").arg(&stream).arg(after);
             } else {
@@ -191,16 +209,30 @@ impl Pages {
             let pages: RedisResult<Vec<(Value, Value)>> = pages;
             replies = pages.map(|pages| pages.into_iter().flat_map(<[Value; 2]>::from).collect());
         }
-        let replies = replies.map_err(|error| crate::error::into_error(READ, error))?;
+        let replies = replies.map_err(|error| {
+            self.expect_larger(wanted);
+            crate::error::into_error(READ, error)
+        })?;
         let mut replies = replies.into_iter();
         let mut pages = Vec::with_capacity(wanted.len());
         for wanted in wanted {
             let (Some(look), Some(entries)) = (replies.next(), replies.next()) else {
                 return Err(unreadable());
             };
-            let page = self.page(wakes, wanted, Look::read(look)?, entries);
             let partition = wanted.row - wanted.topic.first_lane;
-            pages.push(page.map_err(|error| {
+            let page = async {
+                let look = Look::read(look)?;
+                match self.page(wakes, wanted, look, entries)? {
+                    Found::Page(page) => Ok(page),
+                    Found::Lost => {
+                        let stream = stream(&wanted.topic, partition);
+                        let at = again(server, READ, &stream, look, wanted.from).await?;
+                        let end = look.end();
+                        Ok(Page::Restarted { at, end })
+                    }
+                }
+            };
+            pages.push(page.await.map_err(|error: Error| {
                 error
                     .with("topic", &wanted.topic.name)
                     .with("partition", partition)
@@ -209,10 +241,14 @@ impl Pages {
         Ok(pages)
     }
 
-    fn page(&self, wakes: &Wakes, wanted: &Wanted, look: Look, entries: Value) -> Result<Page> {
+    fn page(&self, wakes: &Wakes, wanted: &Wanted, look: Look, entries: Value) -> Result<Found> {
         let from = position::from(wanted.from);
+        if look.has_lost(from) {
+            wakes.corrects(wanted.row, wanted.to, look.end());
+            return Ok(Found::Lost);
+        }
         if look.has_gap(from) {
-            return Ok(gap(wakes, wanted, look));
+            return Ok(Found::Page(gap(wakes, wanted, look)));
         }
         if look.end() > wanted.to {
             // The watch sees one more entry at a time: whoever followed it would read pages of one.
@@ -238,8 +274,29 @@ impl Pages {
             // What the writer and the watch say of an end is later than the end itself.
             wakes.corrects(wanted.row, wanted.to, look.end());
         }
+        if let (Some(first), Some(last), true) = (messages.first(), messages.last(), reaches_end) {
+            let (first, last) = (
+                position::from(first.position),
+                position::from(last.position),
+            );
+            let counted = last.before + 1;
+            match counted.cmp(&look.added) {
+                Ordering::Equal => {}
+                // It lost its end, and became longer than it was since.
+                Ordering::Greater => return Ok(Found::Lost),
+                // Somebody removed some of these, or some in the pages before.
+                Ordering::Less => {
+                    let number = first.before + 1 + (look.added - counted);
+                    let base = position::entry(first.id, number);
+                    return Ok(Found::Page(Page::Gone { base }));
+                }
+            }
+        }
         if !messages.is_empty() {
-            return Ok(Page::Messages(messages));
+            return Ok(Found::Page(Page::Messages(messages)));
+        }
+        if is_empty && look.added > from.before {
+            return Ok(Found::Page(Page::Gone { base: look.end() }));
         }
         // Nobody can go on from a place that does not say how many entries were before it: the next ones
         // would be numbered wrongly, and passed over.
@@ -248,24 +305,25 @@ impl Pages {
             true => wanted.from,
             false => wanted.to.min(look.end()),
         };
-        Ok(Page::Nothing { next })
+        Ok(Found::Page(Page::Nothing { next }))
     }
 }
 
-/// Where reading goes on behind a gap. Positions of a lane only rise, also where a stream was removed
-/// and begins anew.
+/// What a look at a stream and its entries came to.
+enum Found {
+    Page(Page),
+    /// The stream knows less than was read.
+    Lost,
+}
+
+/// Where reading goes on behind a gap.
 fn gap(wakes: &Wakes, wanted: &Wanted, look: Look) -> Page {
     if look.added == 0 {
         // Removed as a whole: it is told when something is there again.
         wakes.corrects(wanted.row, wanted.to, wanted.from);
         return Page::Nothing { next: wanted.from };
     }
-    let base = look.base();
-    match base > wanted.from {
-        true => Page::Gone { base },
-        // Its ids are lower than those before: whoever set the server's clock back or chose them.
-        false => Page::Gone { base: wanted.from },
-    }
+    Page::Gone { base: look.base() }
 }
 
 /// The entries of what `XREAD` answers for one stream.
@@ -293,9 +351,8 @@ fn unpack(reader: &mut Reader, wanted: &Wanted, number: u64, entry: Value) -> Re
         return Err(unreadable());
     };
     let id = EntryId::read(&id)?;
-    let fields = match fields {
-        Value::Array(fields) => fields,
-        _ => Vec::new(),
+    let Value::Array(fields) = fields else {
+        return Err(unreadable());
     };
     let message = reader.read(&wanted.topic.name, fields);
     Ok(Unpacked {
@@ -311,11 +368,35 @@ fn time_of(id: EntryId) -> Timestamp {
     Timestamp::from_micros(id.millis as i64 * 1000)
 }
 
-/// What a stream says of itself.
-pub(crate) async fn look(server: &Server, operation: &'static str, stream: &str) -> Result<Look> {
+/// Asks what a stream says of itself, for [`Look::read`].
+pub(crate) fn ask_look(stream: &str) -> Cmd {
     let mut look = redis::cmd("EVAL");
     look.arg(LOOK).arg(1).arg(stream);
-    Look::read(server.control.ask(operation, &look).await?)
+    look
+}
+
+/// What a stream says of itself.
+pub(crate) async fn look(server: &Server, operation: &'static str, stream: &str) -> Result<Look> {
+    Look::read(server.control.ask(operation, &ask_look(stream)).await?)
+}
+
+/// Where reading goes on in a stream that lost its end, by somebody who had read up to `from`. What was
+/// added since has ids by another server's clock, which may be behind the one before: so a little
+/// of what was read is read again.
+pub(crate) async fn again(
+    server: &Server,
+    operation: &'static str,
+    stream: &str,
+    look: Look,
+    from: Position,
+) -> Result<Position> {
+    let known = position::from(from).id.min(look.last);
+    let millis = known.millis.saturating_sub(CLOCKS_APART.as_millis() as u64);
+    let time = EntryId {
+        millis,
+        sequence: 0,
+    };
+    at_time(server, operation, stream, time_of(time)).await
 }
 
 /// Where one begins on a stream that looks like that.
@@ -429,7 +510,6 @@ mod tests {
             (look(3, 0, 0, 30), false, "all that was read is gone"),
             (look(5, 1, 50, 50), true, "one more is gone"),
             (look(5, 0, 0, 50), true, "all are gone"),
-            (look(2, 2, 60, 70), true, "another stream has begun"),
             (look(9, 9, 60, 99), true, "another stream has as many"),
             (look(0, 0, 0, 0), true, "there is no stream"),
         ] {
@@ -438,6 +518,90 @@ mod tests {
         let nothing_read = position::from(Position(0));
         assert!(!look(0, 0, 0, 0).has_gap(nothing_read));
         assert!(!look(2, 2, 10, 20).has_gap(nothing_read));
+    }
+
+    #[test]
+    fn a_stream_that_knows_less_than_was_read_has_lost_its_end() {
+        let read_to = position::from(position::behind(id(30), 3));
+        for (look, has_lost, what) in [
+            (look(3, 3, 10, 30), false, "nothing is lost"),
+            (look(3, 0, 0, 30), false, "all that was read is removed"),
+            (look(2, 2, 10, 20), true, "the last one is lost"),
+            (look(2, 2, 10, 40), true, "two are, and one was added"),
+            (look(7, 7, 10, 29), true, "another stream has lower ids"),
+            (
+                look(0, 0, 0, 0),
+                false,
+                "it is removed: nothing is there to read",
+            ),
+        ] {
+            assert_eq!(look.has_lost(read_to), has_lost, "{what}");
+        }
+        assert!(!look(2, 2, 10, 20).has_lost(position::from(Position(0))));
+    }
+
+    /// What comes of a page of entries with these ids.
+    fn found(from: Position, look: Look, ids: &[u64]) -> Found {
+        let topic = Topic::from_static("orders");
+        let mut lanes = LaneTable::new(Limits::default());
+        let wanted = Wanted {
+            lane: lanes.open(),
+            topic: Arc::new(TopicLanes::new(topic, 1, 7)),
+            row: 7,
+            from,
+            to: Position(u128::MAX),
+        };
+        let entry = |millis: &u64| {
+            Value::Array(vec![
+                Value::BulkString(format!("{millis}-0").into_bytes()),
+                Value::Array(Vec::new()),
+            ])
+        };
+        let stream = vec![
+            Value::BulkString(b"orders".to_vec()),
+            Value::Array(ids.iter().map(entry).collect()),
+        ];
+        let reply = Value::Array(vec![Value::Array(stream)]);
+        let found = Pages::default().page(&Wakes::new(), &wanted, look, reply);
+        found.expect("it can be read")
+    }
+
+    #[test]
+    fn a_stream_that_lost_its_end_and_grew_since_is_seen_by_its_count() {
+        // 100 were read, 90 of them are left, and 15 were added.
+        let from = position::behind(id(100), 100);
+        let ids: Vec<u64> = (101..116).collect();
+        let found = found(from, look(105, 105, 1, 115), &ids);
+        assert!(matches!(found, Found::Lost));
+    }
+
+    #[test]
+    fn what_was_removed_in_the_middle_before_it_was_read_is_a_gap() {
+        let from = position::behind(id(10), 1);
+        let ids = [20, 40];
+        let look = look(4, 3, 10, 40);
+        let Found::Page(Page::Gone { base }) = found(from, look, &ids) else {
+            panic!("entry 3 is gone");
+        };
+        assert_eq!(base, position::entry(id(20), 3));
+        let Found::Page(Page::Messages(messages)) = found(base, look, &ids) else {
+            panic!("the others are there");
+        };
+        let positions: Vec<_> = messages.iter().map(|it| it.position).collect();
+        assert_eq!(
+            positions,
+            [position::entry(id(20), 3), position::entry(id(40), 4)]
+        );
+    }
+
+    #[test]
+    fn what_was_removed_at_the_end_before_it_was_read_is_a_gap() {
+        let from = position::behind(id(30), 3);
+        let look = look(4, 3, 10, 40);
+        let Found::Page(Page::Gone { base }) = found(from, look, &[]) else {
+            panic!("entry 4 is gone");
+        };
+        assert_eq!(base, look.end());
     }
 
     #[test]
@@ -469,7 +633,10 @@ mod tests {
             // The watch goes on meanwhile.
             wakes.appended(&[(7, position::beyond(id(35)))]);
             let page = Pages::default().page(&wakes, wanted, look, reply.clone());
-            page.expect("it can be read")
+            match page.expect("it can be read") {
+                Found::Page(page) => page,
+                Found::Lost => panic!("nothing is lost"),
+            }
         };
         let Page::Nothing { next } = read(&wanted) else {
             panic!("it is behind what was heard of");

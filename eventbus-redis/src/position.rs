@@ -133,15 +133,20 @@ impl EntryId {
     }
 }
 
-/// A position as it is stored: texts of one length, which sort as the positions do.
+/// Digits of the largest position.
+const DIGITS: usize = 39;
+
+/// A position as it is stored: texts of one length, which sort as the positions do. Of digits alone,
+/// because Lua compares texts as the server's locale sorts them, and in some `aa` stands behind `z`.
 pub(crate) fn stored(position: Position) -> String {
-    format!("{:032x}", position.0)
+    format!("{:0DIGITS$}", position.0)
 }
 
 /// Reads what [`stored`] writes.
 pub(crate) fn read(text: &[u8]) -> Option<Position> {
     let text = std::str::from_utf8(text).ok()?;
-    u128::from_str_radix(text, 16).ok().map(Position)
+    let is_whole = text.len() == DIGITS;
+    is_whole.then(|| text.parse().ok().map(Position))?
 }
 
 #[cfg(test)]

@@ -75,6 +75,7 @@ async fn read(
                 position,
                 until,
                 end,
+                left: None,
                 epoch: None,
             });
         }

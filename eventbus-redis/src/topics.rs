@@ -1,7 +1,7 @@
 //! Topics: created once, with a count of partitions that never changes; and numbers for what Redis
 //! calls by name.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +30,10 @@ struct Names {
     topics: Topics,
     by_first_lane: BTreeMap<u32, Streams>,
     next_lane: u32,
+    /// Those that members of this client read.
+    read: HashSet<Topic>,
+    /// Those that have other partitions on the server by now, and how many.
+    changed: HashMap<Topic, u32>,
     groups: HashMap<Group, i64>,
     by_number: Vec<Group>,
 }
@@ -41,6 +45,31 @@ impl Known {
 
     pub(crate) fn topic(&self, name: &Topic) -> Option<Arc<TopicLanes>> {
         self.lock().topics.get(name)
+    }
+
+    /// Takes note that members of this client read a topic.
+    pub(crate) fn reads(&self, name: &Topic) {
+        self.lock().read.insert(name.clone());
+    }
+
+    pub(crate) fn is_read(&self, name: &Topic) -> bool {
+        self.lock().read.contains(name)
+    }
+
+    /// Takes note of how many partitions a topic has on the server, which were others.
+    pub(crate) fn changed(&self, name: &Topic, partitions: u32) {
+        let mut names = self.lock();
+        match names.topics.get(name) {
+            Some(known) if known.partitions != partitions => {
+                names.changed.insert(name.clone(), partitions);
+            }
+            _ => drop(names.changed.remove(name)),
+        }
+    }
+
+    /// How many partitions a topic has on the server, where those are others than it had.
+    fn other_count(&self, name: &Topic) -> Option<u32> {
+        self.lock().changed.get(name).copied()
     }
 
     fn remember(&self, name: &Topic, partitions: u32) -> Arc<TopicLanes> {
@@ -201,7 +230,10 @@ async fn look_up(
     name: &Topic,
 ) -> Result<Option<Arc<TopicLanes>>> {
     if let Some(topic) = known.topic(name) {
-        return Ok(Some(topic));
+        return match known.other_count(name) {
+            None => Ok(Some(topic)),
+            Some(partitions) => Err(recreated(operation, &topic, partitions)),
+        };
     }
     let found = find(server, operation, name).await?;
     Ok(found.map(|stored| known.remember(name, stored.partitions)))
@@ -236,6 +268,18 @@ pub(crate) async fn expect(
 ) -> Result<Arc<TopicLanes>> {
     let topic = look_up(server, known, operation, name).await?;
     topic.ok_or_else(|| missing(operation, name))
+}
+
+/// Keys would go to other partitions than where their earlier messages are read.
+fn recreated(operation: &'static str, topic: &TopicLanes, partitions: u32) -> Error {
+    Error::new(
+        ErrorKind::Conflict,
+        operation,
+        "the topic was created anew with other partitions: restart this process, which knew it before",
+    )
+    .with("topic", &topic.name)
+    .with("known", topic.partitions)
+    .with("partitions", partitions)
 }
 
 fn missing(operation: &'static str, name: &Topic) -> Error {

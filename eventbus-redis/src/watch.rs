@@ -31,9 +31,22 @@ pub(crate) async fn run(database: Arc<Database>) {
     loop {
         database.wakes.wanted().await;
         if let Err(error) = look(&database, &mut seen).await {
+            if !error.is_retryable() {
+                // One key fails the question about all: each reader is to see for itself.
+                for row in database.wakes.watched_lanes() {
+                    wake(&database, row);
+                }
+            }
             tracing::debug!(%error, "the server is watched again");
             tokio::time::sleep(PAUSE).await;
         }
+    }
+}
+
+/// Has a lane read, of which nobody knows whether there is more.
+fn wake(database: &Database, row: u32) {
+    if let Some(end) = database.wakes.end_of(row) {
+        end.reaches(beyond(position::from(end.next()).id));
     }
 }
 
@@ -67,20 +80,31 @@ async fn look(database: &Database, seen: &mut HashMap<i64, EntryId>) -> Result<(
     let Value::Array(found) = database.server.waits.ask(WATCH, &wait).await? else {
         return Ok(());
     };
+    let mut is_damaged = false;
     for (stream, id) in found.iter().filter_map(first_of) {
         let index = streams
             .iter()
             .position(|watched| watched.as_bytes() == stream);
-        match index.map(|index| &watched[index]) {
-            Some(Watched::Lane(row)) => database.wakes.appended(&[(*row, beyond(id?))]),
-            Some(Watched::Group(number)) => {
-                let id = id?;
+        match (index.map(|index| &watched[index]), id) {
+            (Some(Watched::Lane(row)), Ok(id)) => database.wakes.appended(&[(*row, beyond(id))]),
+            // Who reads it says what is wrong; the others are not held up.
+            (Some(Watched::Lane(row)), Err(_)) => {
+                wake(database, *row);
+                is_damaged = true;
+            }
+            (Some(Watched::Group(number)), Ok(id)) => {
                 seen.insert(*number, id);
                 // Later changes have later ids.
                 database.wakes.group_changed(*number, generation(id));
             }
-            None => {}
+            // Members look at their group from time to time anyway.
+            (Some(Watched::Group(_)), Err(_)) => is_damaged = true,
+            (None, _) => {}
         }
+    }
+    if is_damaged {
+        // What cannot be read comes at once again.
+        tokio::time::sleep(PAUSE).await;
     }
     Ok(())
 }

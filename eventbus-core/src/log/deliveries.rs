@@ -230,8 +230,14 @@ impl<L: Log> LogDeliveries<L> {
                 state.open(places);
             }
             Found::Pages(wanted, pages) => {
-                for (wanted, page) in wanted.iter().zip(pages) {
-                    state.take_page(wanted, page);
+                let pages = wanted.iter().zip(pages);
+                let leaving: Vec<_> = pages
+                    .filter_map(|(wanted, page)| state.take_page(wanted, page))
+                    .collect();
+                drop(state);
+                if let Some(seat) = &self.handle.seat {
+                    // With a later grant nobody settles by what was read before.
+                    seat.held.release(&leaving);
                 }
             }
         }

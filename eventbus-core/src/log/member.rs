@@ -22,6 +22,8 @@ pub struct Place {
     pub partition: u32,
     /// Where reading starts.
     pub position: Position,
+    /// Where the group was, if it cannot go on there: that is told as a gap.
+    pub left: Option<Position>,
     /// Where it ends, not included.
     pub until: Position,
     /// The end of the log there.
@@ -113,11 +115,17 @@ impl MemberState {
         }
         let mut assignments = Vec::with_capacity(places.len());
         let mut opened = Vec::with_capacity(places.len());
+        let mut gaps = Vec::new();
         for place in places {
             let lane = self.lanes.open();
             let assignment = Assignment::new(lane, place.topic.name.clone(), place.partition);
             assignments.push(assignment.with_position(place.position));
             opened.push(lane.id as usize);
+            gaps.extend(place.left.map(|from| Signal::Gap {
+                lane,
+                from,
+                to: place.position,
+            }));
             let slot = Slot {
                 lane,
                 read_to: place.position,
@@ -134,6 +142,7 @@ impl MemberState {
             }
         }
         self.control.push_back(Signal::Assigned(assignments));
+        self.control.extend(gaps);
         for index in opened {
             self.check_end(index);
         }
@@ -319,15 +328,16 @@ impl MemberState {
         pages
     }
 
-    /// Takes in a page, unless its lane is another one by now.
-    pub(super) fn take_page(&mut self, wanted: &Wanted, page: Page) {
+    /// Takes in a page, unless its lane is another one by now. Returns the place of a member that has to
+    /// be opened anew, and whose lane is lost.
+    pub(super) fn take_page(&mut self, wanted: &Wanted, page: Page) -> Option<TopicPartition> {
         if !self.lanes.is_open(wanted.lane) {
-            return;
+            return None;
         }
         let index = wanted.lane.id as usize;
         let slot = &mut self.slots[index];
         if slot.revoking || slot.read_to != wanted.from {
-            return;
+            return None;
         }
         match page {
             Page::Messages(messages) => {
@@ -344,7 +354,31 @@ impl MemberState {
                 slot.ahead.push_back(Ahead::Gap { from, to });
                 slot.read_to = to;
             }
+            Page::Restarted { at, end } => return self.restart(wanted.lane, at, end),
         }
+        None
+    }
+
+    /// Goes back, and says what of: a reader here, a member by losing the lane.
+    fn restart(&mut self, lane: Lane, at: Position, end: Position) -> Option<TopicPartition> {
+        // What was read ahead is read again.
+        self.drop_ahead(lane);
+        let slot = &mut self.slots[lane.id as usize];
+        let (from, to) = (slot.read_to, at);
+        self.control.push_back(Signal::Gap { lane, from, to });
+        if slot.place.epoch.is_some() {
+            let place = TopicPartition::new(slot.place.topic.name.clone(), slot.place.partition);
+            self.close(lane);
+            self.control.push_back(Signal::Lost(vec![lane]));
+            return Some(place);
+        }
+        slot.read_to = at;
+        if slot.place.until != Position(u128::MAX) {
+            // Who reads to the end that there was would wait for what nobody publishes any more.
+            slot.place.until = slot.place.until.min(end);
+        }
+        self.check_end(lane.id as usize);
+        None
     }
 
     /// Ends every lane before the position it is given here.
@@ -450,6 +484,7 @@ mod tests {
             partition: 0,
             position: Position(0),
             until: Position(u128::MAX),
+            left: None,
             end: Wakes::new().lane(1, Position(messages.into())),
             epoch: None,
         }]);
@@ -465,6 +500,33 @@ mod tests {
             Page::Messages((0..messages).map(message).collect()),
         );
         state
+    }
+
+    #[test]
+    fn a_log_that_lost_its_end_is_read_from_an_earlier_place() {
+        let mut state = reader(4, Timestamp::from_micros(i64::MAX));
+        let Some(Signal::Assigned(_)) = state.next_signal() else {
+            panic!("it is told first");
+        };
+        state.slots[0].place.until = Position(8);
+        state.slots[0].place.end.reaches(Position(5));
+        let wanted = state.wanted(1);
+        let (at, end) = (Position(1), Position(2));
+        let leaves = state.take_page(&wanted[0], Page::Restarted { at, end });
+        assert_eq!(leaves, None, "a reader has no lease");
+        let Some(Signal::Gap { from, to, .. }) = state.next_signal() else {
+            panic!("it is told");
+        };
+        assert_eq!((from, to), (wanted[0].from, at));
+        let wanted = state.wanted(1);
+        assert_eq!((wanted[0].from, wanted[0].to), (at, end));
+        // A member gives its lease back.
+        state.slots[0].place.epoch = Some(7);
+        let leaves = state.take_page(&wanted[0], Page::Restarted { at, end });
+        assert_eq!(leaves, Some(TopicPartition::new(TOPIC, 0)));
+        assert!(matches!(state.next_signal(), Some(Signal::Gap { .. })));
+        assert!(matches!(state.next_signal(), Some(Signal::Lost(_))));
+        assert!(state.wanted(1).is_empty());
     }
 
     #[test]

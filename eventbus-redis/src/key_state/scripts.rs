@@ -34,8 +34,13 @@ pub(super) const COMMON: &str = "
     end
 ";
 
+/// The fence is above all that a server gave which lost this key.
 pub(super) const CLAIM: &str = "
-    return {redis.call('HINCRBY', fences, place, 1), redis.call('ZRANGE', names, 0, -1)}
+    local time = redis.call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
+    local later = math.max(tonumber(redis.call('HGET', fences, place) or '0') + 1, now)
+    redis.call('HSET', fences, place, string.format('%.0f', later))
+    return {later, redis.call('ZRANGE', names, 0, -1)}
 ";
 
 /// Given: most names; for each message its name, position, wait (5) and itself.

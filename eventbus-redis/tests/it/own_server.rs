@@ -37,6 +37,42 @@ impl OwnServer {
         self.answers(&["INFO"], "redis_version").await;
     }
 
+    /// What it has on its disk now.
+    pub(crate) fn copy(&self) -> TempDir {
+        let copy = tempfile::tempdir().expect("there is room");
+        let copied = Command::new("cp")
+            .arg("-a")
+            .arg(self.directory.path().join("."))
+            .arg(copy.path())
+            .status();
+        assert!(copied.expect("cp is installed").success());
+        copy
+    }
+
+    /// Goes on with what another server had on its disk, as after a failover to a replica that had not got
+    /// all.
+    pub(crate) async fn go_on_with(&mut self, data: TempDir) {
+        self.kill();
+        self.directory = data;
+        self.start_again(&[]).await;
+        self.answers(&["PING"], "PONG").await;
+    }
+
+    /// Has it stand still, as a machine that swaps or a long fork does, and go on.
+    pub(crate) fn signal(&self, signal: &str) {
+        let sent = Command::new("kill")
+            .args([&format!("-{signal}"), &self.child.id().to_string()])
+            .status();
+        assert!(sent.expect("kill is installed").success());
+    }
+
+    pub(crate) async fn native(&self) -> redis::aio::MultiplexedConnection {
+        let url = format!("redis://127.0.0.1:{}", self.port);
+        let client = redis::Client::open(url).expect("a good url");
+        let connection = client.get_multiplexed_async_connection().await;
+        connection.expect("it answers")
+    }
+
     /// Ends it as a crash would.
     pub(crate) fn kill(&mut self) {
         self.child.kill().expect("it can be killed");

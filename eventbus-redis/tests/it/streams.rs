@@ -10,6 +10,7 @@ use eventbus_redis::RedisBroker;
 use eventbus_testkit::within;
 use redis::AsyncCommands;
 
+use crate::own_server::OwnServer;
 use crate::server::Server;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -302,4 +303,213 @@ async fn reading_begins_at_a_time_behind_what_came_before_it() {
     }
     assert_eq!(texts.len(), 2500);
     assert_eq!(&texts[0][..], b"late 0");
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn what_somebody_removes_unread_in_the_middle_is_a_gap() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let topic = topic(&broker).await;
+    publish(&broker, &topic, &["1", "2", "3", "4"]).await;
+    let mut native = native().await;
+    let all: redis::streams::StreamRangeReply =
+        native.xrange_all(topic.as_str()).await.expect("it answers");
+    let _: i64 = native
+        .xdel(topic.as_str(), &[&all.ids[2].id])
+        .await
+        .expect("it is removed");
+    assert_eq!(
+        read(&broker, &topic).await,
+        ["1", "2", "4"],
+        "who begins here never had it"
+    );
+    let group = Group::new(topic.as_str()).expect("a good name");
+    let joined = broker
+        .subscribe(Subscription::group(group, vec![topic.clone()]))
+        .await;
+    let mut member = joined.expect("it joins");
+    publish(&broker, &topic, &["5", "6", "7"]).await;
+    let mut taken = Vec::new();
+    let mut take = async |taken: &mut Vec<String>, wanted: usize| {
+        while taken.len() < wanted {
+            let signal = within(LIMIT, member.deliveries.next()).await;
+            match signal.expect("it goes on") {
+                Signal::Delivered(batch) => taken.extend(
+                    batch
+                        .iter()
+                        .map(|it| String::from_utf8_lossy(&it.message.payload).into_owned()),
+                ),
+                Signal::Gap { .. } => taken.push("-".to_owned()),
+                _ => {}
+            }
+        }
+    };
+    take(&mut taken, 6).await;
+    assert_eq!(taken, ["1", "2", "4", "5", "6", "7"]);
+    // In one step each, so that nobody reads in between.
+    for (script, wanted) in [
+        (
+            "redis.call('XADD', KEYS[1], '*', 'data', '8')
+            local id = redis.call('XADD', KEYS[1], '*', 'data', '9')
+            redis.call('XADD', KEYS[1], '*', 'data', '10')
+            return redis.call('XDEL', KEYS[1], id)",
+            &["-", "8", "10"][..],
+        ),
+        (
+            "return redis.call('XDEL', KEYS[1], redis.call('XADD', KEYS[1], '*', 'data', '11'))",
+            &["-"],
+        ),
+    ] {
+        taken.clear();
+        let mut remove = redis::cmd("EVAL");
+        remove.arg(script).arg(1).arg(topic.as_str());
+        let _: i64 = remove.query_async(&mut native).await.expect("it is done");
+        publish(&broker, &topic, &["12"]).await;
+        take(&mut taken, wanted.len() + 1).await;
+        assert_eq!(taken, [wanted, &["12"]].concat());
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn an_id_that_nobody_can_read_holds_up_its_own_partition_and_says_so() {
+    let server = OwnServer::start(&[]).await;
+    let broker = server.connect().await;
+    let (bad, good) = (topic(&broker).await, topic(&broker).await);
+    let group = Group::new(good.as_str()).expect("a good name");
+    let joined =
+        |topic: &Topic| broker.subscribe(Subscription::group(group.clone(), vec![topic.clone()]));
+    let mut theirs = joined(&bad).await.expect("it joins");
+    let mut ours = joined(&good).await.expect("it joins");
+    for member in [&mut theirs, &mut ours] {
+        let signal = within(LIMIT, member.deliveries.next()).await;
+        assert!(matches!(signal, Ok(Signal::Assigned(_))));
+    }
+    let says = tokio::spawn(async move {
+        loop {
+            if let Err(error) = theirs.deliveries.next().await {
+                return error;
+            }
+        }
+    });
+    let mut native = server.native().await;
+    // Microseconds for milliseconds.
+    let _: String = native
+        .xadd(bad.as_str(), "1764000000000000-0", &[("data", "1")])
+        .await
+        .expect("it is added");
+    publish(&broker, &good, &["1"]).await;
+    let signal = within(LIMIT, ours.deliveries.next()).await;
+    assert!(
+        matches!(signal, Ok(Signal::Delivered(_))),
+        "the others go on"
+    );
+    let error = within(LIMIT, says).await.expect("it ends");
+    assert!(error.to_string().contains("id `*`"), "{error}");
+    // Whoever publishes is not asked to try for ever.
+    let error = broker.publish(vec![Message::new(bad.clone(), "2")]).await;
+    let error = error.expect_err("its id cannot be read either");
+    assert!(!error.unpublished[0].error.is_retryable(), "{error}");
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn who_only_publishes_removes_nothing_and_a_group_is_remembered_as_its_members_say() {
+    let server = Server::new().await;
+    let reads = server.connect().await.expect("it answers");
+    let hasty = Server::config()
+        .with_retention(Duration::from_millis(100))
+        .with_group_expiry(Duration::from_millis(100));
+    let hasty = RedisBroker::connect(hasty).await.expect("it answers");
+    let topic = topic(&reads).await;
+    let texts: Vec<Message> = (0..1000)
+        .map(|it| Message::new(topic.clone(), it.to_string()))
+        .collect();
+    hasty.publish(texts).await.expect("it is taken");
+    let group = |name: &str| Group::new(&format!("{topic}-{name}")).expect("a good name");
+    let take = async |broker: &RedisBroker, name: &str, wanted: usize| {
+        let joined = broker
+            .subscribe(Subscription::group(group(name), vec![topic.clone()]))
+            .await;
+        let mut member = joined.expect("it joins");
+        let mut taken = 0;
+        while taken < wanted {
+            let signal = within(LIMIT, member.deliveries.next()).await;
+            if let Signal::Delivered(batch) = signal.expect("it goes on") {
+                let done: Vec<_> = batch
+                    .iter()
+                    .map(|it| (it.receipt, eventbus_core::Verdict::Done))
+                    .collect();
+                taken += done.len();
+                member
+                    .settlement
+                    .settle(&done)
+                    .await
+                    .expect("it is recorded");
+            }
+        }
+        member.deliveries.close().await.expect("it leaves");
+    };
+    take(&reads, "quick", 1000).await;
+    take(&reads, "slow", 1).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut native = native().await;
+    let left: usize = native.xlen(topic.as_str()).await.expect("it answers");
+    assert_eq!(left, 1000, "who publishes has no say");
+    // A member that is set up so has one, for what every group has read that is remembered.
+    take(&hasty, "hasty", 1000).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let left: usize = native.xlen(topic.as_str()).await.expect("it answers");
+    assert!(
+        left >= 488,
+        "the slow one has not read them, and is remembered for days: {left}"
+    );
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn what_was_read_is_removed_as_fast_as_it_comes() {
+    let server = Server::new().await;
+    let config = Server::config().with_retention(Duration::from_secs(2));
+    let broker = RedisBroker::connect(config).await.expect("it answers");
+    let topic = topic(&broker).await;
+    let group = Group::new(topic.as_str()).expect("a good name");
+    let latest = Subscription::group(group, vec![topic.clone()]).with_start(Start::Latest);
+    let mut member = broker.subscribe(latest).await.expect("it joins");
+    let all: Vec<_> = (0..25_000)
+        .map(|it| Message::new(topic.clone(), it.to_string()))
+        .collect();
+    broker.publish(all).await.expect("it is taken");
+    let mut taken = 0;
+    while taken < 25_000 {
+        let signal = within(LIMIT, member.deliveries.next()).await;
+        if let Signal::Delivered(batch) = signal.expect("it goes on") {
+            let done: Vec<_> = batch
+                .iter()
+                .map(|it| (it.receipt, eventbus_core::Verdict::Done))
+                .collect();
+            taken += done.len();
+            member
+                .settlement
+                .settle(&done)
+                .await
+                .expect("it is recorded");
+        }
+    }
+    let mut native = native().await;
+    // One look is enough for all of them.
+    let mut lengths = Vec::new();
+    within(LIMIT, async {
+        loop {
+            let length: usize = native.xlen(topic.as_str()).await.expect("it answers");
+            lengths.push(length);
+            if length < 100 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    drop(server);
 }

@@ -129,6 +129,7 @@ impl Database {
                 partition: lease.place.partition,
                 position: (position as u64).into(),
                 until: Position(u128::MAX),
+                left: None,
                 end,
                 epoch: Some(lease.epoch),
             });

@@ -62,6 +62,7 @@ async fn read(
                 partition,
                 position: starts.get(&lane).copied().unwrap_or(0).into(),
                 until: ends.get(&lane).copied().unwrap_or(u64::MAX).into(),
+                left: None,
                 end,
                 epoch: None,
             });

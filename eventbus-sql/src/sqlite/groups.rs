@@ -203,6 +203,7 @@ impl Database {
                 partition: lease.place.partition,
                 position: cursor.position.into(),
                 until: Position(u128::MAX),
+                left: None,
                 end,
                 epoch: Some(lease.epoch),
             });

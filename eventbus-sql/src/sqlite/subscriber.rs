@@ -71,6 +71,7 @@ async fn read(
                 partition,
                 position: position.into(),
                 until: until.into(),
+                left: None,
                 end,
                 epoch: None,
             });
