@@ -1,6 +1,7 @@
 //! How a Redis broker is set up, and what its URL says.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use eventbus_core::{
@@ -39,18 +40,27 @@ pub struct RedisConfig {
     pub password: Option<String>,
     /// Whether connections are encrypted, as `rediss://` says; needs the feature `tls`.
     pub tls: bool,
+    /// A file of the authorities that servers' certificates are trusted by, as PEM, in place of the public
+    /// ones.
+    pub tls_ca: Option<PathBuf>,
+    /// A file of the certificate that this client shows, as PEM, and of its key; both or neither.
+    pub tls_cert: Option<PathBuf>,
+    /// See `tls_cert`.
+    pub tls_key: Option<PathBuf>,
     /// Whether a topic that is published or subscribed to is created where it is missing; otherwise
     /// that is `NotFound`, but for dead letters.
     pub create_topics: bool,
     /// The partitions of topics that nobody declared.
     pub partitions: u32,
-    /// How long a command may take.
+    /// How long a command may take. A large publish is several.
     pub timeout: Duration,
     /// How long a member that says nothing keeps its partitions.
     pub lease: Duration,
-    /// How long what every group has read is kept, where a topic's declaration says nothing else.
+    /// How long what every group has read is kept, where a topic's declaration says nothing else. Of
+    /// several clients that read a topic, the shortest counts.
     pub retention: Duration,
-    /// How long a group is remembered that has no member: until then what it has not read is kept.
+    /// How long a group is remembered that has no member: until then what it has not read is kept. Of
+    /// several clients with members of a group, the longest counts.
     pub group_expiry: Duration,
     /// How many replicas have to have a message before it counts as published; 0 waits for none.
     pub replicas: u32,
@@ -64,6 +74,9 @@ impl fmt::Debug for RedisConfig {
             .field("database", &self.database)
             .field("user", &self.user)
             .field("tls", &self.tls)
+            .field("tls_ca", &self.tls_ca)
+            .field("tls_cert", &self.tls_cert)
+            .field("tls_key", &self.tls_key)
             .field("create_topics", &self.create_topics)
             .field("partitions", &self.partitions)
             .field("timeout", &self.timeout)
@@ -88,6 +101,9 @@ impl RedisConfig {
             user: None,
             password: None,
             tls: false,
+            tls_ca: None,
+            tls_cert: None,
+            tls_key: None,
             create_topics: true,
             partitions: 4,
             timeout: Duration::from_secs(5),
@@ -155,8 +171,9 @@ impl RedisConfig {
     }
 
     /// Reads `redis://USER:PASSWORD@HOST:PORT/DATABASE`, or `rediss://` for TLS, with
-    /// `create_topics`, `partitions`, `timeout`, `lease`, `retention`, `group_expiry` and `replicas` as options behind `?`. Times are
-    /// numbers with a unit: `500ms`, `5s`, `10m`, `1h`, `7d`.
+    /// `create_topics`, `partitions`, `timeout`, `lease`, `retention`, `group_expiry`, `replicas`,
+    /// `tls_ca`, `tls_cert` and `tls_key` as options behind `?`. Times are numbers with a unit: `500ms`,
+    /// `5s`, `10m`, `1h`, `7d`.
     ///
     /// # Errors
     ///
@@ -225,6 +242,9 @@ impl RedisConfig {
             "replicas" => {
                 self.replicas = value.parse().map_err(|_| "`replicas` is a number")?;
             }
+            "tls_ca" => self.tls_ca = Some(value.into()),
+            "tls_cert" => self.tls_cert = Some(value.into()),
+            "tls_key" => self.tls_key = Some(value.into()),
             _ => return Err(OPTIONS),
         }
         Ok(())
@@ -256,7 +276,7 @@ const TIME_MIN: Duration = Duration::from_millis(100);
 const READ_URL: &str = "read broker url";
 const ADDRESS: &str = "a Redis broker is redis://USER:PASSWORD@HOST:PORT/DATABASE, or rediss:// for TLS, with the characters that mean something in a url as %-codes";
 const TIME: &str = "a time is a number with a unit, such as 500ms, 5s, 10m, 1h or 7d";
-const OPTIONS: &str = "the options are create_topics, partitions, timeout, lease, retention, group_expiry and replicas";
+const OPTIONS: &str = "the options are create_topics, partitions, timeout, lease, retention, group_expiry, replicas, tls_ca, tls_cert and tls_key";
 
 #[cfg(test)]
 mod tests {

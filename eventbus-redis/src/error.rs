@@ -1,7 +1,7 @@
 //! What Redis's errors mean to a caller. Nothing else in this crate reads them.
 
 use eventbus_core::{Error, ErrorKind, Retry};
-use redis::{RedisError, ServerErrorKind};
+use redis::RedisError;
 
 /// Turns an error of the client into one that says what to do.
 pub(crate) fn into_error(operation: &'static str, native: RedisError) -> Error {
@@ -26,7 +26,10 @@ pub(crate) fn is_full(native: &RedisError) -> bool {
 pub(crate) fn is_refused(native: &RedisError) -> bool {
     matches!(
         native.kind(),
-        redis::ErrorKind::Server(_) | redis::ErrorKind::Extension
+        redis::ErrorKind::Server(_)
+            | redis::ErrorKind::Extension
+            // The connection was not made, so nothing was sent.
+            | redis::ErrorKind::AuthenticationFailed
     )
 }
 
@@ -66,6 +69,11 @@ fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
             Retry::Later,
             "the server reads its data after a start: it is tried again",
         ),
+        (_, "BUSY" | "TRYAGAIN" | "UNBLOCKED") => (
+            Unavailable,
+            Retry::Later,
+            "the server is busy with something else, such as a script that runs long: it is tried again",
+        ),
         (_, "READONLY" | "MASTERDOWN") => (
             Unavailable,
             Retry::Later,
@@ -87,15 +95,6 @@ fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
             Retry::Never,
             "a key with a topic's name is no stream: remove it, or give the bus a prefix for its topics",
         ),
-        (redis::ErrorKind::Server(ServerErrorKind::ResponseError), _)
-            if is_about_password(native) =>
-        {
-            (
-                Unauthorized,
-                Retry::Never,
-                "the url names a password and the server has none: leave it out, or set one on the server",
-            )
-        }
         (redis::ErrorKind::Parse, _) => (
             Unavailable,
             Retry::Later,
@@ -110,6 +109,11 @@ fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
             InvalidInput,
             Retry::Never,
             "the client cannot be set up so: the url is redis://USER:PASSWORD@HOST:PORT/DATABASE",
+        ),
+        _ if is_about_trust(native) => (
+            Unauthorized,
+            Retry::Never,
+            "TLS is refused: look at `tls_ca`, by which the server is trusted, and at `tls_cert` and `tls_key`, by which it may trust this client",
         ),
         _ if native.is_connection_refusal() => (
             Unavailable,
@@ -134,10 +138,10 @@ fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
     }
 }
 
-fn is_about_password(native: &RedisError) -> bool {
-    native
-        .detail()
-        .is_some_and(|detail| detail.contains("without any password configured"))
+/// Whether one side does not trust the other's certificate: the client has no kind for it.
+fn is_about_trust(native: &RedisError) -> bool {
+    let text = native.to_string();
+    native.is_io_error() && (text.contains("certificate") || text.contains("fatal alert"))
 }
 
 #[cfg(test)]
@@ -208,10 +212,10 @@ mod tests {
                 "no stream",
             ),
             (
-                "ERR AUTH <password> called without any password configured for the default user.",
-                Unauthorized,
-                false,
-                "has none",
+                "BUSY Redis is busy running a script.",
+                Unavailable,
+                true,
+                "busy",
             ),
             ("ERR unknown command", Internal, false, "should not"),
         ];

@@ -15,6 +15,8 @@ mod position;
 mod record;
 mod server;
 mod subscriber;
+#[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
+mod tls;
 mod topics;
 mod watch;
 mod writer;

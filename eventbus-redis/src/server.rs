@@ -1,9 +1,12 @@
 //! The connections to the server, and what it says of itself.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use eventbus_core::{Durability, Error, ErrorKind, Result, Timestamp};
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::io::tcp::TcpSettings;
 use redis::{
     Client, Cmd, ConnectionAddr, FromRedisValue, IntoConnectionInfo, Pipeline, RedisConnectionInfo,
     RedisResult,
@@ -11,6 +14,7 @@ use redis::{
 
 use crate::config::RedisConfig;
 use crate::error::into_error;
+use crate::tls;
 
 const CONNECT: &str = "connect";
 /// The oldest version whose streams say how many entries they ever had.
@@ -27,6 +31,8 @@ pub(crate) struct Server {
     pub(crate) reads: Line,
     /// For leases, positions and questions, which are quick.
     pub(crate) control: Line,
+    /// For what replicas are waited for behind, which holds up a connection.
+    keeps: Line,
     /// For waiting on the server.
     pub(crate) waits: Line,
     /// What an acknowledgement of the server means.
@@ -48,22 +54,51 @@ impl std::fmt::Debug for Server {
 
 /// One connection, made anew when it is lost: by the next command, which fails if it cannot.
 #[derive(Clone)]
-pub(crate) struct Line(ConnectionManager);
+pub(crate) struct Line(
+    Arc<Mutex<ConnectionManager>>,
+    Client,
+    ConnectionManagerConfig,
+);
 
 impl Line {
+    fn new(client: &Client, config: ConnectionManagerConfig) -> RedisResult<Self> {
+        let manager = ConnectionManager::new_lazy_with_config(client.clone(), config.clone())?;
+        Ok(Self(Arc::new(Mutex::new(manager)), client.clone(), config))
+    }
+
+    fn manager(&self) -> MutexGuard<'_, ConnectionManager> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Runs one command.
     pub(crate) async fn ask<T: FromRedisValue>(
         &self,
         operation: &'static str,
         cmd: &Cmd,
     ) -> Result<T> {
-        let answer = cmd.query_async(&mut self.0.clone()).await;
+        let mut manager = self.manager().clone();
+        let answer = self.after(cmd.query_async(&mut manager).await);
         answer.map_err(|error| into_error(operation, error))
     }
 
     /// Sends several commands at once.
     pub(crate) async fn send<T: FromRedisValue>(&self, pipeline: &Pipeline) -> RedisResult<T> {
-        pipeline.query_async(&mut self.0.clone()).await
+        let mut manager = self.manager().clone();
+        self.after(pipeline.query_async(&mut manager).await)
+    }
+
+    /// The client goes on giving the answer of a login that was refused, also when it no longer would be.
+    fn after<T>(&self, answer: RedisResult<T>) -> RedisResult<T> {
+        let refused = answer.as_ref().err();
+        if refused.is_some_and(|error| error.kind() == redis::ErrorKind::AuthenticationFailed) {
+            let Self(manager, client, config) = self;
+            if let Ok(anew) =
+                ConnectionManager::new_lazy_with_config(client.clone(), config.clone())
+            {
+                *manager.lock().unwrap_or_else(PoisonError::into_inner) = anew;
+            }
+        }
+        answer
     }
 }
 
@@ -84,7 +119,7 @@ impl Server {
 
     async fn try_connect(config: &RedisConfig) -> Result<Self> {
         let native = |error| into_error(CONNECT, error);
-        let client = client(config).map_err(native)?;
+        let client = client(config)?;
         // Tried once by itself: a line would go on trying.
         let probe = client.get_multiplexed_async_connection().await;
         let mut probe = probe.map_err(native)?;
@@ -94,27 +129,26 @@ impl Server {
             .map_err(native)?;
         check(&info)?;
         let mut ask = redis::cmd("CONFIG");
-        ask.arg("GET").arg("appendfsync");
+        ask.arg("GET").arg("*appendfsync*");
         // A user may not be let to ask; then the weaker is believed.
-        let fsync: Vec<String> = ask.query_async(&mut probe).await.unwrap_or_default();
+        let fsync: HashMap<String, String> = ask.query_async(&mut probe).await.unwrap_or_default();
         let line = |limit: Duration| {
             let lines = ConnectionManagerConfig::new()
                 .set_connection_timeout(Some(config.timeout))
                 .set_response_timeout(Some(limit))
                 .set_number_of_retries(0);
-            ConnectionManager::new_lazy_with_config(client.clone(), lines)
-                .map(Line)
-                .map_err(native)
+            Line::new(&client, lines).map_err(native)
         };
         Ok(Self {
             writes: line(config.timeout)?,
             reads: line(config.timeout)?,
             control: line(config.timeout)?,
+            keeps: line(config.timeout)?,
             waits: line(config.timeout + WAIT)?,
             evicts: is_bounded(&info) && policy(&info).starts_with("volatile"),
             replicas: config.replicas,
             wait: config.timeout.as_millis() as u64 / 2,
-            durability: durability(&info, fsync.get(1).map(String::as_str)),
+            durability: durability(&info, &fsync),
         })
     }
 
@@ -130,7 +164,7 @@ impl Server {
         let mut pipeline = Pipeline::with_capacity(2);
         pipeline.add_command(cmd);
         pipeline.cmd("WAIT").arg(self.replicas).arg(self.wait);
-        let answer = self.control.send(&pipeline).await;
+        let answer = self.keeps.send(&pipeline).await;
         let (answer, replicas): (T, u32) = answer.map_err(|error| into_error(operation, error))?;
         if replicas < self.replicas {
             let message =
@@ -149,7 +183,7 @@ impl Server {
     }
 }
 
-fn client(config: &RedisConfig) -> RedisResult<Client> {
+fn client(config: &RedisConfig) -> Result<Client> {
     let address = match config.tls {
         true => ConnectionAddr::TcpTls {
             host: config.host.clone(),
@@ -168,9 +202,26 @@ fn client(config: &RedisConfig) -> RedisResult<Client> {
     if let Some(password) = &config.password {
         redis = redis.set_password(password);
     }
-    let tcp = redis::io::tcp::TcpSettings::default().set_nodelay(true);
-    let address = address.into_connection_info()?;
-    Client::open(address.set_redis_settings(redis).set_tcp_settings(tcp))
+    let tcp = bounded(TcpSettings::default().set_nodelay(true), config.timeout);
+    let address = address.into_connection_info();
+    let address = address.map_err(|error| into_error(CONNECT, error))?;
+    let address = address.set_redis_settings(redis).set_tcp_settings(tcp);
+    match config.tls {
+        true => tls::client(config, address),
+        false => Client::open(address).map_err(|error| into_error(CONNECT, error)),
+    }
+}
+
+/// A server whose machine is gone closes no connection: what is not acknowledged in time does.
+#[cfg(target_os = "linux")]
+fn bounded(tcp: TcpSettings, timeout: Duration) -> TcpSettings {
+    tcp.set_user_timeout(timeout)
+}
+
+/// Elsewhere the system's own patience counts.
+#[cfg(not(target_os = "linux"))]
+fn bounded(tcp: TcpSettings, _: Duration) -> TcpSettings {
+    tcp
 }
 
 /// A value of what `INFO` answers.
@@ -210,10 +261,13 @@ fn is_bounded(info: &str) -> bool {
     value(info, "maxmemory").is_some_and(|bytes| bytes != "0")
 }
 
-fn durability(info: &str, fsync: Option<&str>) -> Durability {
-    match (value(info, "aof_enabled"), fsync) {
-        (Some("1"), Some("always")) => Durability::Disk,
-        (Some("1"), _) => Durability::PageCache,
+/// What an acknowledgement means, by `INFO` and the settings of the append-only file.
+fn durability(info: &str, fsync: &HashMap<String, String>) -> Durability {
+    let is = |name, value| fsync.get(name).is_some_and(|set| set == value);
+    let always = is("appendfsync", "always") && is("no-appendfsync-on-rewrite", "no");
+    match value(info, "aof_enabled") {
+        Some("1") if always => Durability::Disk,
+        Some("1") => Durability::PageCache,
         _ => Durability::Process,
     }
 }
@@ -239,18 +293,24 @@ mod tests {
 
     #[test]
     fn an_acknowledgement_means_what_the_file_is_set_to() {
+        let set = |fsync: &str, on_rewrite: &str| {
+            HashMap::from([
+                ("appendfsync".to_owned(), fsync.to_owned()),
+                (
+                    "no-appendfsync-on-rewrite".to_owned(),
+                    on_rewrite.to_owned(),
+                ),
+            ])
+        };
+        let (on, off) = ("aof_enabled:1\r\n", "aof_enabled:0\r\n");
+        assert_eq!(durability(on, &set("always", "no")), Durability::Disk);
+        // It waits for no disk while the file is written anew.
+        assert_eq!(durability(on, &set("always", "yes")), Durability::PageCache);
         assert_eq!(
-            durability("aof_enabled:1\r\n", Some("always")),
-            Durability::Disk
-        );
-        assert_eq!(
-            durability("aof_enabled:1\r\n", Some("everysec")),
+            durability(on, &set("everysec", "no")),
             Durability::PageCache
         );
-        assert_eq!(durability("aof_enabled:1\r\n", None), Durability::PageCache);
-        assert_eq!(
-            durability("aof_enabled:0\r\n", Some("always")),
-            Durability::Process
-        );
+        assert_eq!(durability(on, &HashMap::new()), Durability::PageCache);
+        assert_eq!(durability(off, &set("always", "no")), Durability::Process);
     }
 }

@@ -33,7 +33,8 @@ const PUBLISH: &str = "publish";
 /// processor's caches before they are written.
 const MESSAGES_MAX: usize = 512;
 const BYTES_MAX: usize = 1024 * 1024;
-/// Most pipelines on their way, so that the server goes on while answers are read.
+/// Most pipelines on their way, so that the server goes on while answers are read; one where replicas
+/// are waited for, which holds up whatever comes behind.
 const LOADS_MAX: usize = 4;
 
 /// A message with the row and the key of its stream.
@@ -73,13 +74,19 @@ struct Publish {
 }
 
 impl Publish {
+    /// Whether whoever asked for it has given up: nothing of it was sent, and is not any more, or it would
+    /// come behind what was published since.
+    fn is_unwanted(&self) -> bool {
+        self.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
+    }
+
     /// Says what became of each message, in their order.
     fn answer(mut self, mut answers: impl Iterator<Item = Answer>) {
         let messages = std::mem::take(&mut self.messages);
         let mut refused = Vec::new();
         for (index, placed) in messages.into_iter().enumerate() {
             if let Some(Err((outcome, error))) = answers.next() {
-                let error = told(&error, outcome);
+                let error = into_error(PUBLISH, RedisError::clone(&error));
                 refused.push(Refused::new(index, placed, outcome, error));
             }
         }
@@ -158,8 +165,12 @@ impl WriterTask {
     async fn run(mut self) {
         let mut taken = Vec::new();
         let mut on_their_way = FuturesUnordered::new();
+        let loads_max = match self.sender.replicas {
+            0 => LOADS_MAX,
+            _ => 1,
+        };
         loop {
-            while on_their_way.len() < LOADS_MAX
+            while on_their_way.len() < loads_max
                 && let Some(load) = self.load(on_their_way.is_empty())
             {
                 on_their_way.push(self.sender.clone().write(load));
@@ -168,7 +179,7 @@ impl WriterTask {
                 biased;
                 Some(()) = on_their_way.next() => {}
                 // The outcome is told to each caller, so the ticket's is not asked for.
-                ticket = self.flushes.next(&mut taken), if self.waiting.is_empty() || on_their_way.len() < LOADS_MAX => {
+                ticket = self.flushes.next(&mut taken), if self.waiting.is_empty() || on_their_way.len() < loads_max => {
                     ticket.done();
                     self.waiting.extend(taken.drain(..));
                 }
@@ -179,6 +190,7 @@ impl WriterTask {
     /// What is to be sent next: as many whole publishes as fit one pipeline, one at least. While others
     /// are on their way, a pipeline waits until it is half full, so that it costs little.
     fn load(&mut self, is_idle: bool) -> Option<Vec<Publish>> {
+        self.waiting.retain(|publish| !publish.is_unwanted());
         let (mut count, mut messages, mut bytes) = (0, 0, 0);
         for publish in &self.waiting {
             let sizes = publish.messages.iter().map(|it| it.message.size());
@@ -207,7 +219,7 @@ struct Sender {
 
 impl Sender {
     /// Publishes a load and answers everybody in it. One that is larger than a pipeline goes piece after
-    /// piece: its messages have an order.
+    /// piece, as its messages have an order, and ends with a piece of which nobody knows what became.
     async fn write(self, load: Vec<Publish>) {
         let mut answers = Vec::new();
         let messages: Vec<&Placed> = load.iter().flat_map(|it| &it.messages).collect();
@@ -215,10 +227,19 @@ impl Sender {
         while from < messages.len() {
             let piece = &messages[from..from + piece(&messages[from..])];
             from += piece.len();
-            let answered = self.add(piece).await;
+            let (answered, goes_on) = self.add(piece).await;
             match answers.is_empty() {
                 true => answers = answered,
                 false => answers.extend(answered),
+            }
+            if !goes_on {
+                let rest = messages.len() - from;
+                let error = answers.last().and_then(|answer| answer.as_ref().err());
+                let error = error.map(|(_, error)| Arc::clone(error));
+                answers.extend(error.into_iter().flat_map(|error| {
+                    (0..rest).map(move |_| Err((Outcome::NotTaken, Arc::clone(&error))))
+                }));
+                break;
             }
         }
         drop(messages);
@@ -229,7 +250,8 @@ impl Sender {
         }
     }
 
-    async fn add(&self, piece: &[&Placed]) -> Vec<Answer> {
+    /// What became of the messages, and whether the server answered.
+    async fn add(&self, piece: &[&Placed]) -> (Vec<Answer>, bool) {
         trace!(target: "eventbus::step", step = "redis.publish.before");
         let sent = self.send(piece).await;
         trace!(target: "eventbus::step", step = "redis.publish.after");
@@ -241,10 +263,8 @@ impl Sender {
                     false => Outcome::Unknown,
                 };
                 let error = Arc::new(error);
-                return piece
-                    .iter()
-                    .map(|_| Err((outcome, Arc::clone(&error))))
-                    .collect();
+                let all = piece.iter().map(|_| Err((outcome, Arc::clone(&error))));
+                return (all.collect(), false);
             }
         };
         let mut answers = Vec::with_capacity(piece.len());
@@ -271,7 +291,7 @@ impl Sender {
                 *answer = Err((Outcome::Unknown, Arc::clone(&error)));
             }
         }
-        answers
+        (answers, true)
     }
 
     async fn send(&self, piece: &[&Placed]) -> RedisResult<Vec<RedisResult<Value>>> {
@@ -314,16 +334,6 @@ fn answer(reply: Option<RedisResult<Value>>) -> Answer {
 
 fn has_replicas(reply: Option<RedisResult<Value>>, wanted: u32) -> bool {
     matches!(reply, Some(Ok(Value::Int(count))) if count >= wanted.into())
-}
-
-/// The error of one message.
-fn told(error: &Arc<RedisError>, outcome: Outcome) -> Error {
-    let error = into_error(PUBLISH, RedisError::clone(error));
-    // The same message again may be there twice, and whoever asks has to say so.
-    match (outcome, error.kind()) {
-        (Outcome::Unknown, ErrorKind::Codec) => error.with_retry(eventbus_core::Retry::Later),
-        _ => error,
-    }
 }
 
 #[cfg(test)]

@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Error, ErrorKind, Group, Message, Outcome, PublishError,
-    Publisher, Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Until, Verdict,
+    AdminReply, AdminRequest, Broker, DuplicateStore, Error, ErrorKind, EventId, Group,
+    KeyStateStore, Message, Outcome, Position, PublishError, Publisher, Signal, Start, Subscriber,
+    Subscription, Topic, TopicPartition, TopicSpec, Until, Verdict,
 };
 use eventbus_redis::{RedisBroker, RedisDuplicates};
 use eventbus_testkit::{Probe, within};
@@ -103,6 +104,74 @@ async fn a_wrong_password_is_said_to_be_wrong() {
     assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error:?}");
     assert!(error.to_string().contains("user or password"), "{error}");
     assert!(!format!("{error:?}").contains("wrong-one"), "{error:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_user_with_the_rights_that_the_docs_give_may_do_all_that_is_needed() {
+    let docs = include_str!("../../../docs/brokers/redis.md");
+    let rights = docs
+        .lines()
+        .find_map(|line| line.strip_prefix("ACL SETUSER shop "));
+    let server = OwnServer::start(&[]).await;
+    let mut set = redis::cmd("ACL");
+    set.arg("SETUSER").arg("shop");
+    for right in rights.expect("the docs give them").split(' ') {
+        set.arg(right);
+    }
+    let done: redis::RedisResult<()> = set.query_async(&mut server.native().await).await;
+    done.expect("it is set");
+    let url = format!(
+        "redis://shop:PASSWORD@127.0.0.1:{}/0?retention=100ms",
+        server.port()
+    );
+    let broker = RedisBroker::from_url(&url).await.expect("it answers");
+    let topic = Topic::from_static("orders");
+    let group = Group::from_static("payments");
+    let messages = (0..200).map(|number| Message::new(topic.clone(), number.to_string()));
+    let published = broker.publish(messages.collect()).await;
+    published.expect("it is taken");
+    let joined = broker.subscribe(Subscription::group(group.clone(), vec![topic.clone()]));
+    let mut member = joined.await.expect("it joins");
+    let mut taken = 0;
+    while taken < 200 {
+        let signal = within(PATIENCE, member.deliveries.next()).await;
+        if let Signal::Delivered(batch) = signal.expect("it goes on") {
+            let done: Vec<_> = batch.iter().map(|it| (it.receipt, Verdict::Done)).collect();
+            taken += done.len();
+            member
+                .settlement
+                .settle(&done)
+                .await
+                .expect("it is recorded");
+        }
+    }
+    member.deliveries.close().await.expect("it leaves");
+    for request in [
+        AdminRequest::Health,
+        AdminRequest::Groups { topics: Vec::new() },
+        AdminRequest::ResetGroup {
+            group: group.clone(),
+            topic: topic.clone(),
+            to: Start::Earliest,
+        },
+        AdminRequest::Trim {
+            topic: topic.clone(),
+            partition: 0,
+            before: Position(u128::MAX),
+        },
+    ] {
+        broker.admin(request).await.expect("it may");
+    }
+    let place = TopicPartition::new(topic, 0);
+    let claimed = broker.key_state().claim(&group, &place).await;
+    claimed.expect("it may");
+    let handled = RedisDuplicates::from_url(&url).await.expect("it answers");
+    let ids = [EventId::new()];
+    let marked = handled
+        .mark_handled(&group, &ids, Duration::from_secs(1))
+        .await;
+    marked.expect("it may");
 }
 
 #[tokio::test]

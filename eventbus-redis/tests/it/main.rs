@@ -2,9 +2,13 @@
 
 mod conformance;
 mod errors;
+mod lost;
 mod own_server;
 mod proxy;
 mod server;
+mod stalled;
 mod stopped;
 mod stores;
 mod streams;
+#[cfg(feature = "tls")]
+mod tls;
