@@ -87,6 +87,10 @@ pub async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
         list();
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(data) = &args.data {
+        std::fs::create_dir_all(data)
+            .with_context(|| format!("make the directory {}", data.display()))?;
+    }
     let running = Run::new(args)?;
     tokio::select! {
         outcome = running.go() => outcome,
