@@ -156,10 +156,10 @@ pub(crate) fn is_missing(error: &lapin::Error) -> bool {
         && !text(error).is_some_and(|text| text.contains("down or inaccessible"))
 }
 
-/// Whether no queue can have the length that was declared.
-pub(crate) fn is_invalid_length(error: &lapin::Error) -> bool {
+/// Whether no queue, or none of this kind, can have an argument as it was given.
+pub(crate) fn is_invalid(error: &lapin::Error, argument: &str) -> bool {
     is_soft(error, Soft::PRECONDITIONFAILED)
-        && text(error).is_some_and(|text| text.contains("invalid arg 'x-max-length'"))
+        && text(error).is_some_and(|text| text.contains(&format!("invalid arg '{argument}'")))
 }
 
 /// Whether the user may not do it.

@@ -11,6 +11,8 @@ use lapin::BasicProperties;
 use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldArray, FieldTable, LongString, ShortString};
 
+use crate::names;
+
 /// The key.
 const KEY: &str = "eb-key";
 /// In which order the headers are, where that is not the usual one (see [`place`]): a byte for each header,
@@ -24,6 +26,8 @@ const PACKED: &str = "eb-packed";
 const DELIVERY_COUNT: &str = "x-delivery-count";
 /// The place of a message in a stream.
 const STREAM_OFFSET: &str = "x-stream-offset";
+/// The mark that a reader publishes to find the end of a stream: no message, whoever reads it.
+const MARK: &str = "eb-mark";
 
 /// Headers of more bytes do not fit one frame of 128 KiB, which is what servers take.
 const HEADER_BYTES: usize = 120 * 1024;
@@ -33,7 +37,7 @@ const PERSISTENT: u8 = 2;
 
 /// What the server, or its other clients, give a meaning of their own.
 fn is_reserved(name: &str) -> bool {
-    matches!(name, KEY | ORDER | PACKED | "CC" | "BCC") || name.starts_with("x-")
+    matches!(name, KEY | ORDER | PACKED | MARK | "CC" | "BCC") || name.starts_with("x-")
 }
 
 /// Checks what a server would close the connection for.
@@ -70,6 +74,14 @@ pub(crate) fn to_properties(message: &Message) -> BasicProperties {
         table.insert(ShortString::from(KEY), long(key.as_bytes()));
     }
     properties.with_headers(FieldTable::from(table))
+}
+
+/// The properties of a mark, which has no payload.
+pub(crate) fn to_mark(name: &str) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    headers.insert(MARK.into(), long(name.as_bytes()));
+    let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+    properties.with_headers(headers)
 }
 
 fn long(bytes: &[u8]) -> AMQPValue {
@@ -129,32 +141,48 @@ fn order(headers: &Headers) -> Option<Vec<u8>> {
 #[derive(Debug)]
 pub(crate) struct Read {
     pub(crate) message: Message,
-    /// How often the server took it back before.
+    /// How often the server took it back before, where it counts that.
     pub(crate) returned: Option<u32>,
     /// Its place in a stream.
     pub(crate) offset: Option<u64>,
+    /// What the mark is called that it is.
+    pub(crate) mark: Option<String>,
 }
 
-/// The message of a delivery.
+/// The message of a delivery. What a stream says of it is believed where it is from one; elsewhere the
+/// same headers are of whoever published it.
 pub(crate) fn read(topic: &Topic, delivery: Delivery) -> Read {
     let mut read = Read {
         message: Message::new(topic.clone(), Bytes::from(delivery.data)),
         returned: None,
         offset: None,
+        mark: None,
     };
     let table = delivery.properties.headers().as_ref();
     if let Some(table) = table.map(FieldTable::inner) {
         read.message.key = table
             .get(KEY)
             .map(|key| Key::new(Bytes::copy_from_slice(&text(key))));
-        read.returned = table.get(DELIVERY_COUNT).and_then(number);
-        read.offset = table.get(STREAM_OFFSET).and_then(number);
+        if delivery.redelivered {
+            read.returned = table.get(DELIVERY_COUNT).and_then(number);
+        }
+        if names::is_log(topic) {
+            read.offset = table.get(STREAM_OFFSET).and_then(number);
+            read.mark = mark(table).filter(|_| read.message.payload.is_empty());
+        }
         read.message.headers = headers(table);
     }
     if read.message.headers.get(header::ID).is_none() {
         read.message.headers = with_foreign(&read.message, &delivery.properties);
     }
     read
+}
+
+fn mark(table: &BTreeMap<ShortString, AMQPValue>) -> Option<String> {
+    match table.get(MARK)? {
+        AMQPValue::LongString(name) => Some(name.to_string()),
+        _ => None,
+    }
 }
 
 /// The headers of a message of another client, with what it says in properties of AMQP, which have no
@@ -325,6 +353,7 @@ mod tests {
         let names = [
             "eb-id",
             "eb-key",
+            "eb-mark",
             "eb-order",
             "eb-packed",
             "x-death",
@@ -362,7 +391,7 @@ mod tests {
             message.key = key.map(Key::new);
             let read = read(&topic, delivery(to_properties(&message)));
             prop_assert_eq!(read.message, message);
-            prop_assert_eq!((read.returned, read.offset), (None, None));
+            prop_assert_eq!((read.returned, read.offset, read.mark), (None, None, None));
         }
     }
 
@@ -403,7 +432,7 @@ mod tests {
             .with_headers(table)
             .with_content_type("application/json".into());
         let read = read(&Topic::from_static("t"), delivery(properties));
-        assert_eq!((read.returned, read.offset), (Some(2), Some(70)));
+        assert_eq!((read.returned, read.offset), (None, None));
         let found: Vec<_> = read.message.headers.iter().collect();
         let expected: [(&str, &[u8]); 7] = [
             ("count", b"-3"),
@@ -415,6 +444,28 @@ mod tests {
             (header::CONTENT_TYPE, b"application/json"),
         ];
         assert_eq!(found, expected);
+    }
+
+    /// Anybody can publish headers that are called like the server's.
+    #[test]
+    fn what_the_server_says_is_believed_where_it_can_say_it() {
+        let mut table = FieldTable::default();
+        table.insert(DELIVERY_COUNT.into(), AMQPValue::LongLongInt(2));
+        table.insert(STREAM_OFFSET.into(), AMQPValue::LongLongInt(70));
+        table.insert(MARK.into(), long(b"end"));
+        let properties = BasicProperties::default().with_headers(table);
+        let read = |topic, payload: &[u8], redelivered| {
+            let mut delivery = delivery(properties.clone());
+            (delivery.data, delivery.redelivered) = (payload.to_vec(), redelivered);
+            let read = read(&Topic::from_static(topic), delivery);
+            (read.returned, read.offset, read.mark)
+        };
+        let end = Some("end".to_owned());
+        assert_eq!(read("t", b"", false), (None, None, None));
+        assert_eq!(read("t", b"", true), (Some(2), None, None));
+        assert_eq!(read("t.g.dlq", b"", false), (None, Some(70), end));
+        // A letter whose message had such a header.
+        assert_eq!(read("t.g.dlq", b"x", false), (None, Some(70), None));
     }
 
     #[test]

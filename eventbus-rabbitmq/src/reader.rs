@@ -5,16 +5,17 @@ use std::sync::Arc;
 use eventbus_core::{
     Error, ErrorKind, Lane, Result, Start, Subscription, Topic, TopicPartition, Until,
 };
+use lapin::Confirmation;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Confirmation};
 use tokio::sync::Notify;
 
 use crate::config::RabbitMqConfig;
 use crate::deliveries::{Ends, Member, Order, is_ending};
-use crate::lanes::{End, Lanes, MARK, Source};
+use crate::lanes::{End, Lanes, Source};
 use crate::link::{Link, RECONNECT, SharedLink, within};
 use crate::names;
+use crate::properties::to_mark;
 use crate::session::{consume, own_queue};
 
 const READ: &str = "read";
@@ -99,9 +100,6 @@ async fn find_end(
     let confirms = channel.confirm_select(ConfirmSelectOptions::default());
     within(READ, confirms).await?;
     for (place, _) in openings {
-        let mut headers = FieldTable::default();
-        let name = AMQPValue::LongString(mark.as_str().into());
-        headers.insert(MARK.into(), name);
         let published = channel.basic_publish(
             names::exchange(&place.topic),
             names::routing_key(place.partition),
@@ -110,9 +108,7 @@ async fn find_end(
                 immediate: false,
             },
             &[],
-            BasicProperties::default()
-                .with_delivery_mode(2)
-                .with_headers(headers),
+            to_mark(&mark),
         );
         let confirmed = async { published.await?.await };
         match within(READ, confirmed).await? {

@@ -14,7 +14,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, ExchangeKind};
 
 use crate::config::{PARTITIONS_MAX, RabbitMqConfig};
-use crate::error::{Difference, difference, into_error, is_invalid_length, is_missing};
+use crate::error::{Difference, difference, into_error, is_invalid, is_missing};
 use crate::link::{SharedLink, natively};
 use crate::names;
 
@@ -158,7 +158,7 @@ impl Topics {
                 let unread = || explain(operation, topic, error);
                 current.map(Some).ok_or_else(unread)
             }
-            None if partitions < 0 && is_invalid_length(&error) => Ok(None),
+            None if partitions < 0 && is_invalid(&error, "x-max-length") => Ok(None),
             _ => Err(explain(operation, topic, error)),
         }
     }

@@ -282,14 +282,6 @@ impl Mover {
         let properties = delivery.properties.clone();
         let is_back = delivery.redelivered;
         let read = properties::read(&self.topic, delivery);
-        if read.offset.is_some() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                MOVE,
-                "the queue is a stream, from which nothing is taken away: an ingress would move its messages again and again",
-            )
-            .with("queue", &self.queue.name));
-        }
         let mut message = read.message;
         if let Some(key) = self.queue.key_of(&message.payload) {
             message.key = Some(key);
