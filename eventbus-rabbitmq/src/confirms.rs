@@ -5,18 +5,24 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::Poll;
 
-use eventbus_core::{Error, ErrorKind, Message, Outcome, Retry};
+use eventbus_core::{Error, ErrorKind, Message, Outcome, Result, Retry};
 use futures_util::FutureExt as _;
 use lapin::message::Delivery;
 use lapin::options::BasicPublishOptions;
 use lapin::types::ShortString;
-use lapin::{Channel, Confirmation, PublisherConfirm};
+use lapin::{BasicProperties, Channel, Confirmation, PublisherConfirm};
 use tokio::time::{Instant, sleep_until};
 
+use crate::link::within;
 use crate::names;
 use crate::properties::to_properties;
 
 const PUBLISH: &str = "publish";
+
+/// Most messages that are under way on a channel.
+pub(crate) const WINDOW: usize = 1000;
+/// Most of their bytes, but for a single message.
+pub(crate) const WINDOW_BYTES: usize = 16 * 1024 * 1024;
 
 /// What is bound to nothing is given back.
 const MANDATORY: BasicPublishOptions = BasicPublishOptions {
@@ -62,6 +68,19 @@ pub(crate) enum Came {
     Lost(lapin::Error),
     /// Nothing has been heard of it in time.
     Silent,
+}
+
+/// Publishes one message to an exchange by a routing key. Answers whether the server keeps it.
+pub(crate) async fn publish_one(
+    operation: &'static str,
+    channel: &Channel,
+    (exchange, routing_key): (ShortString, ShortString),
+    payload: &[u8],
+    properties: BasicProperties,
+) -> Result<bool> {
+    let sent = channel.basic_publish(exchange, routing_key, MANDATORY, payload, properties);
+    let confirmed = within(operation, async { sent.await?.await }).await?;
+    Ok(matches!(confirmed, Confirmation::Ack(None)))
 }
 
 type Sending<'m> = Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send + 'm>>;
@@ -271,7 +290,6 @@ fn ambiguous() -> Error {
 #[cfg(test)]
 mod tests {
     use eventbus_core::{Headers, Topic};
-    use lapin::BasicProperties;
 
     use super::*;
 

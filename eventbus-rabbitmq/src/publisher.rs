@@ -16,7 +16,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
-use crate::confirms::{Came, Routed, publish_all};
+use crate::confirms::{Came, Routed, WINDOW, WINDOW_BYTES, publish_all};
 use crate::error::{blocked, into_error, is_too_large, missing_exchange};
 use crate::link::{Link, SharedLink, closed, within};
 use crate::topics::Topics;
@@ -25,10 +25,6 @@ const PUBLISH: &str = "publish";
 
 /// How many channels publish at once.
 const CHANNELS: usize = 4;
-/// Most messages that are under way on a channel.
-const WINDOW: usize = 1000;
-/// Most of their bytes, but for a single message.
-const WINDOW_BYTES: usize = 16 * 1024 * 1024;
 
 /// Publishes to one server.
 #[derive(Debug)]

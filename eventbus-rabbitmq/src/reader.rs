@@ -5,12 +5,12 @@ use std::sync::Arc;
 use eventbus_core::{
     Error, ErrorKind, Lane, Result, Start, Subscription, Topic, TopicPartition, Until,
 };
-use lapin::Confirmation;
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::options::ConfirmSelectOptions;
 use lapin::types::{AMQPValue, FieldTable};
 use tokio::sync::Notify;
 
 use crate::config::RabbitMqConfig;
+use crate::confirms::publish_one;
 use crate::deliveries::{Ends, Member, Order, is_ending};
 use crate::lanes::{End, Lanes, Source};
 use crate::link::{Link, RECONNECT, SharedLink, within};
@@ -100,27 +100,17 @@ async fn find_end(
     let confirms = channel.confirm_select(ConfirmSelectOptions::default());
     within(READ, confirms).await?;
     for (place, _) in openings {
-        let published = channel.basic_publish(
+        let to = (
             names::exchange(&place.topic),
             names::routing_key(place.partition),
-            BasicPublishOptions {
-                mandatory: true,
-                immediate: false,
-            },
-            &[],
-            to_mark(&mark),
         );
-        let confirmed = async { published.await?.await };
-        match within(READ, confirmed).await? {
-            Confirmation::Ack(None) => {}
-            _ => {
-                return Err(Error::new(
-                    ErrorKind::Unavailable,
-                    READ,
-                    "where the log ends cannot be found out: the server did not take a mark",
-                )
-                .with("topic", &place.topic));
-            }
+        if !publish_one(READ, &channel, to, &[], to_mark(&mark)).await? {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                READ,
+                "where the log ends cannot be found out: the server did not take a mark",
+            )
+            .with("topic", &place.topic));
         }
     }
     Ok(Some(End::Mark(mark)))
