@@ -84,6 +84,61 @@ pub(crate) fn to_mark(name: &str) -> BasicProperties {
     properties.with_headers(headers)
 }
 
+/// The properties of a message that is put aside as it came. What would let the server drop it, refuse it
+/// or send it elsewhere, too, is kept in headers that say nothing to it.
+pub(crate) fn to_keep(came: &BasicProperties) -> BasicProperties {
+    let mut table = came.headers().clone().unwrap_or_default();
+    table = FieldTable::from(
+        table
+            .inner()
+            .iter()
+            .map(|(name, value)| match name.as_str() {
+                "CC" => (ShortString::from("eb-cc"), value.clone()),
+                "BCC" => (ShortString::from("eb-bcc"), value.clone()),
+                _ => (name.clone(), value.clone()),
+            })
+            .collect::<BTreeMap<_, _>>(),
+    );
+    let aside = [
+        ("eb-expiration", came.expiration()),
+        ("eb-user-id", came.user_id()),
+    ];
+    for (name, value) in aside {
+        if let Some(value) = value {
+            table.insert(name.into(), long(value.as_str().as_bytes()));
+        }
+    }
+    let mut kept = BasicProperties::default()
+        .with_delivery_mode(PERSISTENT)
+        .with_headers(table);
+    type Set = fn(BasicProperties, ShortString) -> BasicProperties;
+    let texts: [(&Option<ShortString>, Set); 8] = [
+        (came.content_type(), BasicProperties::with_content_type),
+        (
+            came.content_encoding(),
+            BasicProperties::with_content_encoding,
+        ),
+        (came.correlation_id(), BasicProperties::with_correlation_id),
+        (came.reply_to(), BasicProperties::with_reply_to),
+        (came.message_id(), BasicProperties::with_message_id),
+        (came.kind(), BasicProperties::with_type),
+        (came.app_id(), BasicProperties::with_app_id),
+        (came.cluster_id(), BasicProperties::with_cluster_id),
+    ];
+    for (text, set) in texts {
+        if let Some(text) = text {
+            kept = set(kept, text.clone());
+        }
+    }
+    if let Some(timestamp) = came.timestamp() {
+        kept = kept.with_timestamp(*timestamp);
+    }
+    if let Some(priority) = came.priority() {
+        kept = kept.with_priority(*priority);
+    }
+    kept
+}
+
 fn long(bytes: &[u8]) -> AMQPValue {
     AMQPValue::LongString(LongString::from(bytes))
 }
@@ -466,6 +521,30 @@ mod tests {
         assert_eq!(read("t.g.dlq", b"", false), (None, Some(70), end));
         // A letter whose message had such a header.
         assert_eq!(read("t.g.dlq", b"x", false), (None, Some(70), None));
+    }
+
+    #[test]
+    fn what_is_put_aside_says_nothing_to_the_server_any_more() {
+        let mut table = FieldTable::default();
+        table.insert("CC".into(), long(b"other"));
+        table.insert("tenant".into(), long(b"acme"));
+        let came = BasicProperties::default()
+            .with_headers(table)
+            .with_expiration("1000".into())
+            .with_user_id("shop".into())
+            .with_message_id("17".into())
+            .with_timestamp(5);
+        let mut table = FieldTable::default();
+        table.insert("eb-cc".into(), long(b"other"));
+        table.insert("eb-expiration".into(), long(b"1000"));
+        table.insert("eb-user-id".into(), long(b"shop"));
+        table.insert("tenant".into(), long(b"acme"));
+        let kept = BasicProperties::default()
+            .with_delivery_mode(PERSISTENT)
+            .with_headers(table)
+            .with_message_id("17".into())
+            .with_timestamp(5);
+        assert_eq!(to_keep(&came), kept);
     }
 
     #[test]

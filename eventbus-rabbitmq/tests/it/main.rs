@@ -7,6 +7,7 @@ mod conformance;
 mod errors;
 mod ingress;
 mod letters;
+mod moving;
 mod order;
 mod own;
 mod proxy;
