@@ -25,9 +25,10 @@ use crate::adopted::{self, RabbitMqQueue};
 use crate::config::RabbitMqConfig;
 use crate::confirms::{Came, Destination, Routed, WINDOW, WINDOW_BYTES, publish_all, publish_one};
 use crate::error::{blocked, into_error, is_missing, is_too_large};
+use crate::groups::declare_group;
 use crate::link::{Link, RECONNECT, natively, within};
 use crate::properties;
-use crate::topics::{DURABLE, declare_group, settle_down, text};
+use crate::topics::{DURABLE, settle_down, text};
 use crate::{deliveries::is_ending, names};
 
 const MOVE: &str = "move messages";
