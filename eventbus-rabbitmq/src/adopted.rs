@@ -96,7 +96,7 @@ impl RabbitMqQueue {
                 "somebody else reads this queue, which hands each message to one reader only: let an ingress move its messages to a topic, which every group gets, or, when nobody reads it any more, delete the queue that notes who does",
             )
             .with("queue", &self.name)
-            .with("read by", name_of(difference.current.as_deref()))
+            .with("read by", name_of(difference.current.value()))
             .with("noted in", marker)),
         }
     }

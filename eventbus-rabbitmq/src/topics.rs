@@ -147,7 +147,7 @@ impl Topics {
         };
         match difference(&error) {
             Some(Difference { argument, current }) if argument == "x-max-length" => {
-                let current = current.and_then(|text| text.parse().ok());
+                let current = current.value().and_then(|text| text.parse().ok());
                 let unread = || explain(operation, topic, error);
                 current.map(Some).ok_or_else(unread)
             }
@@ -254,7 +254,7 @@ impl Topics {
         let Some(Difference { argument, current }) = difference(&error) else {
             return Err(explain(APPLY, &spec.name, error));
         };
-        let current = current.as_deref().unwrap_or("none");
+        let current = current.value().unwrap_or("none");
         Ok(report.with_drift(format!(
             "another {argument} is declared than the topic has, which is {current}; messages could vanish, so it stays: to change it, set a policy"
         )))
@@ -328,7 +328,7 @@ pub(crate) async fn settle_down(
     asked.await
 }
 
-pub(crate) fn explain(operation: &'static str, topic: &Topic, error: lapin::Error) -> Error {
+fn explain(operation: &'static str, topic: &Topic, error: lapin::Error) -> Error {
     into_error(operation, error).with("topic", topic)
 }
 
