@@ -31,15 +31,17 @@ const MANDATORY: BasicPublishOptions = BasicPublishOptions {
 };
 
 /// A message with its place in the batch and where it goes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Routed {
     pub(crate) index: usize,
     pub(crate) to: Destination,
     pub(crate) message: Message,
+    /// Until when it is waited for.
+    pub(crate) deadline: Instant,
 }
 
 /// Where a message goes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Destination {
     /// A partition of its topic.
     Partition(u32),
@@ -86,11 +88,7 @@ pub(crate) async fn publish_one(
 type Sending<'m> = Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send + 'm>>;
 
 /// Writes messages side by side, in their order, and waits for what becomes of each.
-pub(crate) async fn publish_all(
-    channel: &Channel,
-    window: &[&Routed],
-    deadline: Instant,
-) -> Vec<Came> {
+pub(crate) async fn publish_all(channel: &Channel, window: &[&Routed]) -> Vec<Came> {
     let mut sending: Vec<Sending<'_>> = window
         .iter()
         .map(|it| {
@@ -127,10 +125,13 @@ pub(crate) async fn publish_all(
             })
         })
         .collect();
-    // One timer for all of them.
-    let mut too_late = std::pin::pin!(sleep_until(deadline));
+    // One timer for all of them, mostly of one call.
+    let mut too_late = std::pin::pin!(sleep_until(Instant::now()));
     let mut heard = Vec::with_capacity(window.len());
-    for confirmed in &mut confirming {
+    for (confirmed, it) in confirming.iter_mut().zip(window) {
+        if too_late.deadline() != it.deadline {
+            too_late.as_mut().reset(it.deadline);
+        }
         heard.push(tokio::select! {
             biased;
             confirmed = confirmed => Some(confirmed),
@@ -300,6 +301,7 @@ mod tests {
             index,
             to: Destination::Partition(partition),
             message: Message::new(Topic::from_static("t"), body).with_headers(headers.build()),
+            deadline: Instant::now(),
         }
     }
 

@@ -114,6 +114,11 @@ impl Link {
         self.connection.status().connected()
     }
 
+    /// Most bytes of a frame, which the properties of a message have to fit.
+    pub(crate) fn frame_bytes_max(&self) -> usize {
+        self.connection.configuration().frame_max() as usize
+    }
+
     /// Why the server takes no messages at the moment, if so.
     pub(crate) fn blocked(&self) -> Option<String> {
         self.blocked.borrow().clone()
@@ -164,7 +169,8 @@ pub(crate) async fn natively<T>(
     timeout(ANSWER, asked).await.map_err(|_| silent(operation))
 }
 
-fn silent(operation: &'static str) -> Error {
+/// The server has said nothing for as long as it is waited for.
+pub(crate) fn silent(operation: &'static str) -> Error {
     Error::new(
         ErrorKind::Timeout,
         operation,

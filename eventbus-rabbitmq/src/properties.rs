@@ -29,8 +29,10 @@ const STREAM_OFFSET: &str = "x-stream-offset";
 /// The mark that a reader publishes to find the end of a stream: no message, whoever reads it.
 const MARK: &str = "eb-mark";
 
-/// Headers of more bytes do not fit one frame of 128 KiB, which is what servers take.
-const HEADER_BYTES: usize = 120 * 1024;
+/// What servers take in one frame, unless they are told otherwise.
+const FRAME_BYTES: usize = 128 * 1024;
+/// What a frame has beside key and headers of a message.
+const OTHER_BYTES: usize = 8 * 1024;
 
 /// Kept when the server ends.
 const PERSISTENT: u8 = 2;
@@ -40,23 +42,31 @@ fn is_reserved(name: &str) -> bool {
     matches!(name, KEY | ORDER | PACKED | MARK | "CC" | "BCC") || name.starts_with("x-")
 }
 
-/// Checks what a server would close the connection for.
+/// Checks what most servers would close the connection for.
 ///
 /// # Errors
 ///
 /// `InvalidInput` when the headers do not fit a frame.
 pub(crate) fn check(message: &Message) -> Result<()> {
+    fits(message, FRAME_BYTES)
+}
+
+/// As [`check`], for a server that takes so many bytes in a frame.
+pub(crate) fn fits(message: &Message, frame: usize) -> Result<()> {
+    // A small frame has little beside them: names of an exchange and of headers are short.
+    let most = frame - OTHER_BYTES.min(frame / 2);
     let key = message.key.as_ref().map_or(0, |key| key.as_bytes().len());
     let bytes = key + message.headers.packed_len() + 2 * message.headers.iter_bytes().count();
-    if bytes <= HEADER_BYTES {
+    if bytes <= most {
         return Ok(());
     }
     Err(Error::new(
         ErrorKind::InvalidInput,
         "publish",
-        "key and headers have more bytes than fit one frame, at most 122,880: put the rest into the payload",
+        "key and headers have more bytes than fit one frame, as the server has it: put the rest into the payload",
     )
     .with("bytes", bytes)
+    .with("at most", most)
     .with("topic", &message.topic))
 }
 

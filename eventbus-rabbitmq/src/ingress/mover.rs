@@ -311,6 +311,7 @@ impl Mover {
                 index,
                 to: Destination::Partition(partition),
                 message,
+                deadline: Instant::now(),
             },
             properties,
         })
@@ -324,7 +325,7 @@ impl Mover {
         moving: Vec<Moving>,
     ) -> Result<(), Over> {
         let (mut moving, mut unfit): (Vec<_>, Vec<_>) =
-            moving.into_iter().partition(|it| self.is_fit(it));
+            moving.into_iter().partition(|it| self.is_fit(session, it));
         let mut pause = RECONNECT.0;
         let mut most = WINDOW;
         while !moving.is_empty() {
@@ -378,11 +379,14 @@ impl Mover {
     async fn send(
         &self,
         session: &mut Session,
-        wave: Vec<Moving>,
+        mut wave: Vec<Moving>,
     ) -> Result<(Vec<Moving>, Option<Why>)> {
-        let routed: Vec<_> = wave.iter().map(|it| &it.routed).collect();
         let deadline = Instant::now() + self.config.publish_timeout;
-        let came = publish_all(&session.sink, &routed, deadline).await;
+        for it in &mut wave {
+            it.routed.deadline = deadline;
+        }
+        let routed: Vec<_> = wave.iter().map(|it| &it.routed).collect();
+        let came = publish_all(&session.sink, &routed).await;
         let mut left = Vec::new();
         let mut why = None;
         let mut is_used_up = false;
@@ -427,9 +431,11 @@ impl Mover {
         Ok((left, why))
     }
 
-    fn is_fit(&self, moving: &Moving) -> bool {
+    fn is_fit(&self, session: &Session, moving: &Moving) -> bool {
         let message = &moving.routed.message;
-        message.check(self.config.message_bytes_max).is_ok() && properties::check(message).is_ok()
+        let frame = session.link.frame_bytes_max();
+        message.check(self.config.message_bytes_max).is_ok()
+            && properties::fits(message, frame).is_ok()
     }
 
     /// Keeps a message that the topic cannot take, as it came.
@@ -546,6 +552,7 @@ mod tests {
                 index,
                 to: Destination::Partition(0),
                 message,
+                deadline: Instant::now(),
             },
             properties: BasicProperties::default(),
         }

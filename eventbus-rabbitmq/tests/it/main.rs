@@ -11,5 +11,7 @@ mod moving;
 mod order;
 mod own;
 mod proxy;
+mod publishing;
 mod server;
 mod shop;
+mod slow;

@@ -6,11 +6,12 @@ use eventbus_core::{Subscription, Topic};
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqIngress, RabbitMqIngressStatus};
 use eventbus_testkit::{Probe, text_of, within};
 use lapin::BasicProperties;
-use lapin::options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::BasicGetOptions;
 use lapin::types::{AMQPValue, FieldTable};
 
-use crate::server::{Server, create, group, topic};
+use crate::server::{Server, create, group};
 use crate::shop::{Kind, Shop, order};
+use crate::slow::{Slow, bind};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -21,57 +22,6 @@ fn text(text: &str) -> AMQPValue {
 async fn until(ingress: &RabbitMqIngress, is_so: impl Fn(&RabbitMqIngressStatus) -> bool) {
     while !is_so(&ingress.status()) {
         tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-/// A queue of a plain client that gets what a topic gets.
-async fn bind(shop: &Shop, name: &str, arguments: FieldTable) -> String {
-    let name = topic(name).to_string();
-    let options = QueueDeclareOptions {
-        durable: true,
-        ..QueueDeclareOptions::default()
-    };
-    let declared = shop
-        .channel
-        .queue_declare(name.as_str().into(), options, arguments);
-    declared.await.expect("it is declared");
-    let bound = shop.channel.queue_bind(
-        name.as_str().into(),
-        shop.topic().as_str().into(),
-        "#".into(),
-        QueueBindOptions::default(),
-        FieldTable::default(),
-    );
-    bound.await.expect("it is bound");
-    name
-}
-
-/// Such a queue, whose process can stand still.
-struct Slow<'s> {
-    server: &'s Server,
-    name: String,
-}
-
-impl<'s> Slow<'s> {
-    async fn bind(server: &'s Server, shop: &Shop) -> Self {
-        let name = bind(shop, "slow", FieldTable::default()).await;
-        Self { server, name }
-    }
-
-    async fn tell(&self, what: &str) {
-        let name = &self.name;
-        let command = format!(
-            "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{name}\">>)), sys:{what}(amqqueue:get_pid(Q))."
-        );
-        self.server.control(&["eval", &command]).await;
-    }
-
-    async fn stand_still(&self) {
-        self.tell("suspend").await;
-    }
-
-    async fn go_on(&self) {
-        self.tell("resume").await;
     }
 }
 
@@ -96,7 +46,7 @@ async fn what_is_refused_is_not_overtaken_by_what_follows_it() {
     let mut arguments = FieldTable::default();
     arguments.insert("x-max-length".into(), AMQPValue::LongInt(2));
     arguments.insert("x-overflow".into(), text("reject-publish"));
-    let narrow = bind(&shop, "narrow", arguments).await;
+    let narrow = bind(&shop.channel, &shop.topic(), arguments).await;
     let body = |number| format!(r#"{{"order_id": 7, "number": {number}}}"#);
     within(MINUTE, async {
         for number in 0..MESSAGES {
@@ -128,7 +78,7 @@ async fn what_a_topic_is_slow_to_take_is_not_given_back_to_the_queue() {
     let broker = RabbitMqBroker::connect(config).await.expect("it answers");
     within(MINUTE, async {
         let mut probe = probe(&broker, &shop.topic()).await;
-        let slow = Slow::bind(&server, &shop).await;
+        let slow = Slow::bind(&server, &shop.channel, &shop.topic()).await;
         slow.stand_still().await;
         let ingress = broker.ingress(shop.adopted(), shop.topic());
         let ingress = ingress.spawn().await.expect("it starts");
@@ -162,7 +112,7 @@ async fn what_is_being_moved_when_it_is_told_to_end_is_finished() {
     let broker = server.connect().await.expect("it answers");
     within(MINUTE, async {
         let mut probe = probe(&broker, &shop.topic()).await;
-        let slow = Slow::bind(&server, &shop).await;
+        let slow = Slow::bind(&server, &shop.channel, &shop.topic()).await;
         slow.stand_still().await;
         let ingress = broker.ingress(shop.adopted(), shop.topic());
         let ingress = ingress.spawn().await.expect("it starts");
