@@ -2,11 +2,11 @@
 //! Nothing of them is declared or changed here.
 
 use eventbus_core::{Error, ErrorKind, Key, Result, Retry};
-use lapin::options::QueueDeclareOptions;
+use lapin::options::{BasicConsumeOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::Value;
 
-use crate::error::{difference, into_error, is_missing, is_refused};
+use crate::error::{difference, into_error, is_invalid, is_missing, is_refused};
 use crate::link::{Link, natively};
 use crate::names;
 use crate::topics::{DURABLE, PASSIVE, text};
@@ -67,8 +67,8 @@ impl RabbitMqQueue {
     /// # Errors
     ///
     /// `NotFound` when there is no such queue, to be tried again; `Unsupported` when it is not durable
-    /// and that was not allowed, or when it goes with its last consumer; `Conflict` when somebody else
-    /// reads it.
+    /// and that was not allowed, when it goes with its last consumer, or when it is a stream; `Conflict`
+    /// when somebody else reads it.
     pub(crate) async fn adopt(
         &self,
         operation: &'static str,
@@ -78,6 +78,7 @@ impl RabbitMqQueue {
         let marker = names::reader_queue(operation, &self.name)?;
         self.find(operation, link).await?;
         self.check_kind(operation, link).await?;
+        self.check_is_emptied(operation, link).await?;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), text("quorum"));
         arguments.insert("x-dead-letter-exchange".into(), text(""));
@@ -95,7 +96,7 @@ impl RabbitMqQueue {
                 "somebody else reads this queue, which hands each message to one reader only: let an ingress move its messages to a topic, which every group gets, or, when nobody reads it any more, delete the queue that notes who does",
             )
             .with("queue", &self.name)
-            .with("read by", name_of(difference.current.as_deref()))
+            .with("read by", name_of(difference.current.value()))
             .with("noted in", marker)),
         }
     }
@@ -142,6 +143,33 @@ impl RabbitMqQueue {
                 "the queue is deleted with its last consumer, and what was not read with it: declare it without auto-delete",
             )),
             _ => Ok(()),
+        }
+    }
+
+    /// Refuses a stream. It is asked by wanting a consumer that no queue can have: the server names the
+    /// argument that this kind of queue does not know, and hands out nothing.
+    async fn check_is_emptied(&self, operation: &'static str, link: &Link) -> Result<()> {
+        let channel = link.channel(operation).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
+        arguments.insert("x-stream-offset".into(), text("next"));
+        let options = BasicConsumeOptions::default();
+        let name = self.short_name(operation)?;
+        let consumed = channel.basic_consume(name, "".into(), options, arguments);
+        match natively(operation, consumed).await? {
+            Err(error) if is_invalid(&error, "x-priority") => Err(self.refuse(
+                operation,
+                ErrorKind::Unsupported,
+                "the queue is a stream, from which nothing is taken away: its messages would be read again and again, or not at all",
+            )),
+            Err(error) if is_invalid(&error, "x-stream-offset") => Ok(()),
+            Err(error) if is_missing(&error) => Err(self.missing(operation)),
+            Err(error) => Err(self.explain(operation, error)),
+            Ok(_) => Err(self.refuse(
+                operation,
+                ErrorKind::Internal,
+                "the server took what it should have refused",
+            )),
         }
     }
 

@@ -12,12 +12,13 @@ use eventbus_core::{
 };
 
 use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 
 use crate::adopted::RabbitMqQueue;
 use crate::config::RabbitMqConfig;
 use crate::confirms::{Destination, Routed};
 use crate::deliveries::{self, Owner, RabbitMqDeliveries, RabbitMqSettlement};
-use crate::link::{SharedLink, closed};
+use crate::link::{SharedLink, closed, silent};
 use crate::publisher::Publisher as Channels;
 use crate::reader;
 use crate::subscriber::{self, Reading};
@@ -76,7 +77,7 @@ impl RabbitMqBroker {
         let topics = Arc::new(Topics::new(Arc::clone(&asking), &config));
         Ok(Self(Arc::new(Shared {
             capabilities: capabilities(&config),
-            channels: Channels::new(&publishing, &topics, config.publish_timeout),
+            channels: Channels::new(&publishing, &topics),
             publishing,
             asking,
             topics,
@@ -144,7 +145,12 @@ impl Shared {
     }
 
     /// Finds out where messages go; what goes nowhere is refused.
-    async fn route(&self, batch: Vec<Message>, refused: &mut Vec<Unpublished>) -> Vec<Routed> {
+    async fn route(
+        &self,
+        batch: Vec<Message>,
+        deadline: Instant,
+        refused: &mut Vec<Unpublished>,
+    ) -> Vec<Routed> {
         const PUBLISH: &str = "publish";
         let (sound, unsound) = self.capabilities.check_batch(batch);
         refused.extend(unsound);
@@ -157,6 +163,7 @@ impl Shared {
                         index,
                         to: Destination::Queue(name),
                         message,
+                        deadline,
                     }),
                     Err(error) => {
                         let outcome = Outcome::NotTaken;
@@ -168,7 +175,11 @@ impl Shared {
             // Mostly a batch is of one topic.
             let known = match last.take().filter(|(topic, _)| *topic == message.topic) {
                 Some((_, known)) => known,
-                None => self.topics.ensure(PUBLISH, &message.topic).await,
+                None => {
+                    let found = self.topics.ensure(PUBLISH, &message.topic);
+                    let found = timeout_at(deadline, found).await;
+                    found.unwrap_or_else(|_| Err(silent(PUBLISH)))
+                }
             };
             let partitions = match &known {
                 Ok(partitions) => properties::check(&message).map(|()| *partitions),
@@ -184,6 +195,7 @@ impl Shared {
                         index,
                         to: Destination::Partition(partition),
                         message,
+                        deadline,
                     });
                 }
                 Err(error) => {
@@ -210,9 +222,11 @@ impl Publisher for RabbitMqBroker {
             return Err(PublishError::new(refused.collect()));
         }
         let mut refused = Vec::new();
-        let routed = self.0.route(batch, &mut refused).await;
+        // One for all of it, from here on.
+        let deadline = Instant::now() + self.0.config.publish_timeout;
+        let routed = self.0.route(batch, deadline, &mut refused).await;
         if !routed.is_empty() {
-            refused.extend(self.0.channels.publish(routed).await);
+            refused.extend(self.0.channels.publish(routed, deadline).await);
         }
         PublishError::of(refused)
     }

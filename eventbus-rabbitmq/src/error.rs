@@ -156,10 +156,10 @@ pub(crate) fn is_missing(error: &lapin::Error) -> bool {
         && !text(error).is_some_and(|text| text.contains("down or inaccessible"))
 }
 
-/// Whether no queue can have the length that was declared.
-pub(crate) fn is_invalid_length(error: &lapin::Error) -> bool {
+/// Whether no queue, or none of this kind, can have an argument as it was given.
+pub(crate) fn is_invalid(error: &lapin::Error, argument: &str) -> bool {
     is_soft(error, Soft::PRECONDITIONFAILED)
-        && text(error).is_some_and(|text| text.contains("invalid arg 'x-max-length'"))
+        && text(error).is_some_and(|text| text.contains(&format!("invalid arg '{argument}'")))
 }
 
 /// Whether the user may not do it.
@@ -208,8 +208,25 @@ fn text(error: &lapin::Error) -> Option<String> {
 pub(crate) struct Difference {
     /// Such as `x-max-length`.
     pub(crate) argument: String,
-    /// What it is on the server, where it is set.
-    pub(crate) current: Option<String>,
+    pub(crate) current: Current,
+}
+
+/// What an argument is on the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Current {
+    Unset,
+    Is(String),
+    /// The server's text, which has 255 bytes, ended before it: the name of a queue is long.
+    Unread,
+}
+
+impl Current {
+    pub(crate) fn value(&self) -> Option<&str> {
+        match self {
+            Self::Is(value) => Some(value),
+            Self::Unset | Self::Unread => None,
+        }
+    }
 }
 
 impl Difference {
@@ -218,12 +235,16 @@ impl Difference {
     fn read(text: &str) -> Option<Self> {
         let (_, behind) = text.split_once("inequivalent arg '")?;
         let (argument, behind) = behind.split_once('\'')?;
-        // The text has 255 bytes: a long name of a queue leaves less of it.
         let current = behind.rsplit_once("but current is ");
         let current = current.map(|(_, current)| current.trim_start_matches("the value "));
-        let current = current
-            .and_then(|current| current.strip_prefix('\'')?.split_once('\''))
-            .map(|(value, _)| value.to_owned());
+        let value = |current: &str| {
+            let (value, _) = current.strip_prefix('\'')?.split_once('\'')?;
+            Some(value.to_owned())
+        };
+        let current = match current {
+            Some("none") => Current::Unset,
+            current => current.and_then(value).map_or(Current::Unread, Current::Is),
+        };
         Some(Self {
             argument: argument.to_owned(),
             current,
@@ -425,15 +446,20 @@ mod tests {
     #[test]
     fn what_differs_is_read_from_what_the_server_says() {
         let cases = [
-            ("received '5' but current is '3'", Some("3")),
+            (
+                "received '5' but current is '3'",
+                Current::Is("3".to_owned()),
+            ),
             (
                 "received none but current is the value '3' of type 'signedint'",
-                Some("3"),
+                Current::Is("3".to_owned()),
             ),
             (
                 "received the value '5' of type 'signedint' but current is none",
-                None,
+                Current::Unset,
             ),
+            ("received '5' but current is '3", Current::Unread),
+            ("received '5' but curr", Current::Unread),
         ];
         for (text, current) in cases {
             let text = format!(
@@ -441,7 +467,7 @@ mod tests {
             );
             let found = difference(&server(406, &text)).expect("it differs");
             assert_eq!(found.argument, "x-max-length");
-            assert_eq!(found.current.as_deref(), current, "{text}");
+            assert_eq!(found.current, current, "{text}");
         }
         assert_eq!(difference(&server(404, "NOT_FOUND - no queue 'a'")), None);
     }

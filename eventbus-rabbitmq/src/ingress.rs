@@ -106,8 +106,8 @@ impl RabbitMqIngressBuilder {
     /// # Errors
     ///
     /// `NotFound` when there is no such queue; `Unsupported` when it is not durable and that was not
-    /// allowed, or is deleted with its last consumer; `Conflict` when a group reads it as it is; those of
-    /// the topic.
+    /// allowed, is deleted with its last consumer, or is a stream; `Conflict` when a group reads it as it
+    /// is; those of the topic.
     pub async fn spawn(self) -> Result<RabbitMqIngress> {
         let Self {
             broker,

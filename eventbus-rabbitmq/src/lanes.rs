@@ -18,9 +18,6 @@ use crate::adopted::RabbitMqQueue;
 use crate::link::within;
 use crate::properties;
 
-/// The mark that a reader publishes to find the end of a stream: no message, whoever reads it.
-pub(crate) const MARK: &str = "eb-mark";
-
 /// What brings the messages of a lane. Its channel has no other consumer.
 #[derive(Debug)]
 pub(crate) struct Source {
@@ -121,14 +118,9 @@ struct Ahead {
     position: u64,
     handed_out: Option<u32>,
     offset: Option<u64>,
+    /// What the mark is called that it is.
+    mark: Option<String>,
     size: usize,
-}
-
-impl Ahead {
-    fn mark(&self) -> Option<&str> {
-        self.offset?;
-        self.message.headers.get_str(MARK)
-    }
 }
 
 /// Messages that are to be acknowledged.
@@ -479,14 +471,14 @@ impl Lanes {
                 return false;
             }
             let position = Position(ahead.position.into());
-            let mark = ahead.mark();
+            let mark = ahead.mark.as_ref();
             // A chunk of a stream may begin before the place that was asked for.
             let is_before = ahead.offset.is_some_and(|offset| offset < slot.next);
             if let Some(offset) = ahead.offset {
                 slot.next = slot.next.max(offset + 1);
             }
             if mark.is_some() || is_before {
-                let ended = mark.is_some_and(|mark| slot.end == Some(End::Mark(mark.to_owned())));
+                let ended = mark.is_some_and(|mark| slot.end == Some(End::Mark(mark.clone())));
                 slot.ended |= ended;
                 let receipt = self.table.hand_out(slot.lane, position, 0);
                 if let Settled::LowWater(position) = self.table.settle(receipt) {
@@ -548,6 +540,7 @@ impl Slot {
                 None => handed_out,
             },
             offset: read.offset,
+            mark: read.mark,
         });
     }
 }

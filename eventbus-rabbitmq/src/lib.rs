@@ -24,6 +24,7 @@ mod config;
 mod confirms;
 mod deliveries;
 mod error;
+mod groups;
 mod ingress;
 mod lanes;
 mod link;

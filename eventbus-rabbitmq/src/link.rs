@@ -20,6 +20,9 @@ pub(crate) const ANSWER: Duration = Duration::from_secs(8);
 pub(crate) const RECONNECT: (Duration, Duration) =
     (Duration::from_millis(50), Duration::from_secs(2));
 
+/// How often whoever waits for the server to take messages looks whether the connection is still there.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// A connection.
 pub(crate) struct Link {
     connection: Connection,
@@ -111,16 +114,26 @@ impl Link {
         self.connection.status().connected()
     }
 
+    /// Most bytes of a frame, which the properties of a message have to fit.
+    pub(crate) fn frame_bytes_max(&self) -> usize {
+        self.connection.configuration().frame_max() as usize
+    }
+
     /// Why the server takes no messages at the moment, if so.
     pub(crate) fn blocked(&self) -> Option<String> {
         self.blocked.borrow().clone()
     }
 
-    /// Waits until the server takes messages.
+    /// Waits until the server takes messages, or the connection is gone.
     pub(crate) async fn unblocked(&self) {
         let mut blocked = self.blocked.clone();
-        // Its end is the connection's, which whoever publishes hears of.
-        let _ = blocked.wait_for(Option::is_none).await;
+        // The client tells nobody that a connection is gone but whoever asks for something through it.
+        while self.is_open() {
+            let waited = timeout(LOOK, blocked.wait_for(Option::is_none));
+            if waited.await.is_ok() {
+                return;
+            }
+        }
     }
 
     /// A new channel.
@@ -156,7 +169,8 @@ pub(crate) async fn natively<T>(
     timeout(ANSWER, asked).await.map_err(|_| silent(operation))
 }
 
-fn silent(operation: &'static str) -> Error {
+/// The server has said nothing for as long as it is waited for.
+pub(crate) fn silent(operation: &'static str) -> Error {
     Error::new(
         ErrorKind::Timeout,
         operation,

@@ -11,6 +11,8 @@ use lapin::BasicProperties;
 use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldArray, FieldTable, LongString, ShortString};
 
+use crate::names;
+
 /// The key.
 const KEY: &str = "eb-key";
 /// In which order the headers are, where that is not the usual one (see [`place`]): a byte for each header,
@@ -24,35 +26,47 @@ const PACKED: &str = "eb-packed";
 const DELIVERY_COUNT: &str = "x-delivery-count";
 /// The place of a message in a stream.
 const STREAM_OFFSET: &str = "x-stream-offset";
+/// The mark that a reader publishes to find the end of a stream: no message, whoever reads it.
+const MARK: &str = "eb-mark";
 
-/// Headers of more bytes do not fit one frame of 128 KiB, which is what servers take.
-const HEADER_BYTES: usize = 120 * 1024;
+/// What servers take in one frame, unless they are told otherwise.
+const FRAME_BYTES: usize = 128 * 1024;
+/// What a frame has beside key and headers of a message.
+const OTHER_BYTES: usize = 8 * 1024;
 
 /// Kept when the server ends.
 const PERSISTENT: u8 = 2;
 
 /// What the server, or its other clients, give a meaning of their own.
 fn is_reserved(name: &str) -> bool {
-    matches!(name, KEY | ORDER | PACKED | "CC" | "BCC") || name.starts_with("x-")
+    matches!(name, KEY | ORDER | PACKED | MARK | "CC" | "BCC") || name.starts_with("x-")
 }
 
-/// Checks what a server would close the connection for.
+/// Checks what most servers would close the connection for.
 ///
 /// # Errors
 ///
 /// `InvalidInput` when the headers do not fit a frame.
 pub(crate) fn check(message: &Message) -> Result<()> {
+    fits(message, FRAME_BYTES)
+}
+
+/// As [`check`], for a server that takes so many bytes in a frame.
+pub(crate) fn fits(message: &Message, frame: usize) -> Result<()> {
+    // A small frame has little beside them: names of an exchange and of headers are short.
+    let most = frame - OTHER_BYTES.min(frame / 2);
     let key = message.key.as_ref().map_or(0, |key| key.as_bytes().len());
     let bytes = key + message.headers.packed_len() + 2 * message.headers.iter_bytes().count();
-    if bytes <= HEADER_BYTES {
+    if bytes <= most {
         return Ok(());
     }
     Err(Error::new(
         ErrorKind::InvalidInput,
         "publish",
-        "key and headers have more bytes than fit one frame, at most 122,880: put the rest into the payload",
+        "key and headers have more bytes than fit one frame, as the server has it: put the rest into the payload",
     )
     .with("bytes", bytes)
+    .with("at most", most)
     .with("topic", &message.topic))
 }
 
@@ -70,6 +84,69 @@ pub(crate) fn to_properties(message: &Message) -> BasicProperties {
         table.insert(ShortString::from(KEY), long(key.as_bytes()));
     }
     properties.with_headers(FieldTable::from(table))
+}
+
+/// The properties of a mark, which has no payload.
+pub(crate) fn to_mark(name: &str) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    headers.insert(MARK.into(), long(name.as_bytes()));
+    let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+    properties.with_headers(headers)
+}
+
+/// The properties of a message that is put aside as it came. What would let the server drop it, refuse it
+/// or send it elsewhere, too, is kept in headers that say nothing to it.
+pub(crate) fn to_keep(came: &BasicProperties) -> BasicProperties {
+    let mut table = came.headers().clone().unwrap_or_default();
+    table = FieldTable::from(
+        table
+            .inner()
+            .iter()
+            .map(|(name, value)| match name.as_str() {
+                "CC" => (ShortString::from("eb-cc"), value.clone()),
+                "BCC" => (ShortString::from("eb-bcc"), value.clone()),
+                _ => (name.clone(), value.clone()),
+            })
+            .collect::<BTreeMap<_, _>>(),
+    );
+    let aside = [
+        ("eb-expiration", came.expiration()),
+        ("eb-user-id", came.user_id()),
+    ];
+    for (name, value) in aside {
+        if let Some(value) = value {
+            table.insert(name.into(), long(value.as_str().as_bytes()));
+        }
+    }
+    let mut kept = BasicProperties::default()
+        .with_delivery_mode(PERSISTENT)
+        .with_headers(table);
+    type Set = fn(BasicProperties, ShortString) -> BasicProperties;
+    let texts: [(&Option<ShortString>, Set); 8] = [
+        (came.content_type(), BasicProperties::with_content_type),
+        (
+            came.content_encoding(),
+            BasicProperties::with_content_encoding,
+        ),
+        (came.correlation_id(), BasicProperties::with_correlation_id),
+        (came.reply_to(), BasicProperties::with_reply_to),
+        (came.message_id(), BasicProperties::with_message_id),
+        (came.kind(), BasicProperties::with_type),
+        (came.app_id(), BasicProperties::with_app_id),
+        (came.cluster_id(), BasicProperties::with_cluster_id),
+    ];
+    for (text, set) in texts {
+        if let Some(text) = text {
+            kept = set(kept, text.clone());
+        }
+    }
+    if let Some(timestamp) = came.timestamp() {
+        kept = kept.with_timestamp(*timestamp);
+    }
+    if let Some(priority) = came.priority() {
+        kept = kept.with_priority(*priority);
+    }
+    kept
 }
 
 fn long(bytes: &[u8]) -> AMQPValue {
@@ -129,32 +206,48 @@ fn order(headers: &Headers) -> Option<Vec<u8>> {
 #[derive(Debug)]
 pub(crate) struct Read {
     pub(crate) message: Message,
-    /// How often the server took it back before.
+    /// How often the server took it back before, where it counts that.
     pub(crate) returned: Option<u32>,
     /// Its place in a stream.
     pub(crate) offset: Option<u64>,
+    /// What the mark is called that it is.
+    pub(crate) mark: Option<String>,
 }
 
-/// The message of a delivery.
+/// The message of a delivery. What a stream says of it is believed where it is from one; elsewhere the
+/// same headers are of whoever published it.
 pub(crate) fn read(topic: &Topic, delivery: Delivery) -> Read {
     let mut read = Read {
         message: Message::new(topic.clone(), Bytes::from(delivery.data)),
         returned: None,
         offset: None,
+        mark: None,
     };
     let table = delivery.properties.headers().as_ref();
     if let Some(table) = table.map(FieldTable::inner) {
         read.message.key = table
             .get(KEY)
             .map(|key| Key::new(Bytes::copy_from_slice(&text(key))));
-        read.returned = table.get(DELIVERY_COUNT).and_then(number);
-        read.offset = table.get(STREAM_OFFSET).and_then(number);
+        if delivery.redelivered {
+            read.returned = table.get(DELIVERY_COUNT).and_then(number);
+        }
+        if names::is_log(topic) {
+            read.offset = table.get(STREAM_OFFSET).and_then(number);
+            read.mark = mark(table).filter(|_| read.message.payload.is_empty());
+        }
         read.message.headers = headers(table);
     }
     if read.message.headers.get(header::ID).is_none() {
         read.message.headers = with_foreign(&read.message, &delivery.properties);
     }
     read
+}
+
+fn mark(table: &BTreeMap<ShortString, AMQPValue>) -> Option<String> {
+    match table.get(MARK)? {
+        AMQPValue::LongString(name) => Some(name.to_string()),
+        _ => None,
+    }
 }
 
 /// The headers of a message of another client, with what it says in properties of AMQP, which have no
@@ -325,6 +418,7 @@ mod tests {
         let names = [
             "eb-id",
             "eb-key",
+            "eb-mark",
             "eb-order",
             "eb-packed",
             "x-death",
@@ -362,7 +456,7 @@ mod tests {
             message.key = key.map(Key::new);
             let read = read(&topic, delivery(to_properties(&message)));
             prop_assert_eq!(read.message, message);
-            prop_assert_eq!((read.returned, read.offset), (None, None));
+            prop_assert_eq!((read.returned, read.offset, read.mark), (None, None, None));
         }
     }
 
@@ -403,7 +497,7 @@ mod tests {
             .with_headers(table)
             .with_content_type("application/json".into());
         let read = read(&Topic::from_static("t"), delivery(properties));
-        assert_eq!((read.returned, read.offset), (Some(2), Some(70)));
+        assert_eq!((read.returned, read.offset), (None, None));
         let found: Vec<_> = read.message.headers.iter().collect();
         let expected: [(&str, &[u8]); 7] = [
             ("count", b"-3"),
@@ -415,6 +509,52 @@ mod tests {
             (header::CONTENT_TYPE, b"application/json"),
         ];
         assert_eq!(found, expected);
+    }
+
+    /// Anybody can publish headers that are called like the server's.
+    #[test]
+    fn what_the_server_says_is_believed_where_it_can_say_it() {
+        let mut table = FieldTable::default();
+        table.insert(DELIVERY_COUNT.into(), AMQPValue::LongLongInt(2));
+        table.insert(STREAM_OFFSET.into(), AMQPValue::LongLongInt(70));
+        table.insert(MARK.into(), long(b"end"));
+        let properties = BasicProperties::default().with_headers(table);
+        let read = |topic, payload: &[u8], redelivered| {
+            let mut delivery = delivery(properties.clone());
+            (delivery.data, delivery.redelivered) = (payload.to_vec(), redelivered);
+            let read = read(&Topic::from_static(topic), delivery);
+            (read.returned, read.offset, read.mark)
+        };
+        let end = Some("end".to_owned());
+        assert_eq!(read("t", b"", false), (None, None, None));
+        assert_eq!(read("t", b"", true), (Some(2), None, None));
+        assert_eq!(read("t.g.dlq", b"", false), (None, Some(70), end));
+        // A letter whose message had such a header.
+        assert_eq!(read("t.g.dlq", b"x", false), (None, Some(70), None));
+    }
+
+    #[test]
+    fn what_is_put_aside_says_nothing_to_the_server_any_more() {
+        let mut table = FieldTable::default();
+        table.insert("CC".into(), long(b"other"));
+        table.insert("tenant".into(), long(b"acme"));
+        let came = BasicProperties::default()
+            .with_headers(table)
+            .with_expiration("1000".into())
+            .with_user_id("shop".into())
+            .with_message_id("17".into())
+            .with_timestamp(5);
+        let mut table = FieldTable::default();
+        table.insert("eb-cc".into(), long(b"other"));
+        table.insert("eb-expiration".into(), long(b"1000"));
+        table.insert("eb-user-id".into(), long(b"shop"));
+        table.insert("tenant".into(), long(b"acme"));
+        let kept = BasicProperties::default()
+            .with_delivery_mode(PERSISTENT)
+            .with_headers(table)
+            .with_message_id("17".into())
+            .with_timestamp(5);
+        assert_eq!(to_keep(&came), kept);
     }
 
     #[test]

@@ -12,57 +12,75 @@ use std::time::Duration;
 use eventbus_core::{Error, ErrorKind, Message, Outcome, Result, Unpublished};
 use lapin::Channel;
 use lapin::options::ConfirmSelectOptions;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
-use crate::confirms::{Came, Routed, publish_all};
+use crate::confirms::{Came, Routed, WINDOW, WINDOW_BYTES, publish_all};
 use crate::error::{blocked, into_error, is_too_large, missing_exchange};
 use crate::link::{Link, SharedLink, closed, within};
+use crate::properties;
 use crate::topics::Topics;
 
 const PUBLISH: &str = "publish";
 
 /// How many channels publish at once.
 const CHANNELS: usize = 4;
-/// Most messages that are under way on a channel.
-const WINDOW: usize = 1000;
-/// Most of their bytes, but for a single message.
-const WINDOW_BYTES: usize = 16 * 1024 * 1024;
+/// Most bytes that wait or are under way, but for a single call.
+const WAITING_BYTES: usize = 64 * 1024 * 1024;
+/// How much longer than its time a call waits for what a channel says of its messages.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// Publishes to one server.
 #[derive(Debug)]
 pub(crate) struct Publisher {
     queue: Arc<Queue>,
-    tasks: Mutex<Option<JoinSet<()>>>,
-    timeout: Duration,
+    /// Kept here while they are waited for, so that whoever stops waiting ends none of them.
+    tasks: tokio::sync::Mutex<JoinSet<()>>,
+    /// Room for what waits or is under way, in bytes.
+    room: Arc<Semaphore>,
 }
 
 /// What is to be published, in the order in which it was asked for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Queue {
     waiting: Mutex<Waiting>,
     /// There is something, or it is closed.
     changed: Notify,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Waiting {
     requests: VecDeque<Request>,
     closed: bool,
+    /// Tasks that take from it.
+    workers: usize,
+    /// What the next request is called.
+    next: u64,
 }
 
 /// Messages of one call.
 #[derive(Debug)]
 struct Request {
+    number: u64,
     messages: Vec<Routed>,
     deadline: Instant,
     answer: oneshot::Sender<Vec<Unpublished>>,
+    /// Held until it is answered.
+    _room: OwnedSemaphorePermit,
 }
 
 impl Publisher {
-    pub(crate) fn new(link: &Arc<SharedLink>, topics: &Arc<Topics>, timeout: Duration) -> Self {
-        let queue = Arc::<Queue>::default();
+    pub(crate) fn new(link: &Arc<SharedLink>, topics: &Arc<Topics>) -> Self {
+        let queue = Arc::new(Queue {
+            waiting: Mutex::new(Waiting {
+                requests: VecDeque::new(),
+                closed: false,
+                workers: CHANNELS,
+                next: 0,
+            }),
+            changed: Notify::new(),
+        });
         let mut tasks = JoinSet::new();
         for _ in 0..CHANNELS {
             let worker = Worker {
@@ -75,30 +93,54 @@ impl Publisher {
         }
         Self {
             queue,
-            tasks: Mutex::new(Some(tasks)),
-            timeout,
+            tasks: tokio::sync::Mutex::new(tasks),
+            room: Arc::new(Semaphore::new(WAITING_BYTES)),
         }
     }
 
-    /// Publishes messages whose topics are known. Answers which failed.
-    pub(crate) async fn publish(&self, messages: Vec<Routed>) -> Vec<Unpublished> {
-        let (answer, answered) = oneshot::channel();
-        let request = Request {
-            messages,
-            deadline: Instant::now() + self.timeout,
-            answer,
+    /// Publishes messages whose topics are known. Answers which failed, soon after the deadline at the
+    /// latest.
+    pub(crate) async fn publish(
+        &self,
+        messages: Vec<Routed>,
+        deadline: Instant,
+    ) -> Vec<Unpublished> {
+        let bytes = messages.iter().map(|it| it.message.size()).sum::<usize>();
+        let bytes = bytes.min(WAITING_BYTES) as u32;
+        let room = Arc::clone(&self.room).acquire_many_owned(bytes);
+        let Ok(Ok(room)) = timeout_at(deadline, room).await else {
+            return refuse(messages, Outcome::NotTaken, crowded);
         };
-        {
+        let copies = messages.clone();
+        let (answer, answered) = oneshot::channel();
+        let number = {
             let mut waiting = self.queue.lock();
             if waiting.closed {
-                return refuse(request.messages, Outcome::NotTaken, || closed(PUBLISH));
+                return refuse(messages, Outcome::NotTaken, || closed(PUBLISH));
             }
-            waiting.requests.push_back(request);
-        }
+            waiting.next += 1;
+            let number = waiting.next;
+            waiting.requests.push_back(Request {
+                number,
+                messages,
+                deadline,
+                answer,
+                _room: room,
+            });
+            number
+        };
         self.queue.changed.notify_one();
-        answered
-            .await
-            .expect("each request that was taken is answered, unless a task has panicked")
+        match timeout_at(deadline + GRACE, answered).await {
+            Ok(Ok(failed)) => failed,
+            Ok(Err(_)) => refuse(copies, Outcome::Unknown, || closed(PUBLISH)),
+            Err(_) => {
+                let outcome = match self.queue.lock().strike(number) {
+                    true => Outcome::NotTaken,
+                    false => Outcome::Unknown,
+                };
+                refuse(copies, outcome, || silent(None))
+            }
+        }
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -109,13 +151,8 @@ impl Publisher {
     pub(crate) async fn close(&self) {
         self.queue.lock().closed = true;
         self.queue.changed.notify_waiters();
-        let tasks = {
-            let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-            tasks.take()
-        };
-        if let Some(mut tasks) = tasks {
-            while tasks.join_next().await.is_some() {}
-        }
+        let mut tasks = self.tasks.lock().await;
+        while tasks.join_next().await.is_some() {}
     }
 }
 
@@ -132,7 +169,7 @@ impl Queue {
             changed.as_mut().enable();
             {
                 let mut waiting = self.lock();
-                let taken = waiting.take();
+                let taken = waiting.take(Instant::now());
                 if !taken.is_empty() {
                     if !waiting.requests.is_empty() {
                         self.changed.notify_one();
@@ -149,20 +186,45 @@ impl Queue {
 }
 
 impl Waiting {
-    fn take(&mut self) -> Vec<Request> {
+    fn take(&mut self, now: Instant) -> Vec<Request> {
         let (mut messages, mut bytes) = (0, 0);
         let mut taken = Vec::new();
-        while let Some(request) = self.requests.front() {
+        while let Some(request) = self.requests.pop_front() {
+            if request.answer.is_closed() {
+                // Nobody waits for it, and whoever asked for it may have published something else since.
+                continue;
+            }
+            if request.deadline <= now {
+                request.refuse();
+                continue;
+            }
             messages += request.messages.len();
             let sizes = request.messages.iter().map(|it| it.message.size());
             bytes += sizes.sum::<usize>();
             let fits = messages <= WINDOW && bytes <= WINDOW_BYTES;
             if !taken.is_empty() && !fits {
+                self.requests.push_front(request);
                 break;
             }
-            taken.extend(self.requests.pop_front());
+            taken.push(request);
         }
         taken
+    }
+
+    /// Strikes out a request, if it was not taken yet.
+    fn strike(&mut self, number: u64) -> bool {
+        let before = self.requests.len();
+        self.requests.retain(|it| it.number != number);
+        self.requests.len() < before
+    }
+}
+
+impl Request {
+    /// Gives its messages back: its time is up, and nothing of it was sent.
+    fn refuse(self) {
+        let failed = refuse(self.messages, Outcome::NotTaken, || silent(None));
+        // Whoever asked may have given up.
+        let _ = self.answer.send(failed);
     }
 }
 
@@ -172,6 +234,18 @@ struct Worker {
     link: Arc<SharedLink>,
     topics: Arc<Topics>,
     channel: Option<Open>,
+}
+
+impl Drop for Worker {
+    /// When the last one ends, however it does, nobody waits for an answer that never comes.
+    fn drop(&mut self) {
+        let mut waiting = self.queue.lock();
+        waiting.workers -= 1;
+        if waiting.workers == 0 {
+            waiting.closed = true;
+            waiting.requests.clear();
+        }
+    }
 }
 
 struct Open {
@@ -185,6 +259,13 @@ struct OnItsWay {
     routed: Routed,
 }
 
+/// Who waits for a request, and what of it failed.
+struct Asking {
+    answer: oneshot::Sender<Vec<Unpublished>>,
+    failed: Vec<Unpublished>,
+    _room: OwnedSemaphorePermit,
+}
+
 impl Worker {
     async fn run(mut self) {
         while let Some(requests) = self.queue.take().await {
@@ -194,56 +275,53 @@ impl Worker {
 
     /// Publishes requests, as much at a time as a window holds, and answers each.
     async fn serve(&mut self, requests: Vec<Request>) {
-        let mut answers = Vec::with_capacity(requests.len());
+        let mut asking = Vec::with_capacity(requests.len());
         let mut waiting = VecDeque::new();
-        // What was asked for first has the earliest end.
-        let mut deadline = None;
         for (number, request) in requests.into_iter().enumerate() {
-            deadline.get_or_insert(request.deadline);
             let all = request.messages.into_iter();
             waiting.extend(all.map(|routed| OnItsWay {
                 request: number,
                 routed,
             }));
-            answers.push((request.answer, Vec::new()));
+            asking.push(Asking {
+                answer: request.answer,
+                failed: Vec::new(),
+                _room: request._room,
+            });
         }
-        let deadline = deadline.unwrap_or_else(Instant::now);
         while !waiting.is_empty() {
             let window = window(&mut waiting);
-            for (number, failed) in self.send(window, deadline).await {
-                answers[number].1.push(failed);
-            }
+            self.send(window, &mut asking).await;
         }
-        for (answer, failed) in answers {
+        for it in asking {
             // Whoever asked may have given up.
-            let _ = answer.send(failed);
+            let _ = it.answer.send(it.failed);
         }
     }
 
     /// Publishes one window and waits for what becomes of it. What is lost with its connection is
-    /// published again until the time is up; that may duplicate it.
-    async fn send(
-        &mut self,
-        mut window: Vec<OnItsWay>,
-        deadline: Instant,
-    ) -> Vec<(usize, Unpublished)> {
-        let mut failed = Vec::new();
+    /// published again until its time is up; that may duplicate it.
+    async fn send(&mut self, mut window: Vec<OnItsWay>, asking: &mut [Asking]) {
         let mut was_sent = false;
         let mut pause = Duration::from_millis(50);
-        // What waits to be sent alone, because one among it is too large and has closed the channel.
+        // What waits to be sent alone, because one among it has closed the channel.
         let mut alone = VecDeque::new();
         while !window.is_empty() {
-            if Instant::now() >= deadline {
-                let outcome = if was_sent {
-                    Outcome::Unknown
-                } else {
-                    Outcome::NotTaken
-                };
-                failed.extend(window.into_iter().map(|it| it.fail(outcome, silent(None))));
-                let rest = alone.into_iter();
-                failed.extend(rest.map(|it: OnItsWay| it.fail(Outcome::Unknown, silent(None))));
-                break;
-            }
+            let outcome = match was_sent {
+                true => Outcome::Unknown,
+                false => Outcome::NotTaken,
+            };
+            let now = Instant::now();
+            // Whoever has given up may have published something else since.
+            window.retain(|it| !asking[it.request].answer.is_closed());
+            let (late, timely): (Vec<_>, Vec<_>) =
+                window.into_iter().partition(|it| it.routed.deadline <= now);
+            fail(asking, late, outcome, || silent(None));
+            window = timely;
+            let Some(deadline) = window.iter().map(|it| it.routed.deadline).min() else {
+                window.extend(alone.pop_front());
+                continue;
+            };
             // Connecting has its own time, which may be longer.
             let opened = timeout_at(deadline, self.open(deadline)).await;
             let open = match opened.unwrap_or_else(|_| Err(silent(None))) {
@@ -254,45 +332,54 @@ impl Worker {
                     continue;
                 }
                 Err(error) => {
-                    let outcome = if was_sent {
-                        Outcome::Unknown
-                    } else {
-                        Outcome::NotTaken
-                    };
-                    let rest = window.into_iter().chain(alone);
-                    failed.extend(rest.map(|it| it.fail(outcome, copy(&error))));
-                    break;
+                    let (late, timely): (Vec<_>, Vec<_>) = window
+                        .into_iter()
+                        .partition(|it| it.routed.deadline <= deadline || !error.is_retryable());
+                    fail(asking, late, outcome, || copy(&error));
+                    window = timely;
+                    if window.is_empty() {
+                        window.extend(alone.pop_front());
+                    }
+                    continue;
                 }
             };
+            let frame = open.link.frame_bytes_max();
+            let mut sound = Vec::with_capacity(window.len());
+            for it in window {
+                match properties::fits(&it.routed.message, frame) {
+                    Ok(()) => sound.push(it),
+                    Err(error) => it.fail(asking, Outcome::NotTaken, error),
+                }
+            }
             was_sent = true;
-            let count = window.len();
-            let routed: Vec<_> = window.iter().map(|it| &it.routed).collect();
-            let came = publish_all(&open.channel, &routed, deadline).await;
+            let count = sound.len();
+            let routed: Vec<_> = sound.iter().map(|it| &it.routed).collect();
+            let came = publish_all(&open.channel, &routed).await;
             let blocked = open.link.blocked();
             let mut again = Vec::new();
             let mut is_used_up = false;
-            let mut is_too_large_for_it = false;
-            for (it, came) in window.into_iter().zip(came) {
+            let mut is_one_by_one = false;
+            for (it, came) in sound.into_iter().zip(came) {
                 match came {
                     Came::Taken => {}
                     Came::Failed(outcome, error) => {
                         // Nobody is bound, or not to this partition: the topic may be another by now.
                         self.topics.forget(it.routed.message.topic.as_str());
-                        failed.push(it.fail(outcome, error));
+                        it.fail(asking, outcome, error);
                     }
                     Came::Silent => {
                         is_used_up = true;
-                        failed.push(it.fail(Outcome::Unknown, silent(blocked.as_deref())));
+                        it.fail(asking, Outcome::Unknown, silent(blocked.as_deref()));
                     }
                     Came::Lost(error) => {
                         is_used_up = true;
-                        if is_too_large(&error) && count > 1 {
-                            is_too_large_for_it = true;
-                            again.push(it);
-                            continue;
-                        }
                         match self.judge(&it.routed.message, &error) {
-                            Some((outcome, error)) => failed.push(it.fail(outcome, error)),
+                            // Which of them the server would not have, it does not say.
+                            Some(_) if count > 1 && missing_exchange(&error).is_none() => {
+                                is_one_by_one = true;
+                                again.push(it);
+                            }
+                            Some((outcome, error)) => it.fail(asking, outcome, error),
                             None => again.push(it),
                         }
                     }
@@ -307,7 +394,7 @@ impl Worker {
                     "messages are published again: whether the server took them is unknown"
                 );
             }
-            if is_too_large_for_it {
+            if is_one_by_one {
                 alone.extend(again.drain(..));
             }
             window = again;
@@ -315,7 +402,6 @@ impl Worker {
                 window.extend(alone.pop_front());
             }
         }
-        failed
     }
 
     /// What a message came to that was lost with its channel; none where it may be tried again.
@@ -346,10 +432,19 @@ impl Worker {
             within(PUBLISH, confirms).await?;
             self.channel = Some(Open { link, channel });
         }
-        let gone = || Error::new(ErrorKind::Internal, PUBLISH, "there is no channel");
+        let gone = || {
+            Error::new(
+                ErrorKind::Unavailable,
+                PUBLISH,
+                "the connection to the server is gone",
+            )
+        };
         let open = self.channel.as_ref().ok_or_else(gone)?;
         unblocked(&open.link, deadline).await?;
-        Ok(open)
+        match open.link.is_open() {
+            true => Ok(open),
+            false => Err(gone()),
+        }
     }
 }
 
@@ -364,12 +459,16 @@ async fn unblocked(link: &Link, deadline: Instant) -> Result<()> {
 }
 
 impl OnItsWay {
-    fn fail(self, outcome: Outcome, error: Error) -> (usize, Unpublished) {
+    fn fail(self, asking: &mut [Asking], outcome: Outcome, error: Error) {
         let Routed { index, message, .. } = self.routed;
-        (
-            self.request,
-            Unpublished::new(index, message, outcome, error),
-        )
+        let failed = Unpublished::new(index, message, outcome, error);
+        asking[self.request].failed.push(failed);
+    }
+}
+
+fn fail(asking: &mut [Asking], failed: Vec<OnItsWay>, outcome: Outcome, error: impl Fn() -> Error) {
+    for it in failed {
+        it.fail(asking, outcome, error());
     }
 }
 
@@ -395,6 +494,14 @@ fn silent(reason: Option<&str>) -> Error {
     }
 }
 
+fn crowded() -> Error {
+    Error::new(
+        ErrorKind::Timeout,
+        PUBLISH,
+        "too much waits to be published, and the server takes it too slowly: publish less at once, or look at its load",
+    )
+}
+
 fn explain(message: &Message, error: lapin::Error) -> Error {
     into_error(PUBLISH, error).with("topic", &message.topic)
 }
@@ -414,4 +521,56 @@ pub(crate) fn refuse(
         .into_iter()
         .map(|it| Unpublished::new(it.index, it.message, outcome, error()));
     refused.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use eventbus_core::Topic;
+
+    use super::*;
+    use crate::confirms::Destination;
+
+    fn request(number: u64, deadline: Instant) -> (Request, oneshot::Receiver<Vec<Unpublished>>) {
+        let (answer, answered) = oneshot::channel();
+        let room = Arc::new(Semaphore::new(1)).try_acquire_owned();
+        let message = Message::new(Topic::from_static("t"), number.to_string());
+        let request = Request {
+            number,
+            messages: vec![Routed {
+                index: 0,
+                to: Destination::Partition(0),
+                message,
+                deadline,
+            }],
+            deadline,
+            answer,
+            _room: room.expect("there is room"),
+        };
+        (request, answered)
+    }
+
+    #[test]
+    fn what_nobody_waits_for_or_is_too_late_is_not_taken() {
+        let now = Instant::now();
+        let later = now + Duration::from_secs(1);
+        let mut waiting = Waiting {
+            requests: VecDeque::new(),
+            closed: false,
+            workers: 1,
+            next: 4,
+        };
+        let mut answers = Vec::new();
+        for (number, deadline) in [(1, later), (2, later), (3, now), (4, later), (5, later)] {
+            let (request, answered) = request(number, deadline);
+            waiting.requests.push_back(request);
+            answers.push(answered);
+        }
+        drop(answers.remove(1));
+        assert!(waiting.strike(4));
+        assert!(!waiting.strike(4));
+        let taken: Vec<_> = waiting.take(now).iter().map(|it| it.number).collect();
+        assert_eq!(taken, [1, 5]);
+        let refused = answers[1].try_recv().expect("it is answered");
+        assert_eq!(refused[0].outcome, Outcome::NotTaken);
+    }
 }

@@ -5,16 +5,17 @@ use std::sync::Arc;
 use eventbus_core::{
     Error, ErrorKind, Lane, Result, Start, Subscription, Topic, TopicPartition, Until,
 };
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::options::ConfirmSelectOptions;
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Confirmation};
 use tokio::sync::Notify;
 
 use crate::config::RabbitMqConfig;
+use crate::confirms::publish_one;
 use crate::deliveries::{Ends, Member, Order, is_ending};
-use crate::lanes::{End, Lanes, MARK, Source};
+use crate::lanes::{End, Lanes, Source};
 use crate::link::{Link, RECONNECT, SharedLink, within};
 use crate::names;
+use crate::properties::to_mark;
 use crate::session::{consume, own_queue};
 
 const READ: &str = "read";
@@ -99,32 +100,17 @@ async fn find_end(
     let confirms = channel.confirm_select(ConfirmSelectOptions::default());
     within(READ, confirms).await?;
     for (place, _) in openings {
-        let mut headers = FieldTable::default();
-        let name = AMQPValue::LongString(mark.as_str().into());
-        headers.insert(MARK.into(), name);
-        let published = channel.basic_publish(
+        let to = (
             names::exchange(&place.topic),
             names::routing_key(place.partition),
-            BasicPublishOptions {
-                mandatory: true,
-                immediate: false,
-            },
-            &[],
-            BasicProperties::default()
-                .with_delivery_mode(2)
-                .with_headers(headers),
         );
-        let confirmed = async { published.await?.await };
-        match within(READ, confirmed).await? {
-            Confirmation::Ack(None) => {}
-            _ => {
-                return Err(Error::new(
-                    ErrorKind::Unavailable,
-                    READ,
-                    "where the log ends cannot be found out: the server did not take a mark",
-                )
-                .with("topic", &place.topic));
-            }
+        if !publish_one(READ, &channel, to, &[], to_mark(&mark)).await? {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                READ,
+                "where the log ends cannot be found out: the server did not take a mark",
+            )
+            .with("topic", &place.topic));
         }
     }
     Ok(Some(End::Mark(mark)))

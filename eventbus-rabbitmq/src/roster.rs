@@ -12,10 +12,18 @@ use std::time::Duration;
 use eventbus_core::{Share, Topic, TopicPartition, balance};
 use tokio::time::Instant;
 
+use crate::config::PARTITIONS_MAX;
+
 /// How often a member announces itself, whether or not something has changed.
 pub(crate) const BEAT: Duration = Duration::from_secs(1);
 /// Who has not been heard for so long is gone.
 const FORGOTTEN: Duration = Duration::from_secs(4);
+
+/// Most partitions that a member may read, over all its topics: who announces more is no member of ours, and
+/// each costs every member memory and time.
+const PLACES_MAX: u32 = 64 * PARTITIONS_MAX;
+/// Most other members that are known at a time; a further one is heard when one of them is gone.
+const MEMBERS_MAX: usize = 1024;
 
 /// The first line of an announcement.
 const HEAD: &str = "eventbus-member 1";
@@ -51,7 +59,8 @@ impl Announcement {
         text
     }
 
-    /// Reads what a member of this version has written; lines of a later one are passed over.
+    /// Reads what a member of this version has written; lines of a later one are passed over. Anybody may
+    /// publish here: what no member would say is none.
     pub(crate) fn read(text: &[u8]) -> Option<Self> {
         let mut lines = std::str::from_utf8(text).ok()?.lines();
         if lines.next()? != HEAD {
@@ -84,7 +93,11 @@ impl Announcement {
             }
         }
         (read.member, read.joined) = (member?, joined?);
-        Some(read)
+        let counts = read.topics.iter().map(|(_, count)| *count);
+        let is_fit = counts.clone().all(|count| count <= PARTITIONS_MAX)
+            && counts.sum::<u32>() <= PLACES_MAX
+            && read.keeps.len() <= PLACES_MAX as usize;
+        is_fit.then_some(read)
     }
 }
 
@@ -116,6 +129,9 @@ impl Roster {
             };
         }
         let (member, keeps) = (said.member, said.clone());
+        if self.others.len() >= MEMBERS_MAX && !self.others.contains_key(&member) {
+            return Heard::Same;
+        }
         match self.others.insert(member, (said, now)) {
             None => Heard::New,
             Some((before, _)) if before == keeps => Heard::Same,
@@ -212,6 +228,15 @@ mod tests {
         for text in ["", "hello", "eventbus-member 2\nmember 1\njoined 1", HEAD] {
             assert_eq!(Announcement::read(text.as_bytes()), None, "{text:?}");
         }
+        let said = |lines: &str| format!("{HEAD}\nmember 1\njoined 2\n{lines}");
+        assert!(Announcement::read(said("reads t 1024\n").as_bytes()).is_some());
+        for lines in [
+            "reads t 1025\n",
+            "reads t 4294967295\n",
+            &"reads t 1024\n".repeat(65),
+        ] {
+            assert_eq!(Announcement::read(said(lines).as_bytes()), None, "{lines}");
+        }
         let later = format!("{HEAD}\nmember 1\njoined 2\nmood good\n");
         assert!(Announcement::read(later.as_bytes()).is_some());
     }
@@ -232,6 +257,21 @@ mod tests {
         }
         taken.sort_unstable();
         assert_eq!(taken, [0, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn no_more_members_are_known_than_there_can_be() {
+        let now = Instant::now();
+        let mut roster = Roster::default();
+        for member in 0..MEMBERS_MAX as u64 {
+            assert_eq!(roster.hear(said(member, &[]), now), Heard::New);
+        }
+        assert_eq!(roster.hear(said(5000, &[]), now), Heard::Same);
+        assert_eq!(roster.hear(said(7, &[1]), now), Heard::Changed);
+        let mut leaving = said(7, &[]);
+        leaving.is_leaving = true;
+        roster.hear(leaving, now);
+        assert_eq!(roster.hear(said(5000, &[]), now), Heard::New);
     }
 
     #[test]

@@ -16,12 +16,13 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::config::RabbitMqConfig;
+use crate::groups::declare_group;
 use crate::lanes::Source;
 use crate::link::{Link, SharedLink, within};
 use crate::names;
 use crate::roster::Announcement;
 use crate::subscriber::Reading;
-use crate::topics::{consumers, declare_group};
+use crate::topics::consumers;
 
 const SUBSCRIBE: &str = "subscribe";
 

@@ -14,12 +14,12 @@ use tokio::time::Instant;
 use crate::adopted::RabbitMqQueue;
 use crate::config::RabbitMqConfig;
 use crate::deliveries::{Ends, Member, Order, is_ending};
+use crate::groups::declare_group;
 use crate::lanes::{Lanes, Source};
 use crate::link::{RECONNECT, SharedLink};
 use crate::names;
 use crate::roster::{Announcement, BEAT, Heard, Roster};
 use crate::session::{Announcer, Session};
-use crate::topics::declare_group;
 
 /// How long who joins waits to be told who is there, where queues have consumers.
 const INTRODUCTION: Duration = Duration::from_millis(1500);

@@ -8,13 +8,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use eventbus_core::{Error, ErrorKind, Group, Result, Retry, Topic, TopicReport, TopicSpec};
+use eventbus_core::{Error, ErrorKind, Result, Retry, Topic, TopicReport, TopicSpec};
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, ExchangeKind};
 
 use crate::config::{PARTITIONS_MAX, RabbitMqConfig};
-use crate::error::{Difference, difference, into_error, is_invalid_length, is_missing};
+use crate::error::{Difference, difference, into_error, is_invalid, is_missing};
 use crate::link::{SharedLink, natively};
 use crate::names;
 
@@ -46,13 +46,6 @@ pub(crate) const PASSIVE: QueueDeclareOptions = QueueDeclareOptions {
     passive: true,
     ..DURABLE
 };
-
-/// Above the limit that servers from 4.0 on have by default, after which they drop a message: it is
-/// taken back whenever its lane moves.
-const DELIVERY_LIMIT: i32 = i32::MAX;
-
-/// From so many queues of one group on, a warning says what they cost.
-const MANY_QUEUES: u32 = 128;
 
 impl Topics {
     pub(crate) fn new(link: Arc<SharedLink>, config: &RabbitMqConfig) -> Self {
@@ -154,11 +147,11 @@ impl Topics {
         };
         match difference(&error) {
             Some(Difference { argument, current }) if argument == "x-max-length" => {
-                let current = current.and_then(|text| text.parse().ok());
+                let current = current.value().and_then(|text| text.parse().ok());
                 let unread = || explain(operation, topic, error);
                 current.map(Some).ok_or_else(unread)
             }
-            None if partitions < 0 && is_invalid_length(&error) => Ok(None),
+            None if partitions < 0 && is_invalid(&error, "x-max-length") => Ok(None),
             _ => Err(explain(operation, topic, error)),
         }
     }
@@ -261,65 +254,11 @@ impl Topics {
         let Some(Difference { argument, current }) = difference(&error) else {
             return Err(explain(APPLY, &spec.name, error));
         };
-        let current = current.as_deref().unwrap_or("none");
+        let current = current.value().unwrap_or("none");
         Ok(report.with_drift(format!(
             "another {argument} is declared than the topic has, which is {current}; messages could vanish, so it stays: to change it, set a policy"
         )))
     }
-}
-
-/// Creates the queues of a group that are missing, so that all that is published from now on is kept
-/// for it.
-///
-/// # Errors
-///
-/// `Conflict` when a queue of such a name would not keep the order or hand messages to several.
-pub(crate) async fn declare_group(
-    operation: &'static str,
-    link: &crate::link::Link,
-    group: &Group,
-    topic: &Topic,
-    partitions: u32,
-) -> Result<()> {
-    names::check(operation, topic, group)?;
-    if partitions >= MANY_QUEUES {
-        tracing::warn!(
-            topic = topic.as_str(),
-            group = group.as_str(),
-            partitions,
-            "many partitions: each is a quorum queue for every group"
-        );
-    }
-    let mut channel = link.channel(operation).await?;
-    for partition in 0..partitions {
-        let name = names::group_queue(topic, group, partition);
-        let declared = channel.queue_declare(name.clone(), DURABLE, group_arguments());
-        if let Err(error) = natively(operation, declared).await? {
-            let is_fit = difference(&error).is_some_and(|difference| {
-                !matches!(
-                    difference.argument.as_str(),
-                    "x-queue-type" | "x-single-active-consumer"
-                )
-            });
-            if !is_fit {
-                return Err(explain(operation, topic, error).with("queue", name));
-            }
-            // An operator has set it up otherwise, in what is theirs to decide.
-            channel = link.channel(operation).await?;
-        }
-        bind(operation, &channel, topic, name, partition).await?;
-    }
-    Ok(())
-}
-
-fn group_arguments() -> FieldTable {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), text("quorum"));
-    let single = AMQPValue::Boolean(true);
-    arguments.insert("x-single-active-consumer".into(), single);
-    let limit = AMQPValue::LongInt(DELIVERY_LIMIT);
-    arguments.insert("x-delivery-limit".into(), limit);
-    arguments
 }
 
 fn log_arguments(spec: &TopicSpec, partitions: u32) -> FieldTable {
@@ -348,7 +287,7 @@ async fn exchange(channel: &Channel, topic: &Topic, passive: bool) -> lapin::Res
     declared.await
 }
 
-async fn bind(
+pub(crate) async fn bind(
     operation: &'static str,
     channel: &Channel,
     topic: &Topic,

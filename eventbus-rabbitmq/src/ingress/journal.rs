@@ -13,14 +13,15 @@ use std::fmt::Write as _;
 
 use eventbus_core::{Error, ErrorKind, EventId, Result};
 use futures_util::StreamExt as _;
-use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions,
-};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{BasicProperties, Channel, Confirmation, Consumer};
+use lapin::{BasicProperties, Channel, Consumer};
+
+use tokio::time::timeout;
 
 use super::INGRESS;
-use crate::link::{Link, within};
+use crate::confirms::publish_one;
+use crate::link::{ANSWER, Link, within};
 use crate::topics::{DURABLE, settle_down, text};
 
 /// The first line of a record.
@@ -191,7 +192,10 @@ impl Journal {
         self.append(&record).await?;
         let mut before = std::mem::take(&mut self.notes);
         loop {
-            let (tag, read) = self.next().await?;
+            // It is there, and this process is who is handed what is there.
+            let next = timeout(ANSWER, self.next()).await;
+            let (tag, read) =
+                next.map_err(|_| lost("the server does not hand out what an ingress has noted"))??;
             if read.mark == record.mark {
                 self.notes.push(tag);
                 break;
@@ -218,17 +222,11 @@ impl Journal {
 
     async fn append(&self, record: &Record) -> Result<()> {
         let text = record.write();
-        let sent = self.channel.basic_publish(
-            ShortString::default(),
-            self.queue.clone(),
-            BasicPublishOptions::default(),
-            text.as_bytes(),
-            BasicProperties::default().with_delivery_mode(2),
-        );
-        let confirmed = async { sent.await?.await };
-        match within(INGRESS, confirmed).await? {
-            Confirmation::Ack(_) => Ok(()),
-            _ => Err(lost(
+        let to = (ShortString::default(), self.queue.clone());
+        let properties = BasicProperties::default().with_delivery_mode(2);
+        match publish_one(INGRESS, &self.channel, to, text.as_bytes(), properties).await? {
+            true => Ok(()),
+            false => Err(lost(
                 "the server did not keep what an ingress is about to do",
             )),
         }

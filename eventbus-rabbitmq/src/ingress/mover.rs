@@ -1,6 +1,7 @@
 //! Moves messages, batch by batch. While a batch is being moved nothing more of the queue is handed out:
 //! what comes back after an end has either been noted in the journal, or never been published.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use eventbus_core::{
@@ -10,11 +11,10 @@ use eventbus_core::{
 use futures_util::StreamExt as _;
 use lapin::message::Delivery;
 use lapin::options::{
-    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
-    ConfirmSelectOptions, QueueDeclareOptions,
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions,
 };
 use lapin::types::{FieldTable, ShortString};
-use lapin::{BasicProperties, Channel, Confirmation};
+use lapin::{BasicProperties, Channel};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::trace;
@@ -23,11 +23,12 @@ use super::journal::{Doubt, Journal};
 use super::{INGRESS, Status};
 use crate::adopted::{self, RabbitMqQueue};
 use crate::config::RabbitMqConfig;
-use crate::confirms::{Came, Destination, Routed, publish_all};
-use crate::error::{blocked, into_error, is_missing};
+use crate::confirms::{Came, Destination, Routed, WINDOW, WINDOW_BYTES, publish_all, publish_one};
+use crate::error::{blocked, into_error, is_missing, is_too_large};
+use crate::groups::declare_group;
 use crate::link::{Link, RECONNECT, natively, within};
 use crate::properties;
-use crate::topics::{DURABLE, declare_group, settle_down, text};
+use crate::topics::{DURABLE, settle_down, text};
 use crate::{deliveries::is_ending, names};
 
 const MOVE: &str = "move messages";
@@ -89,6 +90,13 @@ impl Stop {
     }
 }
 
+/// Why messages were not taken.
+enum Why {
+    Failed(Error),
+    /// One among them is larger than the server takes.
+    TooLarge,
+}
+
 /// A message of a batch.
 struct Moving {
     routed: Routed,
@@ -107,9 +115,7 @@ impl Mover {
         let journal = names::journal_queue(INGRESS, &self.queue.name)?;
         let journal = Journal::join(&link, journal).await?;
         let source = link.channel(INGRESS).await?;
-        let sink = link.channel(INGRESS).await?;
-        let confirms = sink.confirm_select(ConfirmSelectOptions::default());
-        within(INGRESS, confirms).await?;
+        let sink = open_sink(&link).await?;
         Ok(Session {
             link,
             journal,
@@ -224,7 +230,7 @@ impl Mover {
         for (index, delivery) in batch.into_iter().enumerate() {
             moving.push(self.read(index, delivery, &formats, doubt, &mut given)?);
         }
-        stop.or(session.journal.note(given)).await?;
+        session.journal.note(given).await?;
         trace!(target: "eventbus::step", step = "ingress.publish.before");
         self.publish(session, stop, moving).await?;
         trace!(target: "eventbus::step", step = "ingress.publish.after");
@@ -240,7 +246,7 @@ impl Mover {
             Err(error) if is_missing(&error) => return Err(self.queue.missing(MOVE).into()),
             Err(error) => return Err(into_error(MOVE, error).into()),
         }
-        stop.or(session.journal.forget()).await?;
+        session.journal.forget().await?;
         Ok(())
     }
 
@@ -282,14 +288,6 @@ impl Mover {
         let properties = delivery.properties.clone();
         let is_back = delivery.redelivered;
         let read = properties::read(&self.topic, delivery);
-        if read.offset.is_some() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                MOVE,
-                "the queue is a stream, from which nothing is taken away: an ingress would move its messages again and again",
-            )
-            .with("queue", &self.queue.name));
-        }
         let mut message = read.message;
         if let Some(key) = self.queue.key_of(&message.payload) {
             message.key = Some(key);
@@ -313,6 +311,7 @@ impl Mover {
                 index,
                 to: Destination::Partition(partition),
                 message,
+                deadline: Instant::now(),
             },
             properties,
         })
@@ -321,54 +320,122 @@ impl Mover {
     /// Publishes all of a batch, however long that takes.
     async fn publish(
         &self,
-        session: &Session,
+        session: &mut Session,
         stop: &Stop,
         moving: Vec<Moving>,
     ) -> Result<(), Over> {
-        let (mut moving, unfit): (Vec<_>, Vec<_>) =
-            moving.into_iter().partition(|it| self.is_fit(it));
+        let (mut moving, mut unfit): (Vec<_>, Vec<_>) =
+            moving.into_iter().partition(|it| self.is_fit(session, it));
+        let mut pause = RECONNECT.0;
+        let mut most = WINDOW;
+        while !moving.is_empty() {
+            if let Some(reason) = session.link.blocked() {
+                self.note_waiting(&blocked(MOVE, &reason));
+                let unblocked = session.link.unblocked();
+                stop.or(async { Ok(unblocked.await) }).await?;
+            }
+            let (wave, mut rest) = wave(moving, most);
+            let is_one = wave.len() == 1;
+            let (left, why) = self.send(session, wave).await?;
+            let failure = match why {
+                None => None,
+                // The next one of its key is not sent before it is taken.
+                Some(Why::Failed(error)) => Some(error),
+                Some(Why::TooLarge) if is_one => {
+                    unfit.extend(left);
+                    moving = rest;
+                    continue;
+                }
+                // It takes the others with it: which it is, is found out one by one.
+                Some(Why::TooLarge) => {
+                    most = 1;
+                    None
+                }
+            };
+            rest.extend(left);
+            rest.sort_by_key(|it| it.routed.index);
+            moving = rest;
+            let Some(error) = failure else {
+                pause = RECONNECT.0;
+                continue;
+            };
+            self.note_waiting(&error);
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = stop.is_wished() => return Err(Over::Stopped),
+            }
+            pause = (pause * 2).min(RECONNECT.1);
+        }
         for it in unfit {
             self.put_aside(session, it).await?;
-        }
-        let mut pause = RECONNECT.0;
-        while !moving.is_empty() {
-            let window: Vec<_> = moving.iter().map(|it| &it.routed).collect();
-            let deadline = Instant::now() + self.config.publish_timeout;
-            let published = publish_all(&session.sink, &window, deadline);
-            let came = stop.or(async { Ok(published.await) }).await?;
-            let mut left = Vec::new();
-            let mut failure = None;
-            for (it, came) in moving.into_iter().zip(came) {
-                match came {
-                    Came::Taken => {
-                        let mut status = self.status.lock();
-                        status.moved += 1;
-                        status.unkeyed += u64::from(it.routed.message.key.is_none());
-                        continue;
-                    }
-                    Came::Failed(_, error) => failure = Some(error),
-                    Came::Lost(error) => return Err(into_error(MOVE, error).into()),
-                    Came::Silent => return Err(silent(&session.link).into()),
-                }
-                left.push(it);
-            }
-            moving = left;
-            if let Some(error) = failure {
-                self.note_waiting(&error);
-                tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
-                    () = stop.is_wished() => return Err(Over::Stopped),
-                }
-                pause = (pause * 2).min(RECONNECT.1);
-            }
         }
         self.status.lock().error = None;
         Ok(())
     }
 
-    fn is_fit(&self, moving: &Moving) -> bool {
+    /// Publishes messages side by side. Answers which were not taken, and why. Where only the channel has
+    /// gone there is another one then: what the queue has handed out stays with this process, since
+    /// some queues count how often they take a message back, and drop it at last.
+    async fn send(
+        &self,
+        session: &mut Session,
+        mut wave: Vec<Moving>,
+    ) -> Result<(Vec<Moving>, Option<Why>)> {
+        let deadline = Instant::now() + self.config.publish_timeout;
+        for it in &mut wave {
+            it.routed.deadline = deadline;
+        }
+        let routed: Vec<_> = wave.iter().map(|it| &it.routed).collect();
+        let came = publish_all(&session.sink, &routed).await;
+        let mut left = Vec::new();
+        let mut why = None;
+        let mut is_used_up = false;
+        for (it, came) in wave.into_iter().zip(came) {
+            match came {
+                Came::Taken => {
+                    let mut status = self.status.lock();
+                    status.moved += 1;
+                    status.unkeyed += u64::from(it.routed.message.key.is_none());
+                    continue;
+                }
+                Came::Failed(_, error) => why = Some(Why::Failed(error)),
+                Came::Lost(error) if is_too_large(&error) => {
+                    is_used_up = true;
+                    why = Some(Why::TooLarge);
+                }
+                Came::Lost(error) => {
+                    is_used_up = true;
+                    why = Some(Why::Failed(into_error(MOVE, error)));
+                }
+                Came::Silent => {
+                    is_used_up = true;
+                    why = Some(Why::Failed(silent(&session.link)));
+                }
+            }
+            left.push(it);
+        }
+        if !is_used_up {
+            return Ok((left, why));
+        }
+        match why {
+            Some(Why::Failed(error)) if !error.is_retryable() || !session.link.is_open() => {
+                return Err(error);
+            }
+            _ => {}
+        }
+        // What was sent through it is done, or never will be, when it is closed.
+        if session.sink.status().connected() {
+            within(MOVE, session.sink.close(200, "too slow".into())).await?;
+        }
+        session.sink = open_sink(&session.link).await?;
+        Ok((left, why))
+    }
+
+    fn is_fit(&self, session: &Session, moving: &Moving) -> bool {
         let message = &moving.routed.message;
-        message.check(self.config.message_bytes_max).is_ok() && properties::check(message).is_ok()
+        let frame = session.link.frame_bytes_max();
+        message.check(self.config.message_bytes_max).is_ok()
+            && properties::fits(message, frame).is_ok()
     }
 
     /// Keeps a message that the topic cannot take, as it came.
@@ -376,31 +443,18 @@ impl Mover {
         let name = names::refused_queue(MOVE, &self.queue.name)?;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), text("quorum"));
-        let options = QueueDeclareOptions { ..DURABLE };
-        let declared = session.sink.queue_declare(name.clone(), options, arguments);
+        let declared = session.sink.queue_declare(name.clone(), DURABLE, arguments);
         within(MOVE, declared).await?;
         let message = moving.routed.message;
-        let sent = session.sink.basic_publish(
-            ShortString::default(),
-            name.clone(),
-            BasicPublishOptions {
-                mandatory: true,
-                immediate: false,
-            },
-            &message.payload,
-            moving.properties.with_delivery_mode(2),
-        );
-        let confirmed = async { sent.await?.await };
-        match within(MOVE, confirmed).await? {
-            Confirmation::Ack(None) => {}
-            _ => {
-                return Err(Error::new(
-                    ErrorKind::Unavailable,
-                    MOVE,
-                    "the server did not keep a message that the topic cannot take",
-                )
-                .with("queue", name));
-            }
+        let place = (ShortString::default(), name.clone());
+        let properties = properties::to_keep(&moving.properties);
+        if !publish_one(MOVE, &session.sink, place, &message.payload, properties).await? {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                MOVE,
+                "the server did not keep a message that the topic cannot take",
+            )
+            .with("queue", name));
         }
         tracing::error!(
             queue = self.queue.name,
@@ -436,6 +490,38 @@ impl Mover {
     }
 }
 
+/// What is published next, at most so many, and the rest: one message of each key, so that none overtakes
+/// an earlier one that is not taken.
+fn wave(moving: Vec<Moving>, most: usize) -> (Vec<Moving>, Vec<Moving>) {
+    let mut keys = HashSet::new();
+    let (mut wave, mut rest) = (Vec::new(), Vec::new());
+    let mut bytes = 0;
+    for it in moving {
+        let message = &it.routed.message;
+        let is_first = message
+            .key
+            .as_ref()
+            .is_none_or(|key| keys.insert(key.clone()));
+        let size = message.size();
+        let fits = wave.is_empty() || (wave.len() < most && bytes + size <= WINDOW_BYTES);
+        match is_first && fits {
+            true => {
+                bytes += size;
+                wave.push(it);
+            }
+            false => rest.push(it),
+        }
+    }
+    (wave, rest)
+}
+
+async fn open_sink(link: &Link) -> Result<Channel> {
+    let sink = link.channel(INGRESS).await?;
+    let confirms = sink.confirm_select(ConfirmSelectOptions::default());
+    within(INGRESS, confirms).await?;
+    Ok(sink)
+}
+
 fn with_id(message: &Message, id: &EventId) -> Result<eventbus_core::Headers> {
     let builder: HeadersBuilder = message.headers.to_builder().unlimited();
     Ok(builder.push(header::ID, id.to_string())?.build())
@@ -449,5 +535,66 @@ fn silent(link: &Link) -> Error {
             MOVE,
             "the server has not confirmed the messages in time",
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use eventbus_core::Key;
+
+    use super::*;
+
+    fn moving(index: usize, key: Option<&str>, bytes: usize) -> Moving {
+        let mut message = Message::new(Topic::from_static("t"), vec![b'x'; bytes]);
+        message.key = key.map(Key::from);
+        Moving {
+            routed: Routed {
+                index,
+                to: Destination::Partition(0),
+                message,
+                deadline: Instant::now(),
+            },
+            properties: BasicProperties::default(),
+        }
+    }
+
+    fn places(moving: &[Moving]) -> Vec<usize> {
+        moving.iter().map(|it| it.routed.index).collect()
+    }
+
+    #[test]
+    fn a_wave_has_one_message_of_each_key_in_their_order() {
+        let keys = [Some("a"), Some("b"), Some("a"), None, Some("c"), None];
+        let all = keys.iter().enumerate();
+        let all = || {
+            all.clone()
+                .map(|(index, key)| moving(index, *key, 1))
+                .collect()
+        };
+        let (first, rest) = wave(all(), WINDOW);
+        assert_eq!(
+            (places(&first), places(&rest)),
+            (vec![0, 1, 3, 4, 5], vec![2])
+        );
+        let (first, rest) = wave(all(), 1);
+        assert_eq!(
+            (places(&first), places(&rest)),
+            (vec![0], vec![1, 2, 3, 4, 5])
+        );
+    }
+
+    #[test]
+    fn a_wave_has_a_bound_in_bytes_that_no_key_gets_around() {
+        let large = WINDOW_BYTES - 100;
+        let all = [
+            moving(0, Some("a"), large),
+            moving(1, Some("b"), 1000),
+            moving(2, Some("b"), 1),
+            moving(3, Some("c"), 1),
+        ];
+        let (first, rest) = wave(all.into(), WINDOW);
+        assert_eq!((places(&first), places(&rest)), (vec![0, 3], vec![1, 2]));
+        let (first, _) = wave(vec![moving(0, None, 2 * WINDOW_BYTES)], WINDOW);
+        assert_eq!(places(&first), [0]);
     }
 }

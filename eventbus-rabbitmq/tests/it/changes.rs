@@ -99,6 +99,47 @@ async fn messages_of_others_are_read() {
     .await;
 }
 
+/// What a stream says of a message means nothing in a queue, whoever has written it.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn headers_that_are_called_like_the_servers_skip_nothing() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let orders = topic("orders");
+    create(&broker, &orders, 1).await;
+    let subscription = Subscription::group(group("billing"), vec![orders.clone()]);
+    let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
+    let raw = server.raw().await;
+    let channel = raw.create_channel().await.expect("there is one");
+    let confirms = channel.confirm_select(ConfirmSelectOptions::default());
+    confirms.await.expect("it confirms");
+    for (body, offset) in [("high", 70), ("low", 3)] {
+        let mut headers = FieldTable::default();
+        headers.insert("x-stream-offset".into(), AMQPValue::LongLongInt(offset));
+        headers.insert("x-delivery-count".into(), AMQPValue::LongLongInt(500));
+        headers.insert("eb-mark".into(), AMQPValue::LongString("m".into()));
+        let published = channel.basic_publish(
+            orders.as_str().into(),
+            "0".into(),
+            BasicPublishOptions::default(),
+            body.as_bytes(),
+            BasicProperties::default().with_headers(headers),
+        );
+        let published = published.await.expect("it is sent");
+        published.await.expect("it is taken");
+    }
+    within(MINUTE, async {
+        let deliveries = probe.collect(2).await;
+        let texts: Vec<_> = deliveries.iter().map(eventbus_testkit::text_of).collect();
+        assert_eq!(texts, ["high", "low"]);
+        for delivery in &deliveries {
+            assert_eq!((delivery.position, delivery.handed_out), (None, Some(1)));
+        }
+        probe.settle(&deliveries).await;
+    })
+    .await;
+}
+
 /// Another process may delete a topic and create it anew with more partitions.
 #[tokio::test]
 #[ignore = "needs brokers: ./dev/test"]

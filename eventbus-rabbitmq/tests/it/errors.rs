@@ -9,7 +9,7 @@ use eventbus_core::{
 use eventbus_rabbitmq::RabbitMqBroker;
 use lapin::options::ExchangeDeleteOptions;
 use lapin::options::QueueDeclareOptions;
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 
 use crate::server::{Server, create, group, topic};
 
@@ -214,6 +214,77 @@ async fn a_queue_of_somebody_else_is_not_taken_for_a_groups() {
     let error = error.expect_err("it would hand messages to several at once");
     assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
     assert!(error.to_string().contains("other settings"), "{error}");
+}
+
+/// What an operator has declared for a group is used where the group loses nothing by it.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_queue_with_other_settings_is_a_groups_where_it_drops_nothing() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let raw = server.raw().await;
+    let text = |text: &str| AMQPValue::LongString(text.into());
+    let number = AMQPValue::LongInt;
+    let (short, max) = (number(5), number(i32::MAX));
+    let refuses = ("x-overflow", text("reject-publish"));
+    let limit = |limit| ("x-delivery-limit", limit);
+    let cases = [
+        (
+            true,
+            vec![
+                limit(max.clone()),
+                ("x-max-length", short.clone()),
+                refuses.clone(),
+            ],
+        ),
+        (true, vec![("x-max-length-bytes", number(1 << 20)), refuses]),
+        (
+            false,
+            vec![limit(max.clone()), ("x-max-length", short.clone())],
+        ),
+        (
+            false,
+            vec![
+                limit(max.clone()),
+                ("x-max-length", short.clone()),
+                ("x-message-ttl", short.clone()),
+            ],
+        ),
+        (
+            false,
+            vec![
+                limit(max.clone()),
+                ("x-dead-letter-exchange", text("amq.fanout")),
+            ],
+        ),
+        (false, vec![limit(max), ("x-expires", number(60_000))]),
+    ];
+    for (is_fit, settings) in cases {
+        let (orders, billing) = (topic("orders"), group("billing"));
+        create(&broker, &orders, 1).await;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), text("quorum"));
+        arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+        for (name, value) in &settings {
+            arguments.insert((*name).into(), value.clone());
+        }
+        let channel = raw.create_channel().await.expect("there is one");
+        let options = QueueDeclareOptions {
+            durable: true,
+            ..QueueDeclareOptions::default()
+        };
+        let name = format!("{orders}:{billing}:0").as_str().into();
+        let declared = channel.queue_declare(name, options, arguments);
+        declared.await.expect("it is created");
+        let subscription = Subscription::group(billing, vec![orders]);
+        match broker.subscribe(subscription).await {
+            Ok(_) => assert!(is_fit, "{settings:?}"),
+            Err(error) => {
+                assert!(!is_fit, "{settings:?}: {error}");
+                assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+            }
+        }
+    }
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use eventbus_core::{
-    BoxError, Context, Event, EventBus, Json, Key, Message, Position, Publisher, Redrive,
+    BoxError, Context, Event, EventBus, Headers, Json, Key, Message, Position, Publisher, Redrive,
     RetryPolicy, Start, Subscription, Topic, Until, unknown_version,
 };
 use eventbus_testkit::{Probe, text_of, within};
@@ -104,9 +104,12 @@ async fn a_log_is_read_from_any_place_to_its_end() {
         probe.hear_until(|probe| probe.ended().len() == 1).await;
         assert_eq!(probe.waiting(), 0);
         let texts: Vec<_> = (0..700).map(|number| number.to_string()).collect();
+        // What was published with such a header is a letter all the same.
+        let marked = Headers::builder().push("eb-mark", "m");
+        let marked = marked.expect("within limits").build();
         let messages = texts
             .iter()
-            .map(|text| Message::new(letters.clone(), text.clone()));
+            .map(|text| Message::new(letters.clone(), text.clone()).with_headers(marked.clone()));
         broker
             .publish(messages.collect())
             .await

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use eventbus_core::{
-    Broker, ErrorKind, Message, Outcome, Publisher, Subscriber, Subscription, TopicSpec,
+    Broker, ErrorKind, Headers, Message, Outcome, Publisher, Subscriber, Subscription, TopicSpec,
 };
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
 use eventbus_testkit::{Probe, within};
@@ -178,7 +178,7 @@ async fn a_message_that_is_too_large_is_said_to_be() {
     let own = Own::start(None).await;
     own.control(&[
         "eval",
-        "application:set_env(rabbit, max_message_size, 100000).",
+        "application:set_env(rabbit, max_message_size, 100000), application:set_env(rabbit, frame_max, 8192).",
     ])
     .await;
     let broker = own.connect(own.config()).await;
@@ -189,14 +189,17 @@ async fn a_message_that_is_too_large_is_said_to_be() {
         let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
         probe.hold(1).await;
         let message = |bytes: usize| Message::new(orders.clone(), vec![b'x'; bytes]);
-        // More than the server takes, and more than the client was told to.
+        let headers = Headers::builder().push("h", vec![b'x'; 7000]);
+        let headers = headers.expect("within limits").build();
+        // More than the server takes, more than the client was told to, and more than fits a frame.
         let cases = [
-            (200_000, "max_message_size"),
-            (17 * 1024 * 1024, "16777216"),
+            (message(200_000), "max_message_size"),
+            (message(17 * 1024 * 1024), "16777216"),
+            (message(10).with_headers(headers), "fit one frame"),
         ];
-        for (bytes, text) in cases {
+        for (large, text) in cases {
             let begun = Instant::now();
-            let batch = vec![message(10), message(bytes), message(10)];
+            let batch = vec![message(10), large, message(10)];
             let error = broker.publish(batch).await;
             let error = error.expect_err("it is too large");
             assert!(begun.elapsed() < Duration::from_secs(10));

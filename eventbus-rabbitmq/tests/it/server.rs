@@ -54,6 +54,17 @@ impl Server {
         connected.expect("the server answers")
     }
 
+    /// Asks the server's own tool.
+    pub(crate) async fn control(&self, arguments: &[&str]) {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../dev/brokers");
+        let mut command = Command::new(script);
+        command.arg("rabbitmqctl").args(arguments);
+        let done = tokio::task::spawn_blocking(move || command.output());
+        let done = done.await.expect("it ends").expect("the script is there");
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{said}");
+    }
+
     /// Stops the server as a crash would and starts it again, when no other test uses it.
     pub(crate) async fn restart(&self) {
         self.alone().await;

@@ -18,6 +18,8 @@ use crate::server::{Server, topic};
 pub(crate) enum Kind {
     Durable,
     Quorum,
+    /// Drops what it has taken back twice.
+    Limited,
     Transient,
     AutoDelete,
     Stream,
@@ -56,9 +58,14 @@ impl Shop {
         let mut arguments = FieldTable::default();
         let text = |text: &str| AMQPValue::LongString(text.into());
         match kind {
-            Kind::Quorum => drop(arguments.insert("x-queue-type".into(), text("quorum"))),
+            Kind::Quorum | Kind::Limited => {
+                arguments.insert("x-queue-type".into(), text("quorum"));
+            }
             Kind::Stream => drop(arguments.insert("x-queue-type".into(), text("stream"))),
             _ => {}
+        }
+        if kind == Kind::Limited {
+            arguments.insert("x-delivery-limit".into(), AMQPValue::LongInt(1));
         }
         let options = QueueDeclareOptions {
             durable: kind != Kind::Transient,
