@@ -283,7 +283,8 @@ pub struct Capabilities {
     pub durability: Durability,
     /// A new group sees what was published before it existed.
     pub history: bool,
-    /// Readers without a group can start and end anywhere; groups can be reset.
+    /// Readers without a group can start and end anywhere in every topic; groups can be reset. A broker
+    /// that does not declare it may let some topics be read again, and says `Unsupported` of others.
     pub replay: bool,
     /// Messages that no group has read yet can vanish by age or size; it is reported as a gap.
     pub gaps: bool,

@@ -683,14 +683,6 @@ impl<S: Send + Sync + 'static, U: Unit, L> ConsumerBuilder<S, U, L> {
             self.check_window()
                 .map_err(|error| error.with("group", &group))?;
         }
-        if replay.is_some() && !self.bus.capabilities().replay {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "replay",
-                "this broker does not declare `replay`: what its groups have handled can't be read again",
-            )
-            .with("group", group));
-        }
         let mut settings = self.settings.within_forever();
         if replay.is_some() {
             // It ends with the first event that can't be handled: holding would only hide which.

@@ -266,7 +266,8 @@ impl Subscriber for RabbitMqBroker {
                 let Shared {
                     config, publishing, ..
                 } = &**shared;
-                reader::open(config, publishing, &subscription, topics).await?
+                let is_log = shared.reads_log(SUBSCRIBE, &subscription).await?;
+                reader::open(config, publishing, &subscription, topics, is_log).await?
             }
         };
         {
@@ -281,6 +282,29 @@ impl Subscriber for RabbitMqBroker {
             Box::new(RabbitMqDeliveries(Arc::clone(&owner))),
             Box::new(RabbitMqSettlement(owner)),
         ))
+    }
+}
+
+impl Shared {
+    /// Whether a reader reads streams, and not what comes from now on.
+    async fn reads_log(
+        &self,
+        operation: &'static str,
+        subscription: &Subscription,
+    ) -> Result<bool> {
+        for topic in &subscription.topics {
+            let is_log = match reader::is_tail(subscription) {
+                true => names::is_log(topic),
+                false => self.topics.has_log(operation, topic).await?,
+            };
+            if !is_log && !reader::is_tail(subscription) {
+                return Err(reader::not_kept(topic));
+            }
+            if !is_log {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }
 
@@ -307,10 +331,10 @@ fn check(subscription: &Subscription, queues: &BTreeMap<Topic, RabbitMqQueue>) -
             "a queue of somebody else hands each message to one reader: a group can read it, a reader without a group would take its messages",
         );
     }
-    if logs > 0 && logs < subscription.topics.len() {
+    if reader::is_tail(subscription) && logs > 0 && logs < subscription.topics.len() {
         return refuse("dead letters and other topics are read apart: open a reader for each");
     }
-    reader::check(subscription, logs > 0)
+    reader::check(subscription)
 }
 
 #[async_trait]

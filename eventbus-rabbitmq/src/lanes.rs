@@ -148,6 +148,8 @@ pub(crate) struct Lanes {
     failure: Option<Error>,
     /// Whether a lane goes on when it gets another channel, which that of a reader does.
     goes_on: bool,
+    /// Whether streams are read.
+    is_log: bool,
     /// Told when a channel has ended by itself, or something is to be acknowledged that nobody settles.
     attention: Arc<Notify>,
 }
@@ -173,14 +175,16 @@ impl Lanes {
             turn: 0,
             failure: None,
             goes_on: false,
+            is_log: false,
             attention,
         }
     }
 
-    /// Of a reader.
-    pub(crate) fn of_reader(limits: Limits, attention: Arc<Notify>) -> Self {
+    /// Of a reader, of streams or of what comes from now on.
+    pub(crate) fn of_reader(limits: Limits, attention: Arc<Notify>, is_log: bool) -> Self {
         Self {
             goes_on: true,
+            is_log,
             ..Self::of_member(limits, attention)
         }
     }
@@ -394,7 +398,7 @@ impl Lanes {
                     slot.last = position;
                     // It is the server's again when the channel closes.
                     if !slot.revoking {
-                        slot.take(delivery, position);
+                        slot.take(delivery, position, self.is_log);
                     }
                 }
                 Poll::Ready(ended) => {
@@ -519,8 +523,8 @@ impl Lanes {
 }
 
 impl Slot {
-    fn take(&mut self, delivery: lapin::message::Delivery, position: u64) {
-        let mut read = properties::read(&self.place.topic, delivery);
+    fn take(&mut self, delivery: lapin::message::Delivery, position: u64, is_log: bool) {
+        let mut read = properties::read(&self.place.topic, delivery, is_log);
         let adopted = self.source.as_ref().and_then(|it| it.adopted.as_ref());
         if let Some(queue) = adopted {
             let key = || queue.key_of(&read.message.payload);

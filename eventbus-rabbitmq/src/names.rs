@@ -7,8 +7,8 @@ use lapin::types::ShortString;
 /// Most bytes of the name of a queue.
 const NAME_BYTES_MAX: usize = 255;
 
-/// Whether a topic is kept as a log (streams that everybody reads again), as dead letters are, and not
-/// as queues of its groups.
+/// Whether a topic is kept as a log only (streams that everybody reads again), as dead letters are, and
+/// not as queues of its groups.
 pub(crate) fn is_log(topic: &Topic) -> bool {
     topic.is_dead_letters()
 }

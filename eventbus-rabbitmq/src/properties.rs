@@ -11,8 +11,6 @@ use lapin::BasicProperties;
 use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldArray, FieldTable, LongString, ShortString};
 
-use crate::names;
-
 /// The key.
 const KEY: &str = "eb-key";
 /// In which order the headers are, where that is not the usual one (see [`place`]): a byte for each header,
@@ -214,9 +212,9 @@ pub(crate) struct Read {
     pub(crate) mark: Option<String>,
 }
 
-/// The message of a delivery. What a stream says of it is believed where it is from one; elsewhere the
-/// same headers are of whoever published it.
-pub(crate) fn read(topic: &Topic, delivery: Delivery) -> Read {
+/// The message of a delivery. What a stream says of it is believed where it is from one (`is_log`);
+/// elsewhere the same headers are of whoever published it.
+pub(crate) fn read(topic: &Topic, delivery: Delivery, is_log: bool) -> Read {
     let mut read = Read {
         message: Message::new(topic.clone(), Bytes::from(delivery.data)),
         returned: None,
@@ -231,7 +229,7 @@ pub(crate) fn read(topic: &Topic, delivery: Delivery) -> Read {
         if delivery.redelivered {
             read.returned = table.get(DELIVERY_COUNT).and_then(number);
         }
-        if names::is_log(topic) {
+        if is_log {
             read.offset = table.get(STREAM_OFFSET).and_then(number);
             read.mark = mark(table).filter(|_| read.message.payload.is_empty());
         }
@@ -454,7 +452,7 @@ mod tests {
             let topic = Topic::from_static("orders");
             let mut message = Message::new(topic.clone(), "payload").with_headers(headers.build());
             message.key = key.map(Key::new);
-            let read = read(&topic, delivery(to_properties(&message)));
+            let read = read(&topic, delivery(to_properties(&message)), false);
             prop_assert_eq!(read.message, message);
             prop_assert_eq!((read.returned, read.offset, read.mark), (None, None, None));
         }
@@ -496,7 +494,7 @@ mod tests {
         let properties = BasicProperties::default()
             .with_headers(table)
             .with_content_type("application/json".into());
-        let read = read(&Topic::from_static("t"), delivery(properties));
+        let read = read(&Topic::from_static("t"), delivery(properties), false);
         assert_eq!((read.returned, read.offset), (None, None));
         let found: Vec<_> = read.message.headers.iter().collect();
         let expected: [(&str, &[u8]); 7] = [
@@ -519,18 +517,18 @@ mod tests {
         table.insert(STREAM_OFFSET.into(), AMQPValue::LongLongInt(70));
         table.insert(MARK.into(), long(b"end"));
         let properties = BasicProperties::default().with_headers(table);
-        let read = |topic, payload: &[u8], redelivered| {
+        let read = |is_log, payload: &[u8], redelivered| {
             let mut delivery = delivery(properties.clone());
             (delivery.data, delivery.redelivered) = (payload.to_vec(), redelivered);
-            let read = read(&Topic::from_static(topic), delivery);
+            let read = read(&Topic::from_static("t"), delivery, is_log);
             (read.returned, read.offset, read.mark)
         };
         let end = Some("end".to_owned());
-        assert_eq!(read("t", b"", false), (None, None, None));
-        assert_eq!(read("t", b"", true), (Some(2), None, None));
-        assert_eq!(read("t.g.dlq", b"", false), (None, Some(70), end));
+        assert_eq!(read(false, b"", false), (None, None, None));
+        assert_eq!(read(false, b"", true), (Some(2), None, None));
+        assert_eq!(read(true, b"", false), (None, Some(70), end));
         // A letter whose message had such a header.
-        assert_eq!(read("t.g.dlq", b"x", false), (None, Some(70), None));
+        assert_eq!(read(true, b"x", false), (None, Some(70), None));
     }
 
     #[test]

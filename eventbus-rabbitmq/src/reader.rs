@@ -6,7 +6,7 @@ use eventbus_core::{
     Error, ErrorKind, Lane, Result, Start, Subscription, Topic, TopicPartition, Until,
 };
 use lapin::options::ConfirmSelectOptions;
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::sync::Notify;
 
 use crate::config::RabbitMqConfig;
@@ -20,36 +20,40 @@ use crate::session::{consume, own_queue};
 
 const READ: &str = "read";
 
-/// Refuses what a reader cannot be given.
-pub(crate) fn check(subscription: &Subscription, is_log: bool) -> Result<()> {
-    let refuse = |message: &str| Err(Error::new(ErrorKind::Unsupported, "subscribe", message));
-    if !is_log {
-        return match (subscription.start, subscription.until) {
-            (Start::Latest, None) => Ok(()),
-            _ => refuse(
-                "RabbitMQ keeps a topic for its groups only, in their queues: a reader without a group gets what comes from now on (`Start::Latest`, without an end); only dead letters are kept in a log that can be read again",
-            ),
-        };
-    }
-    let by_time = matches!(subscription.start, Start::Time(_))
-        || matches!(subscription.until, Some(Until::Time(_)));
-    match by_time {
-        true => refuse(
-            "a stream of RabbitMQ knows the time of a chunk of messages only, not of each: start and end at a position",
-        ),
-        false => Ok(()),
-    }
+/// Whether what is read is what comes from now on, which needs no log.
+pub(crate) fn is_tail(subscription: &Subscription) -> bool {
+    matches!(
+        (subscription.start, subscription.until),
+        (Start::Latest, None)
+    )
 }
 
-/// Opens a reader; its task begins at once.
+/// Refuses what no reader can be given.
+pub(crate) fn check(subscription: &Subscription) -> Result<()> {
+    let by_time = matches!(subscription.start, Start::Time(_))
+        || matches!(subscription.until, Some(Until::Time(_)));
+    if !by_time {
+        return Ok(());
+    }
+    let message = "a stream of RabbitMQ knows the time of a chunk of messages only, not of each: start and end at a position";
+    Err(Error::new(ErrorKind::Unsupported, "subscribe", message))
+}
+
+/// Says that a topic is not kept.
+pub(crate) fn not_kept(topic: &Topic) -> Error {
+    let message = "RabbitMQ keeps a topic for its groups only, in their queues: declare it with a retention, and what is published from then on is kept in a stream that can be read again; without one, a reader without a group gets what comes from now on (`Start::Latest`, without an end)";
+    Error::new(ErrorKind::Unsupported, "subscribe", message).with("topic", topic)
+}
+
+/// Opens a reader, of logs or of what comes from now on; its task begins at once.
 pub(crate) async fn open(
     config: &RabbitMqConfig,
     publishing: &Arc<SharedLink>,
     subscription: &Subscription,
     topics: Vec<(Topic, u32)>,
+    is_log: bool,
 ) -> Result<Arc<Member>> {
     let link = Link::connect(config, "reader").await?;
-    let is_log = topics.iter().any(|(topic, _)| names::is_log(topic));
     let task = Task {
         config: config.clone(),
         start: subscription.start,
@@ -71,7 +75,7 @@ pub(crate) async fn open(
     }
     let end = find_end(publishing, subscription.until, &openings).await?;
     let attention = Arc::<Notify>::default();
-    let mut lanes = Lanes::of_reader(subscription.limits, Arc::clone(&attention));
+    let mut lanes = Lanes::of_reader(subscription.limits, Arc::clone(&attention), is_log);
     for lane in lanes.open(openings) {
         lanes.bound(lane, first, end.clone());
     }
@@ -81,8 +85,8 @@ pub(crate) async fn open(
     Ok(member)
 }
 
-/// Where a bounded read ends. The server tells nobody where a stream ends, so a mark is published to
-/// each, behind everything that was published before; readers pass over it.
+/// Where a bounded read ends. The server tells nobody where a stream ends, so a mark is put into each,
+/// behind everything that was published before; readers pass over it. No group gets it.
 async fn find_end(
     publishing: &SharedLink,
     until: Option<Until>,
@@ -100,10 +104,8 @@ async fn find_end(
     let confirms = channel.confirm_select(ConfirmSelectOptions::default());
     within(READ, confirms).await?;
     for (place, _) in openings {
-        let to = (
-            names::exchange(&place.topic),
-            names::routing_key(place.partition),
-        );
+        let stream = names::log_queue(&place.topic, place.partition);
+        let to = (ShortString::default(), stream);
         if !publish_one(READ, &channel, to, &[], to_mark(&mark)).await? {
             return Err(Error::new(
                 ErrorKind::Unavailable,

@@ -2,7 +2,8 @@
 //!
 //! A topic is an exchange and a queue without messages whose `x-max-length` is the number of its
 //! partitions: the server creates it once, whoever comes first, refuses any other number, and says
-//! which one there is. A log has a stream for each partition beside them.
+//! which one there is. A log has a stream for each partition beside them: of dead letters, and of
+//! topics that are declared with a retention, so that they can be read again.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -178,12 +179,19 @@ impl Topics {
         let channel = self.link.channel(operation).await?;
         let declared = natively(operation, exchange(&channel, topic, false)).await?;
         declared.map_err(|error| explain(operation, topic, error))?;
-        if is_log {
+        if is_log || keeps(spec) {
             self.create_log(operation, spec, partitions).await?;
         }
         tracing::info!(topic = topic.as_str(), partitions, "topic created");
         self.note(topic, partitions);
         Ok(partitions)
+    }
+
+    /// Whether a topic has streams, from which it can be read again.
+    pub(crate) async fn has_log(&self, operation: &'static str, topic: &Topic) -> Result<bool> {
+        let channel = self.link.channel(operation).await?;
+        let stream = names::log_queue(topic, 0);
+        Ok(consumers(operation, &channel, stream).await?.is_some())
     }
 
     /// Creates the streams of a log that are missing, and binds them.
@@ -225,10 +233,8 @@ impl Topics {
         };
         let report = TopicReport::new(topic.clone(), partitions);
         let mut report = report.compared_with(spec);
-        let keeps = spec.retention.is_some() || spec.retention_bytes.is_some();
-        if keeps && !names::is_log(topic) {
-            report = report.with_drift("a retention is declared; RabbitMQ keeps a message until each group has settled it, and no longer: bound a queue by a policy, which may drop what is unread".to_owned());
-        } else if keeps && found.is_some() {
+        if keeps(spec) && found.is_some() {
+            self.create_log(APPLY, spec, partitions).await?;
             report = self.compare_log(report, spec, partitions).await?;
         }
         if found.is_none() && report.partitions == spec.partitions.unwrap_or(partitions) {
@@ -259,6 +265,11 @@ impl Topics {
             "another {argument} is declared than the topic has, which is {current}; messages could vanish, so it stays: to change it, set a policy"
         )))
     }
+}
+
+/// Whether messages are to be kept that each group has settled.
+fn keeps(spec: &TopicSpec) -> bool {
+    spec.retention.is_some() || spec.retention_bytes.is_some()
 }
 
 fn log_arguments(spec: &TopicSpec, partitions: u32) -> FieldTable {

@@ -9,7 +9,7 @@ use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 use redis::io::tcp::TcpSettings;
 use redis::{
     Client, Cmd, ConnectionAddr, FromRedisValue, IntoConnectionInfo, Pipeline, RedisConnectionInfo,
-    RedisResult,
+    RedisError, RedisResult,
 };
 
 use crate::config::RedisConfig;
@@ -87,10 +87,13 @@ impl Line {
         self.after(pipeline.query_async(&mut manager).await)
     }
 
-    /// The client goes on giving the answer of a login that was refused, also when it no longer would be.
+    /// The client goes on giving the answer of a login that was refused, also when it no longer would be,
+    /// and on asking through a connection that nothing comes back from.
     fn after<T>(&self, answer: RedisResult<T>) -> RedisResult<T> {
-        let refused = answer.as_ref().err();
-        if refused.is_some_and(|error| error.kind() == redis::ErrorKind::AuthenticationFailed) {
+        let is_of_no_use = |error: &RedisError| {
+            error.kind() == redis::ErrorKind::AuthenticationFailed || error.is_timeout()
+        };
+        if answer.as_ref().is_err_and(is_of_no_use) {
             let Self(manager, client, config) = self;
             if let Ok(anew) =
                 ConnectionManager::new_lazy_with_config(client.clone(), config.clone())

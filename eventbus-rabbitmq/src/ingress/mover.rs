@@ -287,7 +287,7 @@ impl Mover {
     ) -> Result<Moving> {
         let properties = delivery.properties.clone();
         let is_back = delivery.redelivered;
-        let read = properties::read(&self.topic, delivery);
+        let read = properties::read(&self.topic, delivery, false);
         let mut message = read.message;
         if let Some(key) = self.queue.key_of(&message.payload) {
             message.key = Some(key);

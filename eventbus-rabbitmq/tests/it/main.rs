@@ -5,6 +5,7 @@ mod changes;
 mod child;
 mod conformance;
 mod errors;
+mod history;
 mod ingress;
 mod letters;
 mod moving;
