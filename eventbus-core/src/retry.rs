@@ -24,7 +24,7 @@ use crate::error::find_cause;
 /// use eventbus_core::{OnError, RetryPolicy};
 ///
 /// #[derive(Debug)]
-/// enum PspError { Declined, Busy }
+/// enum PspError { Declined, Busy, Away }
 /// # impl std::fmt::Display for PspError {
 /// #     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { write!(f, "{self:?}") }
 /// # }
@@ -32,8 +32,9 @@ use crate::error::find_cause;
 ///
 /// let policy = RetryPolicy::exponential(5, Duration::from_millis(100), Duration::from_secs(10))
 ///     .when(|error: &PspError| match error {
-///         PspError::Declined => OnError::DeadLetter,
+///         PspError::Declined => OnError::GiveUp,
 ///         PspError::Busy => OnError::After(Duration::from_secs(30)),
+///         PspError::Away => OnError::Hold,
 ///     });
 /// ```
 #[derive(Clone)]
@@ -62,6 +63,20 @@ pub enum OnError {
     /// Trying again does not help: dead-letter it now, also where what can't be handled parks its
     /// key; later messages of the key go on, unless the consumer says `BlockKey`.
     DeadLetter,
+    /// Trying again does not help: what the consumer says of what it cannot handle
+    /// ([`OnPoison`](crate::OnPoison)) becomes of it now, as after the last attempt. So it parks the key
+    /// where there is a store of held keys.
+    GiveUp,
+    /// What the handler needs is away, whichever event it is given: the consumer holds, tries one at a
+    /// time whether it is back, and counts no attempt.
+    Hold,
+}
+
+impl OnError {
+    /// Whether the error is about the event, and says nothing against what the consumer needs.
+    pub(crate) fn rejects(self) -> bool {
+        matches!(self, Self::DeadLetter | Self::GiveUp)
+    }
 }
 
 /// When the next attempt is made, and where the message waits for it.
@@ -178,7 +193,7 @@ impl RetryPolicy {
             return None;
         }
         let next = match decision {
-            OnError::DeadLetter => return None,
+            OnError::DeadLetter | OnError::GiveUp | OnError::Hold => return None,
             OnError::After(delay) => NextAttempt::InPlace(with_jitter(delay, jitter)),
             OnError::Delayed(delay) => NextAttempt::Delayed(with_jitter(delay, jitter)),
             OnError::Next => match attempt.checked_sub(self.attempts_max) {

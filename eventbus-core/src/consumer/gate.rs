@@ -15,7 +15,8 @@ use super::worker::Inbox;
 /// While it holds it tries one message at a time, another one each time, and goes on when one
 /// succeeds. With nothing but failing messages left it holds on, and its status says why: nothing
 /// is dead-lettered because a whole deployment was wrong. [`with_failure_rate`](Self::with_failure_rate)
-/// above 1 switches it off for failures; what a handler needs being away holds a consumer always.
+/// above 1 switches it off for failures. The broker and stores being away hold a consumer always, and so
+/// does a handler's error that a rule says [`OnError::Hold`](crate::OnError::Hold) of.
 ///
 /// # Examples
 ///

@@ -18,6 +18,9 @@ use crate::message::{Headers, Message};
 
 /// `{"event_type":"OrderCreated","order_id":123,"amount":250}`.
 ///
+/// The version is that of the header `eb-version`, or of a member `event_version` (`2`, `"2"` or `"v2"`),
+/// or 1.
+///
 /// Reading needs no headers, unless the event has members `eventType` and `data` of its own, which
 /// are an envelope's: a message without an id gets one from its place in the topic, where the broker
 /// has positions. Writing adds the envelope as headers, which foreign readers ignore.
@@ -31,6 +34,18 @@ const NAME: &str = "flat";
 struct Type<'a> {
     #[serde(borrow)]
     event_type: Cow<'a, str>,
+    #[serde(default)]
+    event_version: Option<serde_json::Value>,
+}
+
+impl Type<'_> {
+    fn version(&self) -> Result<u32> {
+        match &self.event_version {
+            None => Ok(1),
+            Some(serde_json::Value::String(text)) => parse_version(text),
+            Some(other) => parse_version(&other.to_string()),
+        }
+    }
 }
 
 impl Format for FlatFormat {
@@ -88,13 +103,13 @@ impl Format for FlatFormat {
         if known.format().is_some_and(|format| format != NAME) {
             return Ok(None);
         }
-        let version = known.version().map_or(Ok(1), parse_version)?;
+        let version = known.version().map(parse_version).transpose()?;
         if known.format().is_some()
             && let Some(event_type) = known.event_type()
         {
             return Ok(Some(Reading::new(
                 event_type,
-                version,
+                version.unwrap_or(1),
                 message.payload.clone(),
             )));
         }
@@ -102,11 +117,11 @@ impl Format for FlatFormat {
             return Ok(None);
         }
         match serde_json::from_slice::<Type<'m>>(&message.payload) {
-            Ok(body) => Ok(Some(Reading::new(
-                body.event_type,
-                version,
-                message.payload.clone(),
-            ))),
+            Ok(body) => {
+                let version = version.map_or_else(|| body.version(), Ok)?;
+                let payload = message.payload.clone();
+                Ok(Some(Reading::new(body.event_type, version, payload)))
+            }
             Err(error) if known.format().is_some() => Err(Error::new(
                 ErrorKind::Codec,
                 "read flat event",
@@ -126,11 +141,11 @@ impl Format for FlatFormat {
         if let Some(envelope) = envelope_from_headers(known, fallback.1)? {
             return Ok(envelope);
         }
-        let event_type = match self.read(message, known)? {
-            Some(reading) => reading.event_type.into_owned(),
-            None => String::new(),
+        let (event_type, version) = match self.read(message, known)? {
+            Some(reading) => (reading.event_type.into_owned(), reading.version),
+            None => (String::new(), 1),
         };
-        Ok(Envelope::new(fallback.0, event_type, 1, fallback.1))
+        Ok(Envelope::new(fallback.0, event_type, version, fallback.1))
     }
 }
 

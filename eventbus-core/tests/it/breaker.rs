@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use eventbus_core::{BoxError, Breaker, ConsumerState, Context, OnError, RetryPolicy};
+use eventbus_core::{
+    BoxError, Breaker, ConsumerState, Context, Error, ErrorKind, OnError, RetryPolicy,
+};
 use eventbus_testkit::TestBus;
 
 use crate::failures::lag;
@@ -208,4 +210,39 @@ async fn an_attempt_that_fails_during_a_pause_counts() {
     test.run_out().await;
     assert_eq!(calls.attempts(1), [1, 2, 3]);
     assert_eq!(test.dead_letters().await[0].attempts, 3);
+}
+
+#[tokio::test]
+async fn a_handler_that_says_that_what_it_needs_is_away_holds_its_consumer_and_burns_nothing() {
+    let test = TestBus::new();
+    let provider = Arc::new(Provider::default());
+    provider.away.store(true, Ordering::SeqCst);
+    let ask = async |order: OrderCreated, cx: Context<Provider>| -> Result<(), BoxError> {
+        charge(order, cx).await.map_err(|_| {
+            Error::new(ErrorKind::Unavailable, "charge", "the provider is away").into()
+        })
+    };
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(&provider))
+        .on(ask)
+        .retry(RetryPolicy::none().when(|_: &Error| OnError::Hold));
+    let consumer = test.spawn(consumer).await;
+    // Far fewer than a breaker would need.
+    for number in 1..=3 {
+        test.publish(order(number)).await.unwrap();
+    }
+    test.settled().await;
+    let ConsumerState::Holding { reason, .. } = consumer.status().state else {
+        panic!("it holds: {:?}", consumer.status());
+    };
+    assert!(reason.contains("the provider is away"), "{reason}");
+    test.advance(20 * MINUTE).await;
+    assert_eq!(consumer.status().counts.failed_attempts, 0);
+    assert!(test.dead_letters().await.is_empty());
+    provider.away.store(false, Ordering::SeqCst);
+    test.run_out().await;
+    assert_eq!(consumer.status().state, ConsumerState::Running);
+    assert_eq!(consumer.status().counts.handled, 3);
+    assert_eq!(provider.attempts_most.load(Ordering::SeqCst), 1);
 }

@@ -118,6 +118,42 @@ fn a_flat_event_says_its_type_once() {
 }
 
 #[test]
+fn a_flat_message_of_another_language_says_its_version_in_its_body_or_its_headers() {
+    let formats = Formats::default();
+    let read = |headers: Headers, version: &str| {
+        let body = format!(r#"{{"event_type":"OrderCreated","order_id":1{version}}}"#);
+        let message = message(headers, body);
+        let known = header::KnownHeaders::of(&message.headers);
+        let (_, reading) = formats.read(&message, &known)?;
+        let envelope = formats.envelope(&message, fallback())?;
+        assert_eq!(envelope.version, reading.version);
+        Ok::<_, eventbus_core::Error>(reading.version)
+    };
+    for (version, expected) in [
+        ("", 1),
+        (r#","event_version":2"#, 2),
+        (r#","event_version":"3""#, 3),
+        (r#","event_version":"v4""#, 4),
+        (r#","version":5"#, 1),
+    ] {
+        assert_eq!(read(Headers::new(), version).expect(version), expected);
+    }
+    let headers = Headers::builder().push(header::VERSION, "7");
+    let headers = headers.expect("a good header").build();
+    assert_eq!(
+        read(headers, r#","event_version":2"#).expect("it says so"),
+        7
+    );
+    for version in [
+        r#","event_version":"new""#,
+        r#","event_version":[2]"#,
+        r#","event_version":-1"#,
+    ] {
+        read(Headers::new(), version).expect_err("it is none");
+    }
+}
+
+#[test]
 fn a_flat_message_of_another_language_needs_no_headers() {
     let message = message(
         Headers::new(),

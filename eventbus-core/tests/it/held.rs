@@ -213,6 +213,33 @@ async fn an_error_can_ask_for_a_delay_by_its_value() {
 }
 
 #[tokio::test]
+async fn what_its_policy_gives_up_parks_its_key_at_once() {
+    let test = TestBus::holding_keys();
+    let calls = Calls::new();
+    let refusing = async |order: OrderCreated, cx: Context<Calls>| -> Result<(), BoxError> {
+        cx.state().note(&order, cx.attempt());
+        match order.order {
+            1 => Err(Error::new(ErrorKind::Conflict, "charge", "declined").into()),
+            _ => Ok(()),
+        }
+    };
+    let consumer = test
+        .consumer("billing")
+        .shared_state(Arc::clone(&calls))
+        .on(refusing)
+        .retry(RetryPolicy::fixed(5, MINUTE).when(|_: &Error| OnError::GiveUp));
+    let consumer = test.spawn(consumer).await;
+    for number in [1, 1, 2] {
+        test.publish(order(number)).await.unwrap();
+    }
+    test.settled().await;
+    assert_eq!(calls.attempts(1), [1], "and what comes behind it waits");
+    assert_eq!(calls.attempts(2), [1]);
+    assert_eq!(consumer.status().held, 1);
+    assert!(test.dead_letters().await.is_empty());
+}
+
+#[tokio::test]
 async fn what_its_policy_rejects_is_a_dead_letter_and_its_key_goes_on() {
     let test = TestBus::holding_keys();
     let calls = Calls::new();

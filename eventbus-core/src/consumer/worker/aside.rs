@@ -92,6 +92,15 @@ impl<V: Layers> Worker<V> {
         } else if self.runtime.held.is_some() {
             let until = self.runtime.bus.clock().now().plus(delay);
             return self.put_aside(id, Some(until), cause);
+        } else {
+            let scope = &self.keys.get(id).scope;
+            tracing::warn!(
+                group = %scope.group(),
+                event_id = %scope.id(),
+                topic = scope.message().topic.as_str(),
+                delay = ?delay,
+                "an event waits in the consumer, and whatever comes behind it unsettled: a rule delays it, and the bus has no store of held keys"
+            );
         }
         self.again_after(id, delay);
     }

@@ -205,7 +205,8 @@ impl<V: Layers> Worker<V> {
             Outcome::Failed(Cause::Undecodable(_)) | Outcome::Unsent(_) => Probed::Nothing,
             // A message that its policy rejects says nothing against the consumer.
             Outcome::Failed(cause) => match self.classify(cause) {
-                OnError::DeadLetter => Probed::Handled,
+                decision if decision.rejects() => Probed::Handled,
+                OnError::Hold => Probed::Away,
                 _ => Probed::HandlerFailed,
             },
             Outcome::Unavailable(_) | Outcome::Unpublished(..) | Outcome::Unmarked(_) => {
@@ -247,7 +248,10 @@ impl<V: Layers> Worker<V> {
             return self.give_up(id, cause);
         }
         let decision = self.classify(&cause);
-        let rejected = decision == OnError::DeadLetter;
+        if decision == OnError::Hold {
+            return self.hold(id, || cause.to_string());
+        }
+        let rejected = decision.rejects();
         if first_attempt && !rejected && self.runtime.gate.is_open() {
             // At once and not with the next flush: the attempt that makes it hold is the last.
             self.tally.first_failed();
@@ -263,8 +267,11 @@ impl<V: Layers> Worker<V> {
         let node = self.keys.get_mut(id);
         node.failures += 1;
         node.first_failed.get_or_insert(now);
-        tracing::debug!(
+        tracing::info!(
+            group = %node.scope.group(),
+            event_id = %node.scope.id(),
             topic = node.scope.message().topic.as_str(),
+            key = node.scope.message().key.as_ref().map(tracing::field::display),
             attempt = node.failures,
             cause = %cause,
             "attempt failed"
@@ -274,7 +281,9 @@ impl<V: Layers> Worker<V> {
             Some(NextAttempt::InPlace(delay)) => self.again_after(id, delay),
             Some(NextAttempt::Delayed(delay)) => self.delay(id, delay, &cause),
             // The policy says what it is: nothing to wait for.
-            None if rejected && self.parks(id) => self.dead_letter(id, cause),
+            None if decision == OnError::DeadLetter && self.parks(id) => {
+                self.dead_letter(id, cause);
+            }
             None => self.give_up(id, cause),
         }
     }
