@@ -26,6 +26,16 @@ pub(crate) struct Cli {
         help_heading = EVERYWHERE
     )]
     pub(crate) url: Option<String>,
+    /// Where keys are held and events wait for their time, for a broker that keeps neither, such as
+    /// postgres://db/shop: what the services have as EVENTBUS_STORE
+    #[arg(
+        long,
+        env = "EVENTBUS_STORE",
+        hide_env_values = true,
+        global = true,
+        help_heading = EVERYWHERE
+    )]
+    pub(crate) store: Option<String>,
     /// Answer in JSON for scripts: one document, or one a line where there are many
     #[arg(long, global = true, help_heading = EVERYWHERE)]
     pub(crate) json: bool,
@@ -46,6 +56,8 @@ Start here:
   eventbus keys parked                      what waits behind an event that can't be handled
   eventbus dlq list                         what could not be handled, and why
   eventbus schedule list                    what waits for its time
+
+Topics and groups are named as they are on the broker: with the prefix, where services have one.
 
 Exit codes:
   0  done

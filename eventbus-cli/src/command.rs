@@ -12,8 +12,8 @@ pub(crate) mod topics;
 pub(crate) mod whereabouts;
 
 use anyhow::{Context, ensure};
-use eventbus::SqliteConfig;
 use eventbus::prelude::{Connect, ErrorKind, EventBus, Topic};
+use eventbus::{EventBusConfig, SqliteConfig};
 
 use crate::Outcome;
 use crate::cli::{Cli, Command};
@@ -29,9 +29,16 @@ pub(crate) async fn run(cli: Cli, out: &mut Output<'_>) -> anyhow::Result<Outcom
         eprintln!("eventbus: note: `memory:` is empty and ends with this command");
     }
     require_file(&url, &cli.command)?;
-    let bus = match EventBus::connect(&url).await {
+    let mut config = EventBusConfig::new(&url);
+    config.store = cli.store;
+    let bus = match EventBus::connect_with(&config).await {
         Err(error) if is_away(&error) && matches!(cli.command, Command::Health(_)) => {
             return health::away(&error, out);
+        }
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            return Err(error).context(
+                "this program can speak what it was installed with: `cargo install --path eventbus-cli --features kafka`, or kafka-tls, rabbitmq-tls, redis-tls",
+            );
         }
         connected => connected?,
     };

@@ -115,7 +115,7 @@ async fn require_group(args: &ReplayArgs, bus: &EventBus) -> anyhow::Result<()> 
     };
     ensure!(
         groups.contains(&args.to_group.as_str()),
-        "no group {} reads {}: {known}",
+        "no group {} reads {}: {known}. A new one gets what is kept by itself: start its consumer, with `.start(Start::Time(…))` where not all of it",
         args.to_group,
         args.topic
     );
