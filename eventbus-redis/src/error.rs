@@ -133,7 +133,7 @@ fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
         _ => (
             Internal,
             Retry::Never,
-            "the server answered what it should not",
+            "the server refused a command: its answer says why",
         ),
     }
 }
@@ -217,7 +217,7 @@ mod tests {
                 true,
                 "busy",
             ),
-            ("ERR unknown command", Internal, false, "should not"),
+            ("ERR unknown command", Internal, false, "says why"),
         ];
         for (text, kind, retryable, advice) in cases {
             let native = server(text);

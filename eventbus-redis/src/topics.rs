@@ -286,7 +286,7 @@ fn missing(operation: &'static str, name: &Topic) -> Error {
     Error::new(
         ErrorKind::NotFound,
         operation,
-        "there is no such topic: look at its name, or declare it",
+        "the topic does not exist: look at its name, or create it with `apply_topics`",
     )
     .with("topic", name)
 }
