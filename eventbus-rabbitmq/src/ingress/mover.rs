@@ -331,8 +331,11 @@ impl Mover {
         while !moving.is_empty() {
             if let Some(reason) = session.link.blocked() {
                 self.note_waiting(&blocked(MOVE, &reason));
-                let unblocked = session.link.unblocked();
-                stop.or(async { Ok(unblocked.await) }).await?;
+                let unblocked = async {
+                    session.link.unblocked().await;
+                    Ok(())
+                };
+                stop.or(unblocked).await?;
             }
             let (wave, mut rest) = wave(moving, most);
             let is_one = wave.len() == 1;

@@ -1,7 +1,7 @@
 //! Answers that are lost or late, and channels that are closed, between the client and a real server.
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use eventbus_core::{
     Delivery, Group, Key, Member, Message, Outcome, Publisher, Receipt, Signal, Subscriber,
@@ -159,6 +159,25 @@ async fn a_message_that_is_never_confirmed_is_unknown() {
     };
     assert_eq!(*outcome, Outcome::Unknown, "{error}");
     assert!(error.is_retryable(), "{error}");
+}
+
+/// Also where it is not known yet whether the topics are there.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_call_ends_in_its_time_when_the_server_says_nothing() {
+    let short = |config: RabbitMqConfig| config.with_publish_timeout(Duration::from_secs(1));
+    let wire = Wire::with(AmqpMethod::Publish, short).await;
+    wire.proxy.set(WireFault::HalfOpen);
+    let begun = Instant::now();
+    let unknown = (0..3).map(|_| Message::new(topic("unknown"), "x"));
+    let published = within(LIMIT, wire.harmed.publish(unknown.collect())).await;
+    let refused = published.expect_err("nobody answers").unpublished;
+    assert!(refused.iter().all(|it| it.outcome == Outcome::NotTaken));
+    assert!(
+        begun.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        begun.elapsed()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
