@@ -72,15 +72,20 @@ impl Wire {
         message.with_key(Key::display("one"))
     }
 
-    /// Publishes all messages through the harmed wire, a few at a time, and harms it meanwhile.
-    async fn publish_under(&self, fault: WireFault) {
+    /// Publishes all messages through the harmed wire, a few at a time, and harms it meanwhile. Answers
+    /// how long the slowest took.
+    async fn publish_under(&self, fault: WireFault) -> Duration {
         let publish = async {
+            let mut slowest = Duration::ZERO;
             for first in (0..MESSAGES).step_by(10) {
                 let batch = (first..first + 10).map(|number| self.message(number));
+                let begun = Instant::now();
                 let published = self.harmed.publish(batch.collect()).await;
                 published.expect("it is tried until it is there");
+                slowest = slowest.max(begun.elapsed());
                 tokio::time::sleep(Duration::from_millis(30)).await;
             }
+            slowest
         };
         let harm = async {
             for _ in 0..3 {
@@ -90,7 +95,8 @@ impl Wire {
                 self.proxy.heal();
             }
         };
-        within(LIMIT, async { tokio::join!(publish, harm) }).await;
+        let (slowest, ()) = within(LIMIT, async { tokio::join!(publish, harm) }).await;
+        slowest
     }
 
     /// What the group gets, up to so many different messages, as they are seen for the first time.
@@ -194,8 +200,9 @@ async fn what_is_published_while_channels_are_closed_is_there_in_order() {
 #[ignore = "needs brokers: ./dev/test"]
 async fn what_is_late_is_there_in_order() {
     let wire = Wire::harmed_at(AmqpMethod::Publish).await;
-    let late = WireFault::DelayRequest(Duration::from_millis(30));
-    wire.publish_under(late).await;
+    const LATE: Duration = Duration::from_millis(150);
+    let slowest = wire.publish_under(WireFault::DelayRequest(LATE)).await;
+    assert!(slowest >= LATE, "{slowest:?}");
     assert_eq!(wire.stored().await, (0..MESSAGES).collect::<Vec<_>>());
 }
 
