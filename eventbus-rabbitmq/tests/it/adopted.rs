@@ -8,7 +8,7 @@ use eventbus_core::{
 use eventbus_testkit::{Probe, text_of, within};
 use lapin::BasicProperties;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions};
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::letters::OrderPlaced;
@@ -58,8 +58,12 @@ async fn what_has_no_verdict_stays_in_the_queue() {
     let broker = shop.broker_of(shop.adopted()).await;
     let billing = group("billing");
     let subscription = Subscription::group(billing.clone(), vec![shop.topic()]);
+    // The field is the key, whatever the headers say, as for an ingress.
+    let mut headers = FieldTable::default();
+    headers.insert("eb-key".into(), AMQPValue::LongString("other".into()));
+    let keyed = BasicProperties::default().with_headers(headers);
     for number in 0..4 {
-        shop.order(number).await;
+        shop.publish_with(order(number), keyed.clone()).await;
     }
     within(MINUTE, async {
         let mut probe = Probe::join(&broker, subscription.clone())
