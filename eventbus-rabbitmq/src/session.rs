@@ -9,7 +9,7 @@ use lapin::options::{
     BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ExchangeDeclareOptions,
     QueueBindOptions, QueueDeclareOptions,
 };
-use lapin::types::{FieldTable, ShortString};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer, ExchangeKind};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -25,6 +25,9 @@ use crate::subscriber::Reading;
 use crate::topics::Topics;
 
 const SUBSCRIBE: &str = "subscribe";
+
+/// Most messages of a queue that lasts as long as its connection.
+const OWN_LENGTH: i32 = 100_000;
 
 /// One connection of a member.
 #[derive(Debug)]
@@ -115,19 +118,22 @@ pub(crate) async fn consume(
     Ok(Source::new(channel, consumer, queue))
 }
 
-/// A queue that gets what an exchange routes by this key, and lasts as long as the connection.
+/// A queue that gets what an exchange routes by this key, and lasts as long as the connection. When it is full
+/// it drops what is oldest: whoever does not read must not fill the server.
 pub(crate) async fn own_queue(
     operation: &'static str,
     channel: &Channel,
     exchange: ShortString,
     routing_key: ShortString,
 ) -> Result<ShortString> {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(OWN_LENGTH));
     let options = QueueDeclareOptions {
         exclusive: true,
         auto_delete: true,
         ..QueueDeclareOptions::default()
     };
-    let queue = channel.queue_declare("".into(), options, FieldTable::default());
+    let queue = channel.queue_declare("".into(), options, arguments);
     let queue = within(operation, queue).await?.name().clone();
     bind_own(operation, channel, queue.clone(), exchange, routing_key).await?;
     Ok(queue)
