@@ -118,14 +118,13 @@ impl RabbitMqIngressBuilder {
         } = self;
         let shared = broker.shared();
         let closing = shared.closing(INGRESS)?;
-        let partitions = shared.topics.ensure(INGRESS, &topic).await?;
         let (stop, stopping) = watch::channel(false);
         let status = Arc::<Status>::default();
         let mover = Mover {
             config: shared.config.clone(),
             queue,
             topic,
-            partitions,
+            topics: Arc::clone(&shared.topics),
             groups,
             status: Arc::clone(&status),
         };
