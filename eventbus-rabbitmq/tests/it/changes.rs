@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use eventbus_core::{Message, Publisher, Subscription};
+use eventbus_core::{ErrorKind, Message, Publisher, Subscription};
 use eventbus_rabbitmq::RabbitMqBroker;
 use eventbus_testkit::{Probe, within};
 use lapin::options::{
@@ -13,6 +13,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, ExchangeKind};
 
 use crate::server::{Server, create, group, topic};
+use crate::slow::Slow;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -142,6 +143,59 @@ async fn headers_that_are_called_like_the_servers_skip_nothing() {
         probe.settle(&deliveries).await;
     })
     .await;
+}
+
+/// A quorum queue without a leader answers nothing.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_queue_that_does_not_answer_keeps_nobody_from_the_others() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let (orders, billing) = (topic("orders"), group("billing"));
+    create(&broker, &orders, 2).await;
+    let subscription = Subscription::group(billing.clone(), vec![orders.clone()]);
+    let first = Probe::join(&broker, subscription.clone()).await;
+    first.expect("it joins").close().await;
+    let silent = Slow::named(&server, format!("{orders}:{billing}:0"));
+    silent.stand_still().await;
+    within(MINUTE, async {
+        let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
+        hold(&mut probe, 1).await;
+        assert_eq!(probe.assigned()[0].partition, 1);
+        let key = (0..).map(eventbus_core::Key::display);
+        let mut key = key.filter(|key| eventbus_core::partition_of(key, 2) == 1);
+        let message = Message::new(orders.clone(), "x").with_key(key.next().expect("there is one"));
+        broker.publish(vec![message]).await.expect("it is taken");
+        while probe.waiting() == 0 {
+            step(&mut probe).await;
+        }
+        let deliveries = probe.collect(1).await;
+        probe.settle(&deliveries).await;
+        let error = loop {
+            if let Err(error) = probe.step().await {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        assert!(error.is_retryable(), "{error}");
+        silent.go_on().await;
+        hold(&mut probe, 2).await;
+        assert_eq!(probe.lost(), []);
+    })
+    .await;
+}
+
+/// The next signal, or what passes.
+async fn step(probe: &mut Probe) {
+    if let Err(error) = probe.step().await {
+        assert!(error.is_retryable(), "{error}");
+    }
+}
+
+async fn hold(probe: &mut Probe, count: usize) {
+    while probe.assigned().len() != count {
+        step(probe).await;
+    }
 }
 
 /// A tool may make an exchange anew, which unbinds whatever was bound to it.
