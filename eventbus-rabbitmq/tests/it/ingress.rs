@@ -409,10 +409,12 @@ async fn another_process_takes_the_place_of_one_that_ends() {
             }
             probe.settle(&deliveries).await;
         }
-        let next = [second.status(), third.status()];
-        assert!(next.iter().any(|it| it.is_active));
-        let went_on = next.iter().map(|it| it.moved).sum::<u64>();
-        assert!(moved + went_on >= ORDERS, "{moved} and {went_on}");
+        let next = || [second.status(), third.status()];
+        assert!(next().iter().any(|it| it.is_active));
+        // What was seen may be counted a moment later; what the first one moved while it ended nobody counts.
+        while next().iter().all(|it| it.moved == 0) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         // In order, apart from what was moved twice.
         let mut next = 0;
         for number in seen {
