@@ -121,8 +121,7 @@ pub(crate) fn to_keep(came: &BasicProperties) -> BasicProperties {
     let mut kept = BasicProperties::default()
         .with_delivery_mode(PERSISTENT)
         .with_headers(table);
-    type Set = fn(BasicProperties, ShortString) -> BasicProperties;
-    let texts: [(&Option<ShortString>, Set); 8] = [
+    let texts: [(_, fn(BasicProperties, ShortString) -> BasicProperties); 8] = [
         (came.content_type(), BasicProperties::with_content_type),
         (
             came.content_encoding(),
