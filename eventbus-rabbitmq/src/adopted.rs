@@ -26,8 +26,8 @@ use crate::topics::{DURABLE, PASSIVE, text};
 pub struct RabbitMqQueue {
     /// Its name.
     pub name: String,
-    /// Which field of a JSON body is the key, such as `order_id` or `data.order_id`; none: messages have
-    /// the key of their header `eb-key`, if any, and else no order.
+    /// Which field of a JSON body is the key, such as `order_id` or `data.order_id`. Without it, and where a
+    /// body does not have it, messages have the key of their header `eb-key`, if any, and else no order.
     pub key: Option<String>,
     /// Whether it may be one that loses everything when the server ends.
     pub volatile: bool,

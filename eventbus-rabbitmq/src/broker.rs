@@ -258,9 +258,11 @@ impl Subscriber for RabbitMqBroker {
                     group: group.clone(),
                     topics,
                     queues,
+                    prefetch: shared.config.prefetch_within(&subscription.limits),
                     limits: subscription.limits,
                 };
-                subscriber::join(&shared.config, &shared.publishing, reading).await?
+                subscriber::join(&shared.config, &shared.publishing, &shared.topics, reading)
+                    .await?
             }
             None => {
                 let Shared {

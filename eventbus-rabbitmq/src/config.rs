@@ -272,6 +272,11 @@ impl RabbitMqConfig {
         Ok(self)
     }
 
+    /// How often it is looked whether what is on the server is still as it was made.
+    pub(crate) fn check(&self) -> Duration {
+        self.heartbeat * 5
+    }
+
     /// How many messages the server may send ahead for one partition of a member with these limits.
     pub(crate) fn prefetch_within(&self, limits: &Limits) -> u16 {
         let most = limits.lane_messages.min(limits.messages);

@@ -79,6 +79,10 @@ fn of_server(operation: &'static str, said: &AMQPError) -> (ErrorKind, &'static 
             Kind::Unauthorized,
             "the server does not accept the credentials: look at user and password of the url",
         ),
+        AMQPErrorKind::Soft(Soft::ACCESSREFUSED) if text.contains("exclusive use") => (
+            Kind::Unavailable,
+            "another program reads the queue and lets nobody read beside it: stop it, or wait until it ends",
+        ),
         AMQPErrorKind::Soft(Soft::ACCESSREFUSED) => (
             Kind::Unauthorized,
             "the user may not do this: give it permissions on the virtual host to configure, write and read",
@@ -312,6 +316,16 @@ mod tests {
                 Kind::Unauthorized,
                 false,
                 "permissions",
+            ),
+            (
+                server(
+                    403,
+                    "ACCESS_REFUSED - queue 'q' in vhost '/' in exclusive use",
+                ),
+                "subscribe",
+                Kind::Unavailable,
+                true,
+                "lets nobody read beside it",
             ),
             (
                 server(530, "NOT_ALLOWED - vhost x not found"),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use eventbus_core::{Error, ErrorKind, Group, Result, Topic};
+use eventbus_core::{Error, ErrorKind, Group, Result, Topic, TopicPartition};
 use lapin::Channel;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
@@ -37,6 +37,41 @@ pub(crate) async fn declare_group(
     topic: &Topic,
     partitions: u32,
 ) -> Result<()> {
+    check(operation, group, topic, partitions)?;
+    let mut channel = link.channel(operation).await?;
+    for partition in 0..partitions {
+        let place = TopicPartition::new(topic.clone(), partition);
+        declare_queue(operation, link, &mut channel, group, &place).await?;
+    }
+    Ok(())
+}
+
+/// As [`declare_group`], for what answers: a queue whose nodes are away, or that has no leader, keeps
+/// nobody from the other ones.
+pub(crate) async fn declare_present(
+    operation: &'static str,
+    link: &Link,
+    group: &Group,
+    topic: &Topic,
+    partitions: u32,
+) -> Result<()> {
+    check(operation, group, topic, partitions)?;
+    let mut channel = link.channel(operation).await?;
+    for partition in 0..partitions {
+        let place = TopicPartition::new(topic.clone(), partition);
+        let declared = declare_queue(operation, link, &mut channel, group, &place).await;
+        let Err(error) = declared else { continue };
+        let is_away = matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Unavailable);
+        if !is_away || !link.is_open() {
+            return Err(error);
+        }
+        tracing::error!(%error, %place, "a queue of a group does not answer");
+        channel = link.channel(operation).await?;
+    }
+    Ok(())
+}
+
+fn check(operation: &'static str, group: &Group, topic: &Topic, partitions: u32) -> Result<()> {
     names::check(operation, topic, group)?;
     if partitions >= MANY_QUEUES {
         tracing::warn!(
@@ -46,15 +81,23 @@ pub(crate) async fn declare_group(
             "many partitions: each is a quorum queue for every group"
         );
     }
-    let mut channel = link.channel(operation).await?;
-    for partition in 0..partitions {
-        let name = names::group_queue(topic, group, partition);
-        declare(operation, link, &mut channel, &name)
-            .await
-            .map_err(|error| error.with("topic", topic).with("queue", &name))?;
-        bind(operation, &channel, topic, name, partition).await?;
-    }
     Ok(())
+}
+
+/// Creates the queue of one partition, unless it is there, and binds it.
+pub(crate) async fn declare_queue(
+    operation: &'static str,
+    link: &Link,
+    channel: &mut Channel,
+    group: &Group,
+    place: &TopicPartition,
+) -> Result<()> {
+    let (topic, partition) = (&place.topic, place.partition);
+    let name = names::group_queue(topic, group, partition);
+    declare(operation, link, channel, &name)
+        .await
+        .map_err(|error| error.with("topic", topic).with("queue", &name))?;
+    bind(operation, channel, topic, name, partition).await
 }
 
 /// Creates a queue, unless it is there as a group can have it. The server names one difference at a time, so

@@ -61,7 +61,8 @@ pub struct RabbitMqIngressBuilder {
 
 impl RabbitMqIngressBuilder {
     /// Takes the key of each message from a field of its JSON body, such as `order_id` or
-    /// `data.order_id`. A message without it is moved without a key, and counted.
+    /// `data.order_id`, and where it is not there from the header `eb-key`. A message without either is
+    /// moved without a key, and counted.
     pub fn key(mut self, field: impl Into<String>) -> Self {
         self.queue = self.queue.with_key(field);
         self
@@ -117,14 +118,13 @@ impl RabbitMqIngressBuilder {
         } = self;
         let shared = broker.shared();
         let closing = shared.closing(INGRESS)?;
-        let partitions = shared.topics.ensure(INGRESS, &topic).await?;
         let (stop, stopping) = watch::channel(false);
         let status = Arc::<Status>::default();
         let mover = Mover {
             config: shared.config.clone(),
             queue,
             topic,
-            partitions,
+            topics: Arc::clone(&shared.topics),
             groups,
             status: Arc::clone(&status),
         };

@@ -526,9 +526,8 @@ impl Slot {
     fn take(&mut self, delivery: lapin::message::Delivery, position: u64, is_log: bool) {
         let mut read = properties::read(&self.place.topic, delivery, is_log);
         let adopted = self.source.as_ref().and_then(|it| it.adopted.as_ref());
-        if let Some(queue) = adopted {
-            let key = || queue.key_of(&read.message.payload);
-            read.message.key = read.message.key.take().or_else(key);
+        if let Some(key) = adopted.and_then(|queue| queue.key_of(&read.message.payload)) {
+            read.message.key = Some(key);
         }
         // A queue of another kind than ours may not count.
         let handed_out = match (adopted, read.returned) {

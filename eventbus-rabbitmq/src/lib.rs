@@ -29,6 +29,7 @@ mod ingress;
 mod lanes;
 mod link;
 mod names;
+mod opening;
 mod properties;
 mod publisher;
 mod reader;

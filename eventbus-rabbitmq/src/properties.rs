@@ -119,25 +119,26 @@ pub(crate) fn to_keep(came: &BasicProperties) -> BasicProperties {
     let mut kept = BasicProperties::default()
         .with_delivery_mode(PERSISTENT)
         .with_headers(table);
-    type Set = fn(BasicProperties, ShortString) -> BasicProperties;
-    let texts: [(&Option<ShortString>, Set); 8] = [
-        (came.content_type(), BasicProperties::with_content_type),
-        (
-            came.content_encoding(),
-            BasicProperties::with_content_encoding,
-        ),
-        (came.correlation_id(), BasicProperties::with_correlation_id),
-        (came.reply_to(), BasicProperties::with_reply_to),
-        (came.message_id(), BasicProperties::with_message_id),
-        (came.kind(), BasicProperties::with_type),
-        (came.app_id(), BasicProperties::with_app_id),
-        (came.cluster_id(), BasicProperties::with_cluster_id),
-    ];
-    for (text, set) in texts {
-        if let Some(text) = text {
-            kept = set(kept, text.clone());
-        }
-    }
+    kept = with(
+        kept,
+        came.content_type(),
+        BasicProperties::with_content_type,
+    );
+    kept = with(
+        kept,
+        came.content_encoding(),
+        BasicProperties::with_content_encoding,
+    );
+    kept = with(
+        kept,
+        came.correlation_id(),
+        BasicProperties::with_correlation_id,
+    );
+    kept = with(kept, came.reply_to(), BasicProperties::with_reply_to);
+    kept = with(kept, came.message_id(), BasicProperties::with_message_id);
+    kept = with(kept, came.kind(), BasicProperties::with_type);
+    kept = with(kept, came.app_id(), BasicProperties::with_app_id);
+    kept = with(kept, came.cluster_id(), BasicProperties::with_cluster_id);
     if let Some(timestamp) = came.timestamp() {
         kept = kept.with_timestamp(*timestamp);
     }
@@ -145,6 +146,18 @@ pub(crate) fn to_keep(came: &BasicProperties) -> BasicProperties {
         kept = kept.with_priority(*priority);
     }
     kept
+}
+
+/// Sets a property that is there.
+fn with(
+    kept: BasicProperties,
+    text: &Option<ShortString>,
+    set: impl Fn(BasicProperties, ShortString) -> BasicProperties,
+) -> BasicProperties {
+    match text {
+        Some(text) => set(kept, text.clone()),
+        None => kept,
+    }
 }
 
 fn long(bytes: &[u8]) -> AMQPValue {

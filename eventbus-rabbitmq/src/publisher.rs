@@ -259,6 +259,13 @@ struct OnItsWay {
     routed: Routed,
 }
 
+/// What is to be sent again.
+enum Again {
+    Together(Vec<OnItsWay>),
+    /// One by one, since one among them closes the channel.
+    Alone(Vec<OnItsWay>),
+}
+
 /// Who waits for a request, and what of it failed.
 struct Asking {
     answer: oneshot::Sender<Vec<Unpublished>>,
@@ -343,64 +350,71 @@ impl Worker {
                     continue;
                 }
             };
-            let frame = open.link.frame_bytes_max();
-            let mut sound = Vec::with_capacity(window.len());
-            for it in window {
-                match properties::fits(&it.routed.message, frame) {
-                    Ok(()) => sound.push(it),
-                    Err(error) => it.fail(asking, Outcome::NotTaken, error),
-                }
-            }
+            let sound = fitting(window, open.link.frame_bytes_max(), asking);
             was_sent = true;
-            let count = sound.len();
             let routed: Vec<_> = sound.iter().map(|it| &it.routed).collect();
             let came = publish_all(&open.channel, &routed).await;
             let blocked = open.link.blocked();
-            let mut again = Vec::new();
-            let mut is_used_up = false;
-            let mut is_one_by_one = false;
-            for (it, came) in sound.into_iter().zip(came) {
-                match came {
-                    Came::Taken => {}
-                    Came::Failed(outcome, error) => {
-                        // Nobody is bound, or not to this partition: the topic may be another by now.
-                        self.topics.forget(it.routed.message.topic.as_str());
-                        it.fail(asking, outcome, error);
-                    }
-                    Came::Silent => {
-                        is_used_up = true;
-                        it.fail(asking, Outcome::Unknown, silent(blocked.as_deref()));
-                    }
-                    Came::Lost(error) => {
-                        is_used_up = true;
-                        match self.judge(&it.routed.message, &error) {
-                            // Which of them the server would not have, it does not say.
-                            Some(_) if count > 1 && missing_exchange(&error).is_none() => {
-                                is_one_by_one = true;
-                                again.push(it);
-                            }
-                            Some((outcome, error)) => it.fail(asking, outcome, error),
-                            None => again.push(it),
-                        }
-                    }
+            let again = self.hear(sound, came, blocked.as_deref(), asking);
+            window = match again {
+                Again::Together(again) => again,
+                Again::Alone(again) => {
+                    alone.extend(again);
+                    Vec::new()
                 }
-            }
-            if is_used_up {
-                self.channel = None;
-            }
-            if !again.is_empty() {
-                tracing::debug!(
-                    messages = again.len(),
-                    "messages are published again: whether the server took them is unknown"
-                );
-            }
-            if is_one_by_one {
-                alone.extend(again.drain(..));
-            }
-            window = again;
+            };
             if window.is_empty() {
                 window.extend(alone.pop_front());
             }
+        }
+    }
+
+    /// Notes what became of messages. Answers which are to be sent again.
+    fn hear(
+        &mut self,
+        sent: Vec<OnItsWay>,
+        came: Vec<Came>,
+        blocked: Option<&str>,
+        asking: &mut [Asking],
+    ) -> Again {
+        let count = sent.len();
+        let mut again = Vec::new();
+        let mut is_one_by_one = false;
+        for (it, came) in sent.into_iter().zip(came) {
+            match came {
+                Came::Taken => {}
+                Came::Failed(outcome, error) => {
+                    // Nobody is bound, or not to this partition: the topic may be another by now.
+                    self.topics.forget(it.routed.message.topic.as_str());
+                    it.fail(asking, outcome, error);
+                }
+                Came::Silent => {
+                    self.channel = None;
+                    it.fail(asking, Outcome::Unknown, silent(blocked));
+                }
+                Came::Lost(error) => {
+                    self.channel = None;
+                    match self.judge(&it.routed.message, &error) {
+                        // Which of them the server would not have, it does not say.
+                        Some(_) if count > 1 && missing_exchange(&error).is_none() => {
+                            is_one_by_one = true;
+                            again.push(it);
+                        }
+                        Some((outcome, error)) => it.fail(asking, outcome, error),
+                        None => again.push(it),
+                    }
+                }
+            }
+        }
+        if !again.is_empty() {
+            tracing::debug!(
+                messages = again.len(),
+                "messages are published again: whether the server took them is unknown"
+            );
+        }
+        match is_one_by_one {
+            true => Again::Alone(again),
+            false => Again::Together(again),
         }
     }
 
@@ -470,6 +484,18 @@ fn fail(asking: &mut [Asking], failed: Vec<OnItsWay>, outcome: Outcome, error: i
     for it in failed {
         it.fail(asking, outcome, error());
     }
+}
+
+/// Messages whose properties fit a frame of the server, which ends the connection for others.
+fn fitting(window: Vec<OnItsWay>, frame: usize, asking: &mut [Asking]) -> Vec<OnItsWay> {
+    let mut sound = Vec::with_capacity(window.len());
+    for it in window {
+        match properties::fits(&it.routed.message, frame) {
+            Ok(()) => sound.push(it),
+            Err(error) => it.fail(asking, Outcome::NotTaken, error),
+        }
+    }
+    sound
 }
 
 /// As many messages as may be under way at once.

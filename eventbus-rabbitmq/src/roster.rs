@@ -93,9 +93,9 @@ impl Announcement {
             }
         }
         (read.member, read.joined) = (member?, joined?);
-        let counts = read.topics.iter().map(|(_, count)| *count);
-        let is_fit = counts.clone().all(|count| count <= PARTITIONS_MAX)
-            && counts.sum::<u32>() <= PLACES_MAX
+        let counts = read.topics.iter().map(|(_, count)| u64::from(*count));
+        let is_fit = counts.clone().all(|count| count <= PARTITIONS_MAX.into())
+            && counts.sum::<u64>() <= PLACES_MAX.into()
             && read.keeps.len() <= PLACES_MAX as usize;
         is_fit.then_some(read)
     }

@@ -4,67 +4,102 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use eventbus_core::{Group, Result};
+use eventbus_core::{Group, Result, Topic};
 use lapin::options::{
     BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ExchangeDeclareOptions,
     QueueBindOptions, QueueDeclareOptions,
 };
-use lapin::types::{FieldTable, ShortString};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer, ExchangeKind};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::config::RabbitMqConfig;
-use crate::groups::declare_group;
+use crate::groups::declare_present;
 use crate::lanes::Source;
 use crate::link::{Link, SharedLink, within};
 use crate::names;
 use crate::roster::Announcement;
 use crate::subscriber::Reading;
-use crate::topics::consumers;
+use crate::topics::Topics;
 
 const SUBSCRIBE: &str = "subscribe";
+
+/// Most messages of a queue that lasts as long as its connection.
+const OWN_LENGTH: i32 = 100_000;
 
 /// One connection of a member.
 #[derive(Debug)]
 pub(crate) struct Session {
-    pub(crate) link: Link,
-    /// What the other members say.
+    pub(crate) link: Arc<Link>,
+    /// What the other members say, and the queue that it comes through.
     pub(crate) news: Consumer,
-    /// Asks about queues; made anew when a question has closed it.
-    asking: Channel,
+    hears: ShortString,
+    /// Its topics, with the partitions that they have now.
+    pub(crate) topics: Vec<(Topic, u32)>,
 }
 
 impl Session {
     /// Connects, creates what the group needs, and begins to hear the other members.
-    pub(crate) async fn open(config: &RabbitMqConfig, reading: &Reading) -> Result<Self> {
+    pub(crate) async fn open(
+        config: &RabbitMqConfig,
+        known: &Topics,
+        reading: &Reading,
+    ) -> Result<Self> {
         let group = &reading.group;
         let link = Link::connect(config, &format!("consumer {group}")).await?;
         for queue in reading.queues.values() {
             queue.adopt(SUBSCRIBE, &link, group.as_str()).await?;
         }
-        for (topic, partitions) in &reading.topics {
-            declare_group(SUBSCRIBE, &link, group, topic, *partitions).await?;
+        let mut topics = reading.topics.clone();
+        for (topic, partitions) in &mut topics {
+            *partitions = known.count_again(SUBSCRIBE, topic, *partitions).await?;
+            declare_present(SUBSCRIBE, &link, group, topic, *partitions).await?;
         }
         let hearing = link.channel(SUBSCRIBE).await?;
-        let news = hear_members(&hearing, group).await?;
-        let asking = link.channel(SUBSCRIBE).await?;
-        Ok(Self { link, news, asking })
+        let (hears, news) = hear_members(&hearing, group).await?;
+        Ok(Self {
+            link: Arc::new(link),
+            news,
+            hears,
+            topics,
+        })
     }
 
-    /// How many consumers a queue has that are handed its messages; none where the queue is gone.
-    pub(crate) async fn consumers(&mut self, queue: ShortString) -> Result<Option<u32>> {
-        if !self.asking.status().connected() {
-            self.asking = self.link.channel(SUBSCRIBE).await?;
+    /// What looks whether all of it is still there; see [`check`].
+    pub(crate) fn check(
+        &self,
+        known: &Arc<Topics>,
+        group: &Group,
+    ) -> impl Future<Output = Result<bool>> + Send + use<> {
+        let (link, known, group) = (Arc::clone(&self.link), Arc::clone(known), group.clone());
+        let (hears, topics) = (self.hears.clone(), self.topics.clone());
+        async move { check(&link, &known, &group, hears, topics).await }
+    }
+}
+
+/// Binds anew what somebody has unbound, by deleting an exchange and creating it anew: a group would get
+/// nothing any more, and no member hear of another. Answers whether the topics have as many partitions as
+/// before.
+async fn check(
+    link: &Link,
+    known: &Topics,
+    group: &Group,
+    hears: ShortString,
+    topics: Vec<(Topic, u32)>,
+) -> Result<bool> {
+    for (topic, partitions) in topics {
+        if known.count_again(SUBSCRIBE, &topic, partitions).await? != partitions {
+            return Ok(false);
         }
-        consumers(SUBSCRIBE, &self.asking, queue).await
+        declare_present(SUBSCRIBE, link, group, &topic, partitions).await?;
     }
-
-    /// Begins to consume a queue of the group.
-    pub(crate) async fn consume(&self, queue: ShortString, prefetch: u16) -> Result<Source> {
-        consume(&self.link, queue, prefetch, FieldTable::default()).await
-    }
+    let channel = link.channel(SUBSCRIBE).await?;
+    let exchange = names::members_exchange(group);
+    declare_members(&channel, exchange.clone()).await?;
+    bind_own(SUBSCRIBE, &channel, hears, exchange, "".into()).await?;
+    Ok(true)
 }
 
 /// Begins to consume a queue through a channel of its own.
@@ -83,32 +118,45 @@ pub(crate) async fn consume(
     Ok(Source::new(channel, consumer, queue))
 }
 
-/// A queue that gets what an exchange routes by this key, and lasts as long as the connection.
+/// A queue that gets what an exchange routes by this key, and lasts as long as the connection. When it is full
+/// it drops what is oldest: whoever does not read must not fill the server.
 pub(crate) async fn own_queue(
     operation: &'static str,
     channel: &Channel,
     exchange: ShortString,
     routing_key: ShortString,
 ) -> Result<ShortString> {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(OWN_LENGTH));
     let options = QueueDeclareOptions {
         exclusive: true,
         auto_delete: true,
         ..QueueDeclareOptions::default()
     };
-    let queue = channel.queue_declare("".into(), options, FieldTable::default());
+    let queue = channel.queue_declare("".into(), options, arguments);
     let queue = within(operation, queue).await?.name().clone();
+    bind_own(operation, channel, queue.clone(), exchange, routing_key).await?;
+    Ok(queue)
+}
+
+async fn bind_own(
+    operation: &'static str,
+    channel: &Channel,
+    queue: ShortString,
+    exchange: ShortString,
+    routing_key: ShortString,
+) -> Result<()> {
     let bound = channel.queue_bind(
-        queue.clone(),
+        queue,
         exchange,
         routing_key,
         QueueBindOptions::default(),
         FieldTable::default(),
     );
-    within(operation, bound).await?;
-    Ok(queue)
+    within(operation, bound).await
 }
 
-async fn hear_members(channel: &Channel, group: &Group) -> Result<Consumer> {
+async fn hear_members(channel: &Channel, group: &Group) -> Result<(ShortString, Consumer)> {
     let exchange = names::members_exchange(group);
     declare_members(channel, exchange.clone()).await?;
     let queue = own_queue(SUBSCRIBE, channel, exchange, "".into()).await?;
@@ -116,8 +164,8 @@ async fn hear_members(channel: &Channel, group: &Group) -> Result<Consumer> {
         no_ack: true,
         ..BasicConsumeOptions::default()
     };
-    let news = channel.basic_consume(queue, "".into(), options, FieldTable::default());
-    within(SUBSCRIBE, news).await
+    let news = channel.basic_consume(queue.clone(), "".into(), options, FieldTable::default());
+    Ok((queue, within(SUBSCRIBE, news).await?))
 }
 
 async fn declare_members(channel: &Channel, exchange: ShortString) -> Result<()> {

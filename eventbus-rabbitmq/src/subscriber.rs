@@ -5,21 +5,23 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use eventbus_core::{Error, ErrorKind, Group, Lane, Limits, Result, Topic, TopicPartition};
+use eventbus_core::{Error, ErrorKind, Group, Lane, Limits, Result, Retry, Topic, TopicPartition};
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use tokio::sync::{Notify, oneshot};
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
 use crate::adopted::RabbitMqQueue;
 use crate::config::RabbitMqConfig;
 use crate::deliveries::{Ends, Member, Order, is_ending};
-use crate::groups::declare_group;
 use crate::lanes::{Lanes, Source};
 use crate::link::{RECONNECT, SharedLink};
 use crate::names;
+use crate::opening::{Opened, Opening};
 use crate::roster::{Announcement, BEAT, Heard, Roster};
 use crate::session::{Announcer, Session};
+use crate::topics::{Topics, consumers};
 
 /// How long who joins waits to be told who is there, where queues have consumers.
 const INTRODUCTION: Duration = Duration::from_millis(1500);
@@ -30,22 +32,38 @@ const LOOK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_mil
 
 const SUBSCRIBE: &str = "subscribe";
 
+/// A connection that lasted for so long was good for something.
+const LASTING: Duration = Duration::from_secs(10);
+
 /// What a member reads, and how much of it at once.
+#[derive(Clone)]
 pub(crate) struct Reading {
     pub(crate) group: Group,
     pub(crate) topics: Vec<(Topic, u32)>,
     /// Topics that are queues of somebody else, which all members read at the same time.
     pub(crate) queues: BTreeMap<Topic, RabbitMqQueue>,
     pub(crate) limits: Limits,
+    /// How many messages may be sent ahead for one place.
+    pub(crate) prefetch: u16,
+}
+
+impl Reading {
+    /// Whether there is such a partition, as far as this member knows.
+    pub(crate) fn has(&self, place: &TopicPartition) -> bool {
+        let mut topics = self.topics.iter();
+        topics.any(|(topic, count)| *topic == place.topic && place.partition < *count)
+    }
 }
 
 /// Joins a group; its task begins at once.
 pub(crate) async fn join(
     config: &RabbitMqConfig,
     publishing: &Arc<SharedLink>,
-    reading: Reading,
+    known: &Arc<Topics>,
+    mut reading: Reading,
 ) -> Result<Arc<Member>> {
-    let session = Session::open(config, &reading).await?;
+    let session = Session::open(config, known, &reading).await?;
+    reading.topics.clone_from(&session.topics);
     let attention = Arc::<Notify>::default();
     let lanes = Lanes::of_member(reading.limits, Arc::clone(&attention));
     let (member, ends) = Member::new(lanes, attention, true);
@@ -62,12 +80,16 @@ pub(crate) async fn join(
     let task = Task {
         member: Arc::clone(&member),
         config: config.clone(),
-        reading,
+        known: Arc::clone(known),
+        reading: Arc::new(reading),
         roster: Roster::default(),
         me,
         announcer,
+        opening: Opening::default(),
         revoking: Vec::new(),
         due: Due::now(),
+        pause: RECONNECT.0,
+        checking: JoinSet::new(),
     };
     tokio::spawn(task.run(session, ends));
     Ok(member)
@@ -76,14 +98,21 @@ pub(crate) async fn join(
 struct Task {
     member: Arc<Member>,
     config: RabbitMqConfig,
-    reading: Reading,
+    known: Arc<Topics>,
+    reading: Arc<Reading>,
     roster: Roster,
     /// What it says of itself; what it keeps is what it wants.
     me: Announcement,
     announcer: Announcer,
+    /// What it wants, is free, and is not open yet.
+    opening: Opening,
     /// Lanes whose owner was told to release them, and how long it has for that.
     revoking: Vec<(Lane, Instant)>,
     due: Due,
+    /// How long it waits before it connects again: longer while sessions come to nothing.
+    pause: Duration,
+    /// Looks whether all that was made on the server is still there.
+    checking: JoinSet<Result<bool>>,
 }
 
 /// When what is to be done.
@@ -94,6 +123,8 @@ struct Due {
     /// To look whether what it wants is free.
     look: Option<Instant>,
     pause: Duration,
+    /// To look whether all that was made on the server is still there.
+    check: Option<Instant>,
 }
 
 impl Due {
@@ -104,6 +135,7 @@ impl Due {
             plan: Some(now + INTRODUCTION),
             look: None,
             pause: LOOK.0,
+            check: None,
         }
     }
 
@@ -118,8 +150,14 @@ impl Due {
     }
 
     fn look_later(&mut self) {
-        self.look = Some(Instant::now() + self.pause);
-        self.pause = (self.pause * 2).min(LOOK.1);
+        if self.look.is_none() {
+            self.look = Some(Instant::now() + self.pause);
+            self.pause = (self.pause * 2).min(LOOK.1);
+        }
+    }
+
+    fn look_at(&mut self, at: Option<Instant>) {
+        self.look = self.look.into_iter().chain(at).min();
     }
 }
 
@@ -133,7 +171,11 @@ impl Task {
     async fn run(mut self, session: Session, mut ends: Ends) {
         let mut session = Some(session);
         while let Some(mut current) = session.take() {
-            match self.serve(&mut current, &mut ends).await {
+            let begun = Instant::now();
+            let over = self.serve(&mut current, &mut ends).await;
+            self.opening.give_up().await;
+            self.checking.shutdown().await;
+            match over {
                 Ok(()) | Err(Over::Ended) => {
                     let lanes = self.member.lanes().all();
                     let sources = self.member.lanes().close(&lanes);
@@ -142,7 +184,12 @@ impl Task {
                     drop(sources);
                 }
                 Err(Over::Lost(error)) => {
+                    if begun.elapsed() > LASTING {
+                        self.pause = RECONNECT.0;
+                    }
                     self.lose_all(error);
+                    current.link.close().await;
+                    drop(current);
                     session = self.connect_again(&ends).await;
                 }
             }
@@ -172,9 +219,13 @@ impl Task {
 
     /// Connects again; none when it is to end.
     async fn connect_again(&mut self, ends: &Ends) -> Option<Session> {
-        let mut pause = RECONNECT.0;
         loop {
-            let opened = Session::open(&self.config, &self.reading);
+            tokio::select! {
+                () = tokio::time::sleep(self.pause) => {}
+                () = is_ending(ends.ending.clone()) => return None,
+            }
+            self.pause = (self.pause * 2).min(RECONNECT.1);
+            let opened = Session::open(&self.config, &self.known, &self.reading);
             let opened = tokio::select! {
                 opened = opened => opened,
                 () = is_ending(ends.ending.clone()) => return None,
@@ -182,6 +233,10 @@ impl Task {
             let error = match opened {
                 Ok(session) => {
                     self.due = Due::now();
+                    let mut reading = Reading::clone(&self.reading);
+                    reading.topics.clone_from(&session.topics);
+                    self.me.topics.clone_from(&session.topics);
+                    self.reading = Arc::new(reading);
                     tracing::info!(
                         group = self.reading.group.as_str(),
                         "a consumer is connected again"
@@ -198,17 +253,13 @@ impl Task {
                 is_ending(ends.ending.clone()).await;
                 return None;
             }
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = is_ending(ends.ending.clone()) => return None,
-            }
-            pause = (pause * 2).min(RECONNECT.1);
         }
     }
 
     async fn serve(&mut self, session: &mut Session, ends: &mut Ends) -> Result<(), Over> {
         self.announcer.say(self.me.clone());
         self.begin(session).await?;
+        self.due.check = Some(Instant::now() + self.config.check());
         loop {
             let due = self.next_due();
             // What was said is heard before anybody is forgotten for saying nothing: after a pause of
@@ -223,6 +274,8 @@ impl Task {
                     None => return Err(gone()),
                 },
                 () = self.member.attention.notified() => self.attend(),
+                (place, opened) = self.opening.next() => self.take(place, opened).await,
+                Some(checked) = self.checking.join_next() => self.hear_check(checked)?,
                 () = tokio::time::sleep_until(due) => {
                     if self.roster.forget(Instant::now()) {
                         self.due.plan_within(Duration::ZERO);
@@ -234,13 +287,20 @@ impl Task {
     }
 
     /// Where no queue has a consumer, nobody has anything, and there is nobody to wait for.
-    async fn begin(&mut self, session: &mut Session) -> Result<(), Over> {
+    async fn begin(&mut self, session: &Session) -> Result<(), Over> {
+        let asking = session.link.channel(SUBSCRIBE).await;
+        let mut asking = asking.map_err(Over::Lost)?;
         for (topic, partitions) in &self.reading.topics {
             for partition in 0..*partitions {
                 let queue = names::group_queue(topic, &self.reading.group, partition);
-                let consumers = session.consumers(queue).await.map_err(Over::Lost)?;
-                if consumers.is_some_and(|consumers| consumers > 0) {
-                    return Ok(());
+                match consumers(SUBSCRIBE, &asking, queue).await {
+                    Ok(Some(0)) => {}
+                    Ok(None) => {
+                        let again = session.link.channel(SUBSCRIBE).await;
+                        asking = again.map_err(Over::Lost)?;
+                    }
+                    // Somebody has it, or nobody can say: it waits for others to speak.
+                    Ok(Some(_)) | Err(_) => return Ok(()),
                 }
             }
         }
@@ -250,7 +310,12 @@ impl Task {
 
     fn next_due(&self) -> Instant {
         let revoked = self.revoking.iter().map(|(_, until)| *until);
-        let others = [self.due.plan, self.due.look, self.roster.forgets_at()];
+        let others = [
+            self.due.plan,
+            self.due.look,
+            self.due.check,
+            self.roster.forgets_at(),
+        ];
         let all = others.into_iter().flatten().chain(revoked);
         all.fold(self.due.beat, Instant::min)
     }
@@ -301,9 +366,36 @@ impl Task {
         self.take_overdue(now).await;
         if self.due.look.is_some_and(|at| at <= now) {
             self.due.look = None;
-            self.open_what_is_free(session).await.map_err(Over::Lost)?;
+            self.open_what_is_free(session);
+        }
+        if self.due.check.is_some_and(|at| at <= now) {
+            self.due.check = None;
+            let check = session.check(&self.known, &self.reading.group);
+            self.checking.spawn(check);
         }
         Ok(())
+    }
+
+    /// What came of looking whether all is still there. Topics with other partitions than before begin
+    /// anew with a connection.
+    fn hear_check(&mut self, checked: Result<Result<bool>, JoinError>) -> Result<(), Over> {
+        self.due.check = Some(Instant::now() + self.config.check());
+        match checked {
+            Ok(Ok(true)) => Ok(()),
+            Ok(Ok(false)) => Err(Over::Lost(Error::new(
+                ErrorKind::Unavailable,
+                "read",
+                "a topic was created anew with another number of partitions",
+            ))),
+            Ok(Err(error)) => {
+                tracing::error!(%error, group = self.reading.group.as_str(), "what a consumer needs is not as it was made");
+                self.member.lanes().fail(error.with_retry(Retry::Later));
+                self.member.wake();
+                Ok(())
+            }
+            // It has said why it panicked.
+            Err(_) => Ok(()),
+        }
     }
 
     /// Shares out anew: what is another's from now on is revoked, what is its own is looked at.
@@ -362,84 +454,46 @@ impl Task {
         self.due.look_now();
     }
 
-    /// Opens the lanes that it is to have and that nobody else is handed messages of.
-    async fn open_what_is_free(&mut self, session: &mut Session) -> Result<()> {
-        let open: BTreeSet<_> = {
-            let places = self.member.lanes().places();
-            places.into_iter().map(|(place, _)| place).collect()
-        };
-        let wanted: Vec<_> = self.me.keeps.difference(&open).cloned().collect();
-        let mut opened = Vec::new();
-        let mut is_waiting = false;
-        for place in wanted {
-            match self.open_if_free(session, &place).await? {
-                Some(source) => opened.push((place, Some(source))),
-                None => is_waiting = true,
+    /// Asks for the places that it is to have and does not have yet.
+    fn open_what_is_free(&mut self, session: &Session) {
+        let places = self.member.lanes().places();
+        let open: BTreeSet<_> = places.iter().map(|(place, _)| place).collect();
+        self.opening.retain(|place| self.me.keeps.contains(place));
+        for place in &self.me.keeps {
+            if !open.contains(place) {
+                self.opening
+                    .ask(&session.link, &self.reading, place.clone());
             }
-        }
-        if !opened.is_empty() {
-            self.member.lanes().open(opened);
-            self.member.wake();
         }
         // Of what is still to be released, too, it may have some again.
-        is_waiting |= self.me.keeps.iter().any(|place| {
-            let places = self.member.lanes().places();
-            places.iter().any(|(it, revoking)| it == place && *revoking)
-        });
-        if is_waiting {
+        let keeps = &self.me.keeps;
+        if places
+            .iter()
+            .any(|(it, revoking)| *revoking && keeps.contains(it))
+        {
             self.due.look_later();
         }
-        Ok(())
+        self.due.look_at(self.opening.again_at());
     }
 
-    async fn open_if_free(
-        &self,
-        session: &mut Session,
-        place: &TopicPartition,
-    ) -> Result<Option<Source>> {
-        if let Some(queue) = self.reading.queues.get(&place.topic) {
-            return self.open_adopted(session, queue).await;
-        }
-        let group = &self.reading.group;
-        let queue = names::group_queue(&place.topic, group, place.partition);
-        match session.consumers(queue.clone()).await? {
-            Some(0) => {}
-            Some(_) => return Ok(None),
-            None => {
-                tracing::error!(
-                    queue = queue.as_str(),
-                    "a queue was deleted, and what was in it is gone: it is created anew"
-                );
-                let count = self
-                    .reading
-                    .topics
-                    .iter()
-                    .find(|(topic, _)| *topic == place.topic);
-                let count = count.map_or(0, |(_, count)| *count);
-                declare_group(SUBSCRIBE, &session.link, group, &place.topic, count).await?;
+    /// Takes what was opened, unless it is another's by now.
+    async fn take(&mut self, place: TopicPartition, opened: Opened) {
+        match opened {
+            Opened::Open(source) if self.me.keeps.contains(&place) => {
+                self.pause = RECONNECT.0;
+                self.member.lanes().open(vec![(place, Some(*source))]);
+                self.member.wake();
             }
+            Opened::Open(source) => self.give_away(vec![*source]).await,
+            Opened::Taken => self.due.look_later(),
+            Opened::Failed(error) => {
+                tracing::error!(%error, %place, group = self.reading.group.as_str(), "a partition cannot be read");
+                self.member.lanes().fail(error);
+                self.member.wake();
+                self.due.look_at(self.opening.again_at());
+            }
+            Opened::StillFailing => self.due.look_at(self.opening.again_at()),
         }
-        let prefetch = self.config.prefetch_within(&self.reading.limits);
-        Ok(Some(session.consume(queue, prefetch).await?))
-    }
-}
-
-impl Task {
-    /// Begins to read a queue of somebody else, beside whoever reads it, too.
-    async fn open_adopted(
-        &self,
-        session: &mut Session,
-        queue: &RabbitMqQueue,
-    ) -> Result<Option<Source>> {
-        let name = queue.short_name(SUBSCRIBE)?;
-        if session.consumers(name.clone()).await?.is_none() {
-            self.member.lanes().fail(queue.missing(SUBSCRIBE));
-            self.member.wake();
-            return Ok(None);
-        }
-        let prefetch = self.config.prefetch_within(&self.reading.limits);
-        let source = session.consume(name, prefetch).await?;
-        Ok(Some(source.adopted(queue.clone())))
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use eventbus_core::{Error, ErrorKind, Result, Retry, Topic, TopicReport, TopicSpec};
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
@@ -24,14 +24,25 @@ use crate::names;
 pub(crate) struct Topics {
     link: Arc<SharedLink>,
     /// Partitions of topics that are known to be there.
-    known: Mutex<HashMap<Topic, u32>>,
+    known: Mutex<HashMap<Topic, Known>>,
     /// Held while a topic is looked for, so that many who publish to it ask once.
     looking: tokio::sync::Mutex<()>,
     /// Whether what is missing is created.
     create: bool,
     /// Partitions of what is created without a declaration.
     partitions: u32,
+    /// How often it is looked whether a topic is still as it was.
+    check: Duration,
 }
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    partitions: u32,
+    /// When somebody looked.
+    looked: Instant,
+}
+
+const CHECK: &str = "check topic";
 
 /// How a queue is set up on the server.
 pub(crate) const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
@@ -56,17 +67,31 @@ impl Topics {
             looking: tokio::sync::Mutex::default(),
             create: config.create_topics,
             partitions: config.partitions,
+            check: config.check(),
         }
     }
 
-    pub(crate) fn known(&self, topic: &Topic) -> Option<u32> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(topic).copied()
+    /// What is known of a topic. Now and then it is looked, beside whoever asks, whether it is so still.
+    fn known(self: &Arc<Self>, topic: &Topic) -> Option<u32> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = known.get_mut(topic)?;
+        let partitions = found.partitions;
+        if found.looked.elapsed() >= self.check {
+            found.looked = Instant::now();
+            let (topics, topic) = (Arc::clone(self), topic.clone());
+            drop(tokio::spawn(async move {
+                if let Err(error) = topics.count_again(CHECK, &topic, partitions).await {
+                    tracing::debug!(%error, "whether a topic is as it was is looked for later");
+                }
+            }));
+        }
+        Some(partitions)
     }
 
     fn note(&self, topic: &Topic, partitions: u32) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert(topic.clone(), partitions);
+        let looked = Instant::now();
+        known.insert(topic.clone(), Known { partitions, looked });
     }
 
     /// Looks for the topic anew when it is needed next: it may have been deleted.
@@ -76,7 +101,11 @@ impl Topics {
     }
 
     /// Partitions of a topic, which is created where it is missing and that is wished.
-    pub(crate) async fn ensure(&self, operation: &'static str, topic: &Topic) -> Result<u32> {
+    pub(crate) async fn ensure(
+        self: &Arc<Self>,
+        operation: &'static str,
+        topic: &Topic,
+    ) -> Result<u32> {
         if let Some(partitions) = self.known(topic) {
             return Ok(partitions);
         }
@@ -108,6 +137,36 @@ impl Topics {
     pub(crate) async fn partitions(&self, operation: &'static str, topic: &Topic) -> Result<u32> {
         let found = self.find(operation, topic).await?;
         found.ok_or_else(|| missing(operation, topic))
+    }
+
+    /// Partitions of a topic of which so many are known, as the server says now: somebody may have deleted
+    /// it and created it anew. What is not there is not created by that.
+    pub(crate) async fn count_again(
+        &self,
+        operation: &'static str,
+        topic: &Topic,
+        known: u32,
+    ) -> Result<u32> {
+        let channel = self.link.channel(operation).await?;
+        let name = names::partitions_queue(topic);
+        let asked = channel.queue_declare(name, PASSIVE, FieldTable::default());
+        match natively(operation, asked).await? {
+            Err(error) if is_missing(&error) => return Ok(known),
+            asked => drop(asked.map_err(|error| explain(operation, topic, error))?),
+        }
+        // At most 1,024.
+        let found = self.declare_count(operation, topic, known as i32).await?;
+        let found = found.unwrap_or(known);
+        if found != known {
+            tracing::error!(
+                topic = topic.as_str(),
+                partitions = found,
+                before = known,
+                "a topic was created anew with another number of partitions: keys move between them, and what was published meanwhile may be on partitions that are not there"
+            );
+        }
+        self.note(topic, found);
+        Ok(found)
     }
 
     /// Partitions of a topic, as the server says now; none where there is none.

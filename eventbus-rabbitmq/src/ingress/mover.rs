@@ -28,7 +28,7 @@ use crate::error::{blocked, into_error, is_missing, is_too_large};
 use crate::groups::declare_group;
 use crate::link::{Link, RECONNECT, natively, within};
 use crate::properties;
-use crate::topics::{DURABLE, settle_down, text};
+use crate::topics::{DURABLE, Topics, settle_down, text};
 use crate::{deliveries::is_ending, names};
 
 const MOVE: &str = "move messages";
@@ -39,7 +39,8 @@ pub(super) struct Mover {
     pub(super) config: RabbitMqConfig,
     pub(super) queue: RabbitMqQueue,
     pub(super) topic: Topic,
-    pub(super) partitions: u32,
+    /// How many partitions it has.
+    pub(super) topics: Arc<Topics>,
     pub(super) groups: Vec<Group>,
     pub(super) status: Arc<Status>,
 }
@@ -53,6 +54,8 @@ pub(super) struct Session {
     source: Channel,
     /// Publishes them.
     sink: Channel,
+    /// As many as the topic was found to have.
+    partitions: u32,
 }
 
 /// Why moving ends.
@@ -109,8 +112,9 @@ impl Mover {
     pub(super) async fn open(&self) -> Result<Session> {
         let link = Link::connect(&self.config, &format!("ingress {}", self.queue.name)).await?;
         self.queue.adopt(INGRESS, &link, adopted::INGRESS).await?;
+        let partitions = self.topics.ensure(INGRESS, &self.topic).await?;
         for group in &self.groups {
-            declare_group(INGRESS, &link, group, &self.topic, self.partitions).await?;
+            declare_group(INGRESS, &link, group, &self.topic, partitions).await?;
         }
         let journal = names::journal_queue(INGRESS, &self.queue.name)?;
         let journal = Journal::join(&link, journal).await?;
@@ -121,6 +125,7 @@ impl Mover {
             journal,
             source,
             sink,
+            partitions,
         })
     }
 
@@ -302,14 +307,11 @@ impl Mover {
                 given.push((print, id));
             }
         }
-        let partition = match &message.key {
-            Some(key) => partition_of(key, self.partitions),
-            None => fastrand::u32(..) % self.partitions.max(1),
-        };
         Ok(Moving {
             routed: Routed {
                 index,
-                to: Destination::Partition(partition),
+                // Found when it is sent.
+                to: Destination::Partition(0),
                 message,
                 deadline: Instant::now(),
             },
@@ -331,8 +333,11 @@ impl Mover {
         while !moving.is_empty() {
             if let Some(reason) = session.link.blocked() {
                 self.note_waiting(&blocked(MOVE, &reason));
-                let unblocked = session.link.unblocked();
-                stop.or(async { Ok(unblocked.await) }).await?;
+                let unblocked = async {
+                    session.link.unblocked().await;
+                    Ok(())
+                };
+                stop.or(unblocked).await?;
             }
             let (wave, mut rest) = wave(moving, most);
             let is_one = wave.len() == 1;
@@ -381,8 +386,17 @@ impl Mover {
         session: &mut Session,
         mut wave: Vec<Moving>,
     ) -> Result<(Vec<Moving>, Option<Why>)> {
+        // Where that cannot be found out just now it is as it was.
+        if let Ok(partitions) = self.topics.ensure(MOVE, &self.topic).await {
+            session.partitions = partitions.max(1);
+        }
         let deadline = Instant::now() + self.config.publish_timeout;
         for it in &mut wave {
+            let partition = match &it.routed.message.key {
+                Some(key) => partition_of(key, session.partitions),
+                None => fastrand::u32(..) % session.partitions,
+            };
+            it.routed.to = Destination::Partition(partition);
             it.routed.deadline = deadline;
         }
         let routed: Vec<_> = wave.iter().map(|it| &it.routed).collect();
@@ -398,7 +412,11 @@ impl Mover {
                     status.unkeyed += u64::from(it.routed.message.key.is_none());
                     continue;
                 }
-                Came::Failed(_, error) => why = Some(Why::Failed(error)),
+                Came::Failed(_, error) => {
+                    // Nobody is bound, or not to this partition: the topic may be another by now.
+                    self.topics.forget(self.topic.as_str());
+                    why = Some(Why::Failed(error));
+                }
                 Came::Lost(error) if is_too_large(&error) => {
                     is_used_up = true;
                     why = Some(Why::TooLarge);

@@ -7,10 +7,12 @@ use eventbus_core::{
 };
 use eventbus_testkit::{Probe, text_of, within};
 use lapin::BasicProperties;
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions};
+use lapin::types::{AMQPValue, FieldTable};
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::letters::OrderPlaced;
-use crate::server::{Server, group, topic};
+use crate::server::{Server, create, group, topic};
 use crate::shop::{Kind, Shop, order, tell};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -56,8 +58,12 @@ async fn what_has_no_verdict_stays_in_the_queue() {
     let broker = shop.broker_of(shop.adopted()).await;
     let billing = group("billing");
     let subscription = Subscription::group(billing.clone(), vec![shop.topic()]);
+    // The field is the key, whatever the headers say, as for an ingress.
+    let mut headers = FieldTable::default();
+    headers.insert("eb-key".into(), AMQPValue::LongString("other".into()));
+    let keyed = BasicProperties::default().with_headers(headers);
     for number in 0..4 {
-        shop.order(number).await;
+        shop.publish_with(order(number), keyed.clone()).await;
     }
     within(MINUTE, async {
         let mut probe = Probe::join(&broker, subscription.clone())
@@ -232,6 +238,59 @@ async fn a_queue_that_goes_is_waited_for() {
             }
         };
         probe.settle([&delivery]).await;
+    })
+    .await;
+}
+
+/// A queue that cannot be read keeps a member from nothing else that it reads.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_queue_that_is_held_alone_is_waited_for_beside_everything_else() {
+    let server = Server::new().await;
+    let shop = Shop::new(&server, Kind::Durable).await;
+    let broker = shop.broker_of(shop.adopted()).await;
+    let orders = topic("orders");
+    create(&broker, &orders, 2).await;
+    let alone = BasicConsumeOptions {
+        exclusive: true,
+        ..BasicConsumeOptions::default()
+    };
+    let name = shop.queue.as_str().into();
+    let held = shop
+        .channel
+        .basic_consume(name, "".into(), alone, FieldTable::default());
+    let held = held.await.expect("it consumes");
+    let topics = vec![shop.topic(), orders.clone()];
+    let subscription = Subscription::group(group("billing"), topics);
+    let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
+    within(MINUTE, async {
+        let error = loop {
+            match probe.step().await {
+                Ok(()) => {}
+                Err(error) => break error,
+            }
+        };
+        assert!(error.is_retryable(), "{error}");
+        assert!(error.to_string().contains("exclusive"), "{error}");
+        probe.hold(2).await;
+        // It is tried again and again meanwhile.
+        for number in 0..10 {
+            let message = Message::new(orders.clone(), number.to_string());
+            broker.publish(vec![message]).await.expect("it is taken");
+            let deliveries = probe.collect(1).await;
+            probe.settle(&deliveries).await;
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        assert_eq!(probe.lost(), []);
+        let cancelled = shop
+            .channel
+            .basic_cancel(held.tag(), BasicCancelOptions::default());
+        cancelled.await.expect("it is cancelled");
+        probe.hold(3).await;
+        shop.order(1).await;
+        let deliveries = probe.collect(1).await;
+        probe.settle(&deliveries).await;
+        assert_eq!(probe.lost(), []);
     })
     .await;
 }

@@ -2,13 +2,18 @@
 
 use std::time::Duration;
 
-use eventbus_core::{Message, Publisher, Subscription};
+use eventbus_core::{ErrorKind, Message, Publisher, Subscription};
+use eventbus_rabbitmq::RabbitMqBroker;
 use eventbus_testkit::{Probe, within};
-use lapin::BasicProperties;
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeleteOptions};
+use lapin::options::{
+    BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
+    QueueDeleteOptions,
+};
 use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, ExchangeKind};
 
 use crate::server::{Server, create, group, topic};
+use crate::slow::Slow;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -136,6 +141,159 @@ async fn headers_that_are_called_like_the_servers_skip_nothing() {
             assert_eq!((delivery.position, delivery.handed_out), (None, Some(1)));
         }
         probe.settle(&deliveries).await;
+    })
+    .await;
+}
+
+/// A quorum queue without a leader answers nothing.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_queue_that_does_not_answer_keeps_nobody_from_the_others() {
+    let server = Server::new().await;
+    let broker = server.connect().await.expect("it answers");
+    let (orders, billing) = (topic("orders"), group("billing"));
+    create(&broker, &orders, 2).await;
+    let subscription = Subscription::group(billing.clone(), vec![orders.clone()]);
+    let first = Probe::join(&broker, subscription.clone()).await;
+    first.expect("it joins").close().await;
+    let silent = Slow::named(&server, format!("{orders}:{billing}:0"));
+    silent.stand_still().await;
+    within(MINUTE, async {
+        let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
+        hold(&mut probe, 1).await;
+        assert_eq!(probe.assigned()[0].partition, 1);
+        let key = (0..).map(eventbus_core::Key::display);
+        let mut key = key.filter(|key| eventbus_core::partition_of(key, 2) == 1);
+        let message = Message::new(orders.clone(), "x").with_key(key.next().expect("there is one"));
+        broker.publish(vec![message]).await.expect("it is taken");
+        while probe.waiting() == 0 {
+            step(&mut probe).await;
+        }
+        let deliveries = probe.collect(1).await;
+        probe.settle(&deliveries).await;
+        let error = loop {
+            if let Err(error) = probe.step().await {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        assert!(error.is_retryable(), "{error}");
+        silent.go_on().await;
+        hold(&mut probe, 2).await;
+        assert_eq!(probe.lost(), []);
+    })
+    .await;
+}
+
+/// The next signal, or what passes.
+async fn step(probe: &mut Probe) {
+    if let Err(error) = probe.step().await {
+        assert!(error.is_retryable(), "{error}");
+    }
+}
+
+async fn hold(probe: &mut Probe, count: usize) {
+    while probe.assigned().len() != count {
+        step(probe).await;
+    }
+}
+
+/// A tool may make an exchange anew, which unbinds whatever was bound to it.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_group_that_was_unbound_is_bound_again() {
+    let server = Server::new().await;
+    let config = Server::config().with_heartbeat(Duration::from_secs(1));
+    let broker = RabbitMqBroker::connect(config).await.expect("it answers");
+    let (orders, billing) = (topic("orders"), group("billing"));
+    create(&broker, &orders, 2).await;
+    let subscription = Subscription::group(billing.clone(), vec![orders.clone()]);
+    let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
+    probe.hold(2).await;
+    let raw = server.raw().await;
+    let channel = raw.create_channel().await.expect("there is one");
+    let members = format!("{billing}:members");
+    let kinds = [
+        (orders.as_str(), ExchangeKind::Topic),
+        (&members, ExchangeKind::Fanout),
+    ];
+    for (name, kind) in kinds {
+        let deleted = channel.exchange_delete(name.into(), ExchangeDeleteOptions::default());
+        deleted.await.expect("it is deleted");
+        let durable = ExchangeDeclareOptions {
+            durable: true,
+            ..ExchangeDeclareOptions::default()
+        };
+        let none = FieldTable::default();
+        let declared = channel.exchange_declare(name.into(), kind, durable, none);
+        declared.await.expect("it is created");
+    }
+    within(MINUTE, async {
+        let mut left = vec![Message::new(orders.clone(), "x")];
+        while let Err(error) = broker.publish(left).await {
+            assert!(error.is_retryable(), "{error}");
+            left = error.into_messages();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let deliveries = probe.collect(1).await;
+        probe.settle(&deliveries).await;
+        assert_eq!(probe.lost(), []);
+        // Members hear of each other, too: another one gets its share.
+        let subscription = Subscription::group(billing, vec![orders.clone()]);
+        let mut other = Probe::join(&broker, subscription).await.expect("it joins");
+        tokio::join!(other.hold(1), probe.hold(1));
+    })
+    .await;
+}
+
+/// A topic may get more partitions by being deleted and created anew, under whoever uses it.
+#[tokio::test]
+#[ignore = "needs brokers: ./dev/test"]
+async fn more_partitions_are_seen_by_whoever_runs() {
+    let server = Server::new().await;
+    let config = Server::config().with_heartbeat(Duration::from_secs(1));
+    let broker = RabbitMqBroker::connect(config).await.expect("it answers");
+    let orders = topic("orders");
+    create(&broker, &orders, 1).await;
+    let subscription = Subscription::group(group("billing"), vec![orders.clone()]);
+    let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
+    probe.hold(1).await;
+    let raw = server.raw().await;
+    let channel = raw.create_channel().await.expect("there is one");
+    let name = format!("{orders}:partitions").as_str().into();
+    let deleted = channel.queue_delete(name, QueueDeleteOptions::default());
+    deleted.await.expect("it is deleted");
+    let another = server.connect().await.expect("it answers");
+    create(&another, &orders, 3).await;
+    within(MINUTE, async {
+        // Keys of all three, until each partition has had one.
+        let mut seen = std::collections::BTreeSet::new();
+        let mut number = 0;
+        while seen.len() < 3 {
+            number += 1;
+            let key = eventbus_core::Key::display(number);
+            let mut left = vec![Message::new(orders.clone(), "x").with_key(key)];
+            while let Err(error) = broker.publish(left).await {
+                // Of its new partitions the group has no queues yet.
+                assert!(error.is_retryable(), "{error}");
+                left = error.into_messages();
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            let delivery = loop {
+                if probe.waiting() > 0 {
+                    break probe.collect(1).await.remove(0);
+                }
+                if let Err(error) = probe.step().await {
+                    assert!(error.is_retryable(), "{error}");
+                }
+            };
+            seen.insert((delivery.receipt.lane.id, delivery.receipt.lane.epoch));
+            probe.settle([&delivery]).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if probe.lost().is_empty() {
+                seen.clear();
+            }
+        }
     })
     .await;
 }

@@ -6,7 +6,7 @@ use eventbus_core::{Subscription, Topic};
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqIngress, RabbitMqIngressStatus};
 use eventbus_testkit::{Probe, text_of, within};
 use lapin::BasicProperties;
-use lapin::options::BasicGetOptions;
+use lapin::options::{BasicGetOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 
 use crate::server::{Server, create, group};
@@ -125,6 +125,35 @@ async fn what_is_being_moved_when_it_is_told_to_end_is_finished() {
     })
     .await;
     assert!(shop.is_empty().await, "it was acknowledged");
+}
+
+/// A topic may have been created anew with fewer partitions.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn messages_go_to_the_partitions_that_there_are() {
+    let server = Server::new().await;
+    let shop = Shop::new(&server, Kind::Durable).await;
+    let broker = server.connect().await.expect("it answers");
+    create(&broker, &shop.topic(), 16).await;
+    within(MINUTE, async {
+        let ingress = broker.ingress(shop.adopted(), shop.topic());
+        let ingress = ingress.spawn().await.expect("it starts");
+        until(&ingress, |status| status.is_active).await;
+        let name = format!("{}:partitions", shop.topic());
+        let options = QueueDeleteOptions::default();
+        let deleted = shop.channel.queue_delete(name.as_str().into(), options);
+        deleted.await.expect("it is deleted");
+        let another = server.connect().await.expect("it answers");
+        let mut probe = probe(&another, &shop.topic()).await;
+        for number in 0..20 {
+            shop.order(number).await;
+        }
+        let deliveries = probe.collect(20).await;
+        probe.settle(&deliveries).await;
+        ingress.shutdown().await.expect("it ends");
+    })
+    .await;
+    assert!(shop.is_empty().await);
 }
 
 /// What a message says to the server is not said again where it is only kept.

@@ -1,7 +1,7 @@
 //! Answers that are lost or late, and channels that are closed, between the client and a real server.
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use eventbus_core::{
     Delivery, Group, Key, Member, Message, Outcome, Publisher, Receipt, Signal, Subscriber,
@@ -72,15 +72,20 @@ impl Wire {
         message.with_key(Key::display("one"))
     }
 
-    /// Publishes all messages through the harmed wire, a few at a time, and harms it meanwhile.
-    async fn publish_under(&self, fault: WireFault) {
+    /// Publishes all messages through the harmed wire, a few at a time, and harms it meanwhile. Answers
+    /// how long the slowest took.
+    async fn publish_under(&self, fault: WireFault) -> Duration {
         let publish = async {
+            let mut slowest = Duration::ZERO;
             for first in (0..MESSAGES).step_by(10) {
                 let batch = (first..first + 10).map(|number| self.message(number));
+                let begun = Instant::now();
                 let published = self.harmed.publish(batch.collect()).await;
                 published.expect("it is tried until it is there");
+                slowest = slowest.max(begun.elapsed());
                 tokio::time::sleep(Duration::from_millis(30)).await;
             }
+            slowest
         };
         let harm = async {
             for _ in 0..3 {
@@ -90,7 +95,8 @@ impl Wire {
                 self.proxy.heal();
             }
         };
-        within(LIMIT, async { tokio::join!(publish, harm) }).await;
+        let (slowest, ()) = within(LIMIT, async { tokio::join!(publish, harm) }).await;
+        slowest
     }
 
     /// What the group gets, up to so many different messages, as they are seen for the first time.
@@ -161,6 +167,25 @@ async fn a_message_that_is_never_confirmed_is_unknown() {
     assert!(error.is_retryable(), "{error}");
 }
 
+/// Also where it is not known yet whether the topics are there.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn a_call_ends_in_its_time_when_the_server_says_nothing() {
+    let short = |config: RabbitMqConfig| config.with_publish_timeout(Duration::from_secs(1));
+    let wire = Wire::with(AmqpMethod::Publish, short).await;
+    wire.proxy.set(WireFault::HalfOpen);
+    let begun = Instant::now();
+    let unknown = (0..3).map(|_| Message::new(topic("unknown"), "x"));
+    let published = within(LIMIT, wire.harmed.publish(unknown.collect())).await;
+    let refused = published.expect_err("nobody answers").unpublished;
+    assert!(refused.iter().all(|it| it.outcome == Outcome::NotTaken));
+    assert!(
+        begun.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs brokers: ./dev/test"]
 async fn what_is_published_while_channels_are_closed_is_there_in_order() {
@@ -175,8 +200,9 @@ async fn what_is_published_while_channels_are_closed_is_there_in_order() {
 #[ignore = "needs brokers: ./dev/test"]
 async fn what_is_late_is_there_in_order() {
     let wire = Wire::harmed_at(AmqpMethod::Publish).await;
-    let late = WireFault::DelayRequest(Duration::from_millis(30));
-    wire.publish_under(late).await;
+    const LATE: Duration = Duration::from_millis(150);
+    let slowest = wire.publish_under(WireFault::DelayRequest(LATE)).await;
+    assert!(slowest >= LATE, "{slowest:?}");
     assert_eq!(wire.stored().await, (0..MESSAGES).collect::<Vec<_>>());
 }
 

@@ -2,10 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use eventbus_core::{Broker, ErrorKind, Message, Outcome, Publisher, Subscription, Topic};
+use eventbus_core::{
+    Broker, ErrorKind, Message, Outcome, PublishError, Publisher, Subscription, Topic,
+};
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
 use eventbus_testkit::{Probe, within};
 use lapin::Connection;
+use tokio::task::JoinHandle;
 
 use crate::server::{Server, create, group, topic};
 use crate::slow::Slow;
@@ -46,11 +49,19 @@ impl<'s> Stage<'s> {
         Message::new(self.topic.clone(), text.to_owned())
     }
 
+    /// Has every channel publish something that is not confirmed: one after the other, or one channel
+    /// would take several.
+    async fn keep_busy(&mut self) -> Vec<JoinHandle<Result<(), PublishError>>> {
+        let mut busy = Vec::new();
+        for _ in 0..4 {
+            busy.push(self.publish("busy"));
+            self.probe.collect_texts(1).await;
+        }
+        busy
+    }
+
     /// Publishes in a task of its own.
-    fn publish(
-        &self,
-        text: &str,
-    ) -> tokio::task::JoinHandle<Result<(), eventbus_core::PublishError>> {
+    fn publish(&self, text: &str) -> JoinHandle<Result<(), PublishError>> {
         let (broker, message) = (self.broker.clone(), self.message(text));
         tokio::spawn(async move { broker.publish(vec![message]).await })
     }
@@ -91,11 +102,7 @@ async fn what_nobody_waits_for_any_more_is_not_published_later() {
     let mut stage = Stage::new(&server, Server::config()).await;
     stage.slow.stand_still().await;
     within(MINUTE, async {
-        // Every channel has something under way.
-        let busy: Vec<_> = (0..4)
-            .map(|number| stage.publish(&number.to_string()))
-            .collect();
-        stage.probe.collect_texts(4).await;
+        let busy = stage.keep_busy().await;
         let given_up = stage.publish("given up");
         tokio::time::sleep(Duration::from_millis(100)).await;
         given_up.abort();
@@ -119,10 +126,7 @@ async fn a_call_that_waits_for_others_ends_in_its_time() {
     let mut stage = Stage::new(&server, config).await;
     stage.slow.stand_still().await;
     within(MINUTE, async {
-        let busy: Vec<_> = (0..4)
-            .map(|number| stage.publish(&number.to_string()))
-            .collect();
-        stage.probe.collect_texts(4).await;
+        let busy = stage.keep_busy().await;
         // Two that are taken together when a channel is free.
         tokio::time::sleep(Duration::from_millis(500)).await;
         let earlier = stage.publish("earlier");

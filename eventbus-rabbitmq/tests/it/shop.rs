@@ -1,7 +1,10 @@
 //! A shop that was there before: queues that somebody else declares, and messages of a plain client.
 
+use std::time::Duration;
+
 use eventbus_core::{Context, Event, EventBus, Topic};
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqQueue};
+use eventbus_testkit::within;
 use lapin::options::{
     BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
     QueuePurgeOptions,
@@ -104,8 +107,24 @@ impl Shop {
         got.expect("it answers").map(|it| it.delivery.data)
     }
 
-    /// Whether nothing of the queue is left, handed out or not.
+    /// Whether nothing of the queue is left. What was handed out and not acknowledged is there again when
+    /// nobody consumes it any more.
     pub(crate) async fn is_empty(&self) -> bool {
+        let passive = QueueDeclareOptions {
+            passive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let is_left = async {
+            loop {
+                let name = self.queue.as_str().into();
+                let none = FieldTable::default();
+                let asked = self.channel.queue_declare(name, passive, none).await;
+                if asked.expect("it is there").consumer_count() == 0 {
+                    break;
+                }
+            }
+        };
+        within(Duration::from_secs(10), is_left).await;
         let purged = self
             .channel
             .queue_purge(self.queue.as_str().into(), QueuePurgeOptions::default());

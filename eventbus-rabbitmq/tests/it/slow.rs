@@ -39,6 +39,11 @@ impl<'s> Slow<'s> {
         Self { server, name }
     }
 
+    /// The queue of this name, whose process is that of its leader.
+    pub(crate) fn named(server: &'s Server, name: String) -> Self {
+        Self { server, name }
+    }
+
     async fn tell(&self, what: &str) {
         let name = &self.name;
         let command = format!(
