@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use eventbus_core::{
@@ -36,6 +37,12 @@ pub struct RabbitMqConfig {
     pub credentials: (String, String),
     /// Whether connections are encrypted; needs the feature `tls`.
     pub tls: bool,
+    /// A file of authorities that servers' certificates are trusted by besides the system's, as PEM.
+    pub tls_ca: Option<PathBuf>,
+    /// A file of the certificate that this client shows, as PEM, and of its key; both or neither.
+    pub tls_cert: Option<PathBuf>,
+    /// See `tls_cert`.
+    pub tls_key: Option<PathBuf>,
     /// Whether a topic that is published or subscribed to is created where it is missing; otherwise
     /// that is `NotFound`, but for dead letters.
     pub create_topics: bool,
@@ -63,6 +70,9 @@ impl fmt::Debug for RabbitMqConfig {
             .field("vhost", &self.vhost)
             .field("user", &self.credentials.0)
             .field("tls", &self.tls)
+            .field("tls_ca", &self.tls_ca)
+            .field("tls_cert", &self.tls_cert)
+            .field("tls_key", &self.tls_key)
             .field("create_topics", &self.create_topics)
             .field("partitions", &self.partitions)
             .field("publish_timeout", &self.publish_timeout)
@@ -74,7 +84,7 @@ impl fmt::Debug for RabbitMqConfig {
     }
 }
 
-const OPTIONS: &str = "the options are create_topics, heartbeat, message_bytes_max, partitions, prefetch, publish_timeout, queues and volatile_queues";
+const OPTIONS: &str = "the options are create_topics, heartbeat, message_bytes_max, partitions, prefetch, publish_timeout, queues, tls_ca, tls_cert, tls_key and volatile_queues";
 
 /// Most partitions of a topic: each is a queue for every group.
 pub(crate) const PARTITIONS_MAX: u32 = 1024;
@@ -89,6 +99,9 @@ impl RabbitMqConfig {
             vhost: "/".to_owned(),
             credentials: ("guest".to_owned(), "guest".to_owned()),
             tls: false,
+            tls_ca: None,
+            tls_cert: None,
+            tls_key: None,
             create_topics: true,
             partitions: 4,
             publish_timeout: Duration::from_secs(30),
@@ -267,6 +280,9 @@ impl RabbitMqConfig {
                     self.queues.insert(topic, queue);
                 }
             }
+            "tls_ca" => self.tls_ca = Some(value.into()),
+            "tls_cert" => self.tls_cert = Some(value.into()),
+            "tls_key" => self.tls_key = Some(value.into()),
             _ => return Err(OPTIONS),
         }
         Ok(self)

@@ -60,8 +60,9 @@ fn of_socket(cause: &std::io::Error) -> &'static str {
     if text.contains("lookup") || text.contains("resolve") || text.contains("not known") {
         return "the host of the url is unknown: look at its name";
     }
-    if text.contains("certificate") || text.contains("tls") || text.contains("TLS") {
-        return "the connection cannot be encrypted: look at the server's certificate, and whether its port asks for TLS";
+    let is_about_trust = ["certificate", "fatal alert", "tls", "TLS"];
+    if is_about_trust.iter().any(|word| text.contains(word)) {
+        return "the connection cannot be encrypted: look at `tls_ca`, by which the server is trusted, at `tls_cert` and `tls_key`, by which it may trust this client, and whether its port asks for TLS";
     }
     match cause.kind() {
         std::io::ErrorKind::ConnectionRefused => {

@@ -36,6 +36,7 @@ mod reader;
 mod roster;
 mod session;
 mod subscriber;
+mod tls;
 mod topics;
 
 pub use adopted::RabbitMqQueue;

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use crate::config::RabbitMqConfig;
 use crate::error::into_error;
+use crate::tls;
 
 /// How long anything that is asked of a server may take.
 pub(crate) const ANSWER: Duration = Duration::from_secs(8);
@@ -56,13 +57,18 @@ impl Link {
         const CONNECT: &str = "connect";
         let name = format!("eventbus {purpose}");
         let uris = config.uris()?;
+        let files = tls::files(config).await?;
         // All of them together have the time of one answer.
         let each = ANSWER / uris.len().clamp(1, 4) as u32;
         let mut failure = None;
         for uri in uris {
             let properties =
                 ConnectionProperties::default().with_connection_name(name.clone().into());
-            let connected = timeout(each, Connection::connect_uri(uri, properties)).await;
+            let connecting = async {
+                let runtime = lapin::runtime::default_runtime()?;
+                Connection::connect_uri_with_config(uri, properties, files.clone(), runtime).await
+            };
+            let connected = timeout(each, connecting).await;
             let error = match connected {
                 Ok(Ok(connection)) => return Ok(Self::new(connection)),
                 Ok(Err(error)) => into_error(CONNECT, error),

@@ -77,12 +77,11 @@ impl Own {
         RabbitMqBroker::connect(config).await.expect("it answers")
     }
 
-    async fn control(&self, arguments: &'static [&'static str]) {
-        let data = self.data.clone();
+    async fn control(&self, arguments: &[&str]) {
+        let mut command = Command::new(SCRIPT);
+        command.arg("rabbitmqctl").args(arguments);
+        command.env("DEV_BROKERS_DATA", &self.data);
         let done = tokio::task::spawn_blocking(move || -> Output {
-            let mut command = Command::new(SCRIPT);
-            command.arg("rabbitmqctl").args(arguments);
-            command.env("DEV_BROKERS_DATA", data);
             command.output().expect("the script is there")
         });
         let done = done.await.expect("it ends");
@@ -245,5 +244,99 @@ async fn a_server_that_is_too_old_is_said_to_be() {
     for error in errors {
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
         assert!(error.to_string().contains("3.9 or later"), "{error}");
+    }
+}
+
+/// TLS as the server of Erlang speaks it, on a port that it is told to listen on.
+#[cfg(feature = "tls")]
+mod encrypted {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::path::Path;
+
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// An authority, and a certificate and key that it signed for 127.0.0.1, as files that the server's
+    /// user can read.
+    fn certificates() -> TempDir {
+        let directory = tempfile::tempdir().expect("there is room");
+        let open = |path: &Path, mode| {
+            let permissions = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(path, permissions).expect("it is ours");
+        };
+        open(directory.path(), 0o755);
+        let mut authority = CertificateParams::new(Vec::new()).expect("no names");
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let names = &mut authority.distinguished_name;
+        names.push(DnType::CommonName, "authority");
+        let key = KeyPair::generate().expect("there is entropy");
+        let authority = CertifiedIssuer::self_signed(authority, key).expect("it signs itself");
+        let names = vec!["127.0.0.1".to_owned()];
+        let certificate = CertificateParams::new(names).expect("a good name");
+        let key = KeyPair::generate().expect("there is entropy");
+        let certificate = certificate.signed_by(&key, &authority).expect("it signs");
+        for (name, text) in [
+            ("ca.pem", authority.pem()),
+            ("cert.pem", certificate.pem()),
+            ("key.pem", key.serialize_pem()),
+        ] {
+            let path = directory.path().join(name);
+            std::fs::write(&path, text).expect("there is room");
+            open(&path, 0o644);
+        }
+        directory
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    #[ignore = "needs brokers: ./dev/test"]
+    async fn a_client_that_trusts_the_authority_and_shows_a_certificate_is_served() {
+        let own = Own::start(None).await;
+        let files = certificates();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a port");
+        let port = free.local_addr().expect("it has one").port();
+        drop(free);
+        let file = |name: &str| files.path().join(name).display().to_string();
+        let listen = format!(
+            "rabbit_networking:start_ssl_listener({{\"127.0.0.1\", {port}}}, [{{cacertfile, \"{}\"}}, {{certfile, \"{}\"}}, {{keyfile, \"{}\"}}, {{verify, verify_peer}}, {{fail_if_no_peer_cert, true}}], 1).",
+            file("ca.pem"),
+            file("cert.pem"),
+            file("key.pem"),
+        );
+        own.control(&["eval", &listen]).await;
+        let url = |options: &str| {
+            format!("amqps://eventbus:eventbus@127.0.0.1:{port}/%2f?publish_timeout=10s{options}")
+        };
+        let shown = format!("&tls_cert={}&tls_key={}", file("cert.pem"), file("key.pem"));
+        let trusted = format!("&tls_ca={}", file("ca.pem"));
+        let url_of_all = url(&format!("{trusted}{shown}"));
+        let broker = RabbitMqBroker::from_url(&url_of_all)
+            .await
+            .expect("it answers");
+        let orders = topic("orders");
+        create(&broker, &orders, 1).await;
+        within(MINUTE, async {
+            let subscription = Subscription::group(group("billing"), vec![orders.clone()]);
+            let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
+            probe.hold(1).await;
+            let message = Message::new(orders.clone(), "sealed");
+            broker.publish(vec![message]).await.expect("it is taken");
+            assert_eq!(probe.collect_texts(1).await, ["sealed"]);
+        })
+        .await;
+        for (options, advice) in [
+            (shown.clone(), "`tls_ca`"),
+            (trusted.clone(), "`tls_cert`"),
+            (
+                format!("{trusted}&tls_cert={}", file("cert.pem")),
+                "go together",
+            ),
+            (format!("&tls_ca={}", file("none.pem")), "none.pem"),
+        ] {
+            let error = RabbitMqBroker::from_url(&url(&options)).await;
+            let error = error.expect_err(&options);
+            assert!(error.to_string().contains(advice), "{options}: {error:?}");
+        }
     }
 }
