@@ -12,6 +12,7 @@ use eventbus_testkit::{Probe, within};
 
 use crate::own_server::OwnServer;
 use crate::server::Server;
+use crate::streams::settle;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -133,19 +134,7 @@ async fn a_user_with_the_rights_that_the_docs_give_may_do_all_that_is_needed() {
     published.expect("it is taken");
     let joined = broker.subscribe(Subscription::group(group.clone(), vec![topic.clone()]));
     let mut member = joined.await.expect("it joins");
-    let mut taken = 0;
-    while taken < 200 {
-        let signal = within(PATIENCE, member.deliveries.next()).await;
-        if let Signal::Delivered(batch) = signal.expect("it goes on") {
-            let done: Vec<_> = batch.iter().map(|it| (it.receipt, Verdict::Done)).collect();
-            taken += done.len();
-            member
-                .settlement
-                .settle(&done)
-                .await
-                .expect("it is recorded");
-        }
-    }
+    settle(&mut member, 200).await;
     member.deliveries.close().await.expect("it leaves");
     for request in [
         AdminRequest::Health,

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use eventbus_core::{
-    AdminReply, AdminRequest, Broker, Group, Key, Message, Publisher, Signal, Start, Subscriber,
-    Subscription, Topic, TopicSpec, Until,
+    AdminReply, AdminRequest, Broker, Group, Key, Member, Message, Publisher, Signal, Start,
+    Subscriber, Subscription, Topic, TopicSpec, Until, Verdict,
 };
 use eventbus_redis::RedisBroker;
 use eventbus_testkit::within;
@@ -53,6 +53,21 @@ async fn read(broker: &RedisBroker, topic: &Topic) -> Vec<String> {
             Signal::Gap { .. } => read.push("-".to_owned()),
             Signal::Ended(_) => return read,
             _ => {}
+        }
+    }
+}
+
+/// Takes and settles so many messages, and no more.
+pub(crate) async fn settle(member: &mut Member, wanted: usize) {
+    let mut taken = 0;
+    while taken < wanted {
+        let signal = within(LIMIT, member.deliveries.next()).await;
+        if let Signal::Delivered(batch) = signal.expect("it goes on") {
+            let done = batch.iter().take(wanted - taken);
+            let done: Vec<_> = done.map(|it| (it.receipt, Verdict::Done)).collect();
+            taken += done.len();
+            let settled = member.settlement.settle(&done).await;
+            settled.expect("it is recorded");
         }
     }
 }
@@ -151,7 +166,7 @@ async fn what_somebody_trims_unread_is_a_gap_and_what_was_read_is_none() {
                     for delivery in batch {
                         let text = String::from_utf8_lossy(&delivery.message.payload).into_owned();
                         taken.push(text);
-                        let done = [(delivery.receipt, eventbus_core::Verdict::Done)];
+                        let done = [(delivery.receipt, Verdict::Done)];
                         member
                             .settlement
                             .settle(&done)
@@ -208,23 +223,7 @@ async fn what_every_group_has_read_is_removed_and_nothing_else() {
             .await;
         let mut member = joined.expect("it joins");
         let wanted = if name == "quick" { 1000 } else { 500 };
-        let mut taken = 0;
-        while taken < wanted {
-            let signal = within(LIMIT, member.deliveries.next()).await;
-            if let Signal::Delivered(batch) = signal.expect("it goes on") {
-                let left = wanted - taken;
-                let done = batch.iter().take(left);
-                let done: Vec<_> = done
-                    .map(|it| (it.receipt, eventbus_core::Verdict::Done))
-                    .collect();
-                taken += done.len();
-                member
-                    .settlement
-                    .settle(&done)
-                    .await
-                    .expect("it is recorded");
-            }
-        }
+        settle(&mut member, wanted).await;
         member.deliveries.close().await.expect("it leaves");
     }
     let mut native = native().await;
@@ -285,10 +284,7 @@ async fn reading_begins_at_a_time_behind_what_came_before_it() {
         let signal = within(LIMIT, reader.deliveries.next()).await;
         match signal.expect("it goes on") {
             Signal::Delivered(batch) => {
-                let done: Vec<_> = batch
-                    .iter()
-                    .map(|it| (it.receipt, eventbus_core::Verdict::Done))
-                    .collect();
+                let done: Vec<_> = batch.iter().map(|it| (it.receipt, Verdict::Done)).collect();
                 texts.extend(batch.into_iter().map(|it| it.message.payload));
                 reader
                     .settlement
@@ -433,22 +429,7 @@ async fn who_only_publishes_removes_nothing_and_a_group_is_remembered_as_its_mem
             .subscribe(Subscription::group(group(name), vec![topic.clone()]))
             .await;
         let mut member = joined.expect("it joins");
-        let mut taken = 0;
-        while taken < wanted {
-            let signal = within(LIMIT, member.deliveries.next()).await;
-            if let Signal::Delivered(batch) = signal.expect("it goes on") {
-                let done: Vec<_> = batch
-                    .iter()
-                    .map(|it| (it.receipt, eventbus_core::Verdict::Done))
-                    .collect();
-                taken += done.len();
-                member
-                    .settlement
-                    .settle(&done)
-                    .await
-                    .expect("it is recorded");
-            }
-        }
+        settle(&mut member, wanted).await;
         member.deliveries.close().await.expect("it leaves");
     };
     take(&reads, "quick", 1000).await;
@@ -481,22 +462,7 @@ async fn what_was_read_is_removed_as_fast_as_it_comes() {
         .map(|it| Message::new(topic.clone(), it.to_string()))
         .collect();
     broker.publish(all).await.expect("it is taken");
-    let mut taken = 0;
-    while taken < 25_000 {
-        let signal = within(LIMIT, member.deliveries.next()).await;
-        if let Signal::Delivered(batch) = signal.expect("it goes on") {
-            let done: Vec<_> = batch
-                .iter()
-                .map(|it| (it.receipt, eventbus_core::Verdict::Done))
-                .collect();
-            taken += done.len();
-            member
-                .settlement
-                .settle(&done)
-                .await
-                .expect("it is recorded");
-        }
-    }
+    settle(&mut member, 25_000).await;
     let mut native = native().await;
     // One look is enough for all of them.
     let mut lengths = Vec::new();
