@@ -35,7 +35,7 @@ pub(crate) async fn run(cli: Cli, out: &mut Output<'_>) -> anyhow::Result<Outcom
         Err(error) if is_away(&error) && matches!(cli.command, Command::Health(_)) => {
             return health::away(&error, out);
         }
-        Err(error) if error.kind() == ErrorKind::Unsupported => {
+        Err(error) if is_left_out(&error) => {
             return Err(error).context(
                 "this program can speak what it was installed with: `cargo install --path eventbus-cli --features kafka`, or kafka-tls, rabbitmq-tls, redis-tls",
             );
@@ -75,6 +75,11 @@ fn require_file(url: &str, command: &Command) -> anyhow::Result<()> {
         path.display()
     );
     Ok(())
+}
+
+/// Whether this build cannot speak to the broker.
+fn is_left_out(error: &eventbus::Error) -> bool {
+    error.kind() == ErrorKind::Unsupported && error.to_string().contains("this build")
 }
 
 /// Whether the broker is the problem, not what was asked.
