@@ -54,20 +54,34 @@ impl std::fmt::Debug for Server {
 
 /// One connection, made anew when it is lost: by the next command, which fails if it cannot.
 #[derive(Clone)]
-pub(crate) struct Line(
-    Arc<Mutex<ConnectionManager>>,
-    Client,
-    ConnectionManagerConfig,
-);
+pub(crate) struct Line {
+    manager: Arc<Mutex<ConnectionManager>>,
+    client: Client,
+    config: ConnectionManagerConfig,
+    /// Whether what was sent and not answered stands before what is sent next.
+    in_order: bool,
+}
 
 impl Line {
     fn new(client: &Client, config: ConnectionManagerConfig) -> RedisResult<Self> {
         let manager = ConnectionManager::new_lazy_with_config(client.clone(), config.clone())?;
-        Ok(Self(Arc::new(Mutex::new(manager)), client.clone(), config))
+        Ok(Self {
+            manager: Arc::new(Mutex::new(manager)),
+            client: client.clone(),
+            config,
+            in_order: false,
+        })
+    }
+
+    fn in_order(self) -> Self {
+        Self {
+            in_order: true,
+            ..self
+        }
     }
 
     fn manager(&self) -> MutexGuard<'_, ConnectionManager> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.manager.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs one command.
@@ -88,17 +102,18 @@ impl Line {
     }
 
     /// The client goes on giving the answer of a login that was refused, also when it no longer would be,
-    /// and on asking through a connection that nothing comes back from.
+    /// and on asking through a connection that nothing comes back from. The latter is right where a server
+    /// that stood still may yet do what it was told: through another connection, later messages would
+    /// come first.
     fn after<T>(&self, answer: RedisResult<T>) -> RedisResult<T> {
         let is_of_no_use = |error: &RedisError| {
-            error.kind() == redis::ErrorKind::AuthenticationFailed || error.is_timeout()
+            error.kind() == redis::ErrorKind::AuthenticationFailed
+                || (error.is_timeout() && !self.in_order)
         };
         if answer.as_ref().is_err_and(is_of_no_use) {
-            let Self(manager, client, config) = self;
-            if let Ok(anew) =
-                ConnectionManager::new_lazy_with_config(client.clone(), config.clone())
-            {
-                *manager.lock().unwrap_or_else(PoisonError::into_inner) = anew;
+            let (client, config) = (self.client.clone(), self.config.clone());
+            if let Ok(anew) = ConnectionManager::new_lazy_with_config(client, config) {
+                *self.manager() = anew;
             }
         }
         answer
@@ -143,7 +158,7 @@ impl Server {
             Line::new(&client, lines).map_err(native)
         };
         Ok(Self {
-            writes: line(config.timeout)?,
+            writes: line(config.timeout)?.in_order(),
             reads: line(config.timeout)?,
             control: line(config.timeout)?,
             keeps: line(config.timeout)?,

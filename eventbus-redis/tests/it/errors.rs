@@ -173,7 +173,7 @@ async fn a_missing_topic_is_not_found_where_none_is_to_be_created() {
     let (outcome, error) = publish(&broker, Message::new(missing.clone(), "x")).await;
     assert_eq!(outcome, Outcome::NotTaken);
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
-    assert!(said(&error).contains("declare it"), "{error}");
+    assert!(said(&error).contains("apply_topics"), "{error}");
     let reader = Subscription::reader(vec![missing.clone()]);
     let error = broker.subscribe(reader).await.expect_err("it is missing");
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");

@@ -59,6 +59,8 @@ async fn a_publish_that_was_given_up_before_it_was_sent_is_not_sent() {
     let all = format!("{all:?}");
     assert!(all.contains("last"), "{all}");
     assert!(!all.contains("given up"), "{all}");
+    // What nobody answered was done when it went on, and before what was published since.
+    assert!(all.find("on its way") < all.find("last"), "{all}");
 }
 
 #[tokio::test]
