@@ -62,7 +62,7 @@ fn of_socket(cause: &std::io::Error) -> &'static str {
     }
     let is_about_trust = ["certificate", "fatal alert", "tls", "TLS"];
     if is_about_trust.iter().any(|word| text.contains(word)) {
-        return "the connection cannot be encrypted: look at `tls_ca`, by which the server is trusted, at `tls_cert` and `tls_key`, by which it may trust this client, and whether its port asks for TLS";
+        return "the connection cannot be encrypted: look at the certificates, at `tls_ca`, by which the server's is trusted, at `tls_cert` and `tls_key`, which it may ask for, and at whether its port speaks TLS";
     }
     match cause.kind() {
         std::io::ErrorKind::ConnectionRefused => {

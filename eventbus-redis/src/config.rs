@@ -52,7 +52,8 @@ pub struct RedisConfig {
     pub create_topics: bool,
     /// The partitions of topics that nobody declared.
     pub partitions: u32,
-    /// How long a command may take. A large publish is several.
+    /// How long a command may take, one for leases and positions half of `lease` at most. A large
+    /// publish is several commands.
     pub timeout: Duration,
     /// How long a member that says nothing keeps its partitions.
     pub lease: Duration,

@@ -19,6 +19,10 @@ use crate::tls;
 const CONNECT: &str = "connect";
 /// The oldest version whose streams say how many entries they ever had.
 const VERSION_MIN: (u32, u32) = (7, 0);
+/// How long it is tried to connect before it is tried anew.
+const CONNECT_MAX: Duration = Duration::from_secs(2);
+/// How long a command about leases is waited for where they are short.
+const CONTROL_MIN: Duration = Duration::from_secs(1);
 /// How long a connection waits on the server for messages before it asks anew what to wait for.
 pub(crate) const WAIT: Duration = Duration::from_millis(250);
 
@@ -152,7 +156,7 @@ impl Server {
         let fsync: HashMap<String, String> = ask.query_async(&mut probe).await.unwrap_or_default();
         let line = |limit: Duration| {
             let lines = ConnectionManagerConfig::new()
-                .set_connection_timeout(Some(config.timeout))
+                .set_connection_timeout(Some(config.timeout.min(CONNECT_MAX)))
                 .set_response_timeout(Some(limit))
                 .set_number_of_retries(0);
             Line::new(&client, lines).map_err(native)
@@ -160,7 +164,8 @@ impl Server {
         Ok(Self {
             writes: line(config.timeout)?.in_order(),
             reads: line(config.timeout)?,
-            control: line(config.timeout)?,
+            // A renewal that is not answered has to be tried again before the lease is over.
+            control: line(config.timeout.min((config.lease / 2).max(CONTROL_MIN)))?,
             keeps: line(config.timeout)?,
             waits: line(config.timeout + WAIT)?,
             evicts: is_bounded(&info) && policy(&info).starts_with("volatile"),
