@@ -159,7 +159,8 @@ struct WriterTask {
 }
 
 /// What became of one message.
-type Answer = Result<EntryId, (Outcome, Arc<RedisError>)>;
+type Answer = Result<EntryId, Failure>;
+type Failure = (Outcome, Arc<RedisError>);
 
 impl WriterTask {
     async fn run(mut self) {
@@ -223,23 +224,19 @@ impl Sender {
     async fn write(self, load: Vec<Publish>) {
         let mut answers = Vec::new();
         let messages: Vec<&Placed> = load.iter().flat_map(|it| &it.messages).collect();
-        let mut from = 0;
-        while from < messages.len() {
-            let piece = &messages[from..from + piece(&messages[from..])];
-            from += piece.len();
-            let (answered, goes_on) = self.add(piece).await;
-            match answers.is_empty() {
-                true => answers = answered,
-                false => answers.extend(answered),
-            }
-            if !goes_on {
-                let rest = messages.len() - from;
-                let error = answers.last().and_then(|answer| answer.as_ref().err());
-                let error = error.map(|(_, error)| Arc::clone(error));
-                answers.extend(error.into_iter().flat_map(|error| {
-                    (0..rest).map(move |_| Err((Outcome::NotTaken, Arc::clone(&error))))
-                }));
-                break;
+        let mut rest = &messages[..];
+        while !rest.is_empty() {
+            let (piece, behind) = rest.split_at(piece(rest));
+            rest = behind;
+            match self.add(piece).await {
+                Ok(answered) if answers.is_empty() => answers = answered,
+                Ok(answered) => answers.extend(answered),
+                Err((outcome, error)) => {
+                    let fail = |outcome| Err((outcome, Arc::clone(&error)));
+                    answers.extend(piece.iter().map(|_| fail(outcome)));
+                    answers.extend(rest.iter().map(|_| fail(Outcome::NotTaken)));
+                    break;
+                }
             }
         }
         drop(messages);
@@ -250,8 +247,8 @@ impl Sender {
         }
     }
 
-    /// What became of the messages, and whether the server answered.
-    async fn add(&self, piece: &[&Placed]) -> (Vec<Answer>, bool) {
+    /// What became of each message, or of all of them, where the server did not answer.
+    async fn add(&self, piece: &[&Placed]) -> Result<Vec<Answer>, Failure> {
         trace!(target: "eventbus::step", step = "redis.publish.before");
         let sent = self.send(piece).await;
         trace!(target: "eventbus::step", step = "redis.publish.after");
@@ -262,9 +259,7 @@ impl Sender {
                     true => Outcome::NotTaken,
                     false => Outcome::Unknown,
                 };
-                let error = Arc::new(error);
-                let all = piece.iter().map(|_| Err((outcome, Arc::clone(&error))));
-                return (all.collect(), false);
+                return Err((outcome, Arc::new(error)));
             }
         };
         let mut answers = Vec::with_capacity(piece.len());
@@ -291,7 +286,7 @@ impl Sender {
                 *answer = Err((Outcome::Unknown, Arc::clone(&error)));
             }
         }
-        (answers, true)
+        Ok(answers)
     }
 
     async fn send(&self, piece: &[&Placed]) -> RedisResult<Vec<RedisResult<Value>>> {
