@@ -27,13 +27,7 @@ pub(crate) async fn run(database: Arc<Database>) {
     loop {
         tokio::time::sleep(interval).await;
         for topic in database.known.topics() {
-            let looked = database.look_after(&topic).await;
-            let looked = match looked {
-                // Who only publishes or looks has no say in how long things are kept.
-                Ok(()) if database.known.is_read(&topic.name) => database.trim_read(&topic).await,
-                looked => looked,
-            };
-            if let Err(error) = looked {
+            if let Err(error) = database.look_after(&topic).await {
                 tracing::warn!(%error, topic = %topic.name, "what was read is removed later");
             }
         }
@@ -41,36 +35,36 @@ pub(crate) async fn run(database: Arc<Database>) {
 }
 
 impl Database {
-    /// Looks whether the topic is on the server as it is known here, and stores it again where the server
-    /// has lost it, so that nobody creates it with another count of partitions.
+    /// Looks whether the topic is on the server as it is known here, stores it again where the server has
+    /// lost it, so that nobody creates it with another count of partitions, and removes what was read.
+    /// Who only publishes or looks has no say in how long things are kept, and does neither.
     async fn look_after(&self, topic: &TopicLanes) -> Result<()> {
-        let Some(stored) = topics::find(&self.server, TRIM, &topic.name).await? else {
-            if self.known.is_read(&topic.name) {
+        let is_read = self.known.is_read(&topic.name);
+        let stored = topics::find(&self.server, TRIM, &topic.name).await?;
+        match stored {
+            Some(stored) if self.known.compare(topic, stored.partitions) => {}
+            Some(stored) => tracing::error!(
+                topic = %topic.name, partitions = stored.partitions, known = topic.partitions,
+                "the topic was created anew with other partitions: restart this process"
+            ),
+            None if is_read => {
                 tracing::error!(topic = %topic.name, "the server has lost the topic: it is stored again");
                 let spec = TopicSpec::new(topic.name.clone()).with_partitions(topic.partitions);
                 topics::create(&self.server, &self.config, TRIM, &spec).await?;
             }
-            return Ok(());
-        };
-        if stored.partitions != topic.partitions {
-            tracing::error!(
-                topic = %topic.name, partitions = stored.partitions, known = topic.partitions,
-                "the topic was created anew with other partitions: restart this process"
-            );
+            None => {}
         }
-        self.known.changed(&topic.name, stored.partitions);
-        Ok(())
+        if !is_read || topic.name.is_dead_letters() {
+            return Ok(());
+        }
+        let declared = stored.and_then(|stored| stored.retention);
+        let retention = declared.unwrap_or(self.config.retention);
+        self.trim_read(topic, retention).await
     }
 
     /// Removes what all groups that live have settled and that is older than the topic keeps. Where no
     /// group ever read, nothing was read; dead letters are an operator's to remove.
-    async fn trim_read(&self, topic: &TopicLanes) -> Result<()> {
-        if topic.name.is_dead_letters() {
-            return Ok(());
-        }
-        let stored = topics::find(&self.server, TRIM, &topic.name).await?;
-        let declared = stored.and_then(|stored| stored.retention);
-        let retention = declared.unwrap_or(self.config.retention);
+    async fn trim_read(&self, topic: &TopicLanes, retention: Duration) -> Result<()> {
         let now = self.server.now(TRIM).await?.as_micros() / 1000;
         let read = self.read_by_all(topic, now).await?;
         let too_old = now.saturating_sub(i64::try_from(retention.as_millis()).unwrap_or(i64::MAX));
@@ -107,15 +101,15 @@ impl Database {
     async fn read_by_all(&self, topic: &TopicLanes, now: i64) -> Result<HashMap<u32, Position>> {
         let mut seen = redis::cmd("ZRANGE");
         seen.arg(GROUPS).arg(0).arg(-1).arg("WITHSCORES");
-        let seen: Vec<(String, i64)> = self.server.control.ask(TRIM, &seen).await?;
+        let seen: HashMap<String, i64> = self.server.control.ask(TRIM, &seen).await?;
         let mut expiries = redis::cmd("HGETALL");
         expiries.arg(EXPIRIES);
         let expiries: HashMap<String, i64> = self.server.control.ask(TRIM, &expiries).await?;
         let own = i64::try_from(self.config.group_expiry.as_millis()).unwrap_or(i64::MAX);
         let lives = |group: &str| {
             let expiry = expiries.get(group).copied().unwrap_or(own);
-            let mut seen = seen.iter();
-            seen.any(|(name, at)| name == group && *at >= now.saturating_sub(expiry))
+            let seen = seen.get(group);
+            seen.is_some_and(|at| *at >= now.saturating_sub(expiry))
         };
         let mut all = redis::cmd("HGETALL");
         all.arg(positions_key(&topic.name));

@@ -56,15 +56,15 @@ impl Known {
         self.lock().read.contains(name)
     }
 
-    /// Takes note of how many partitions a topic has on the server, which were others.
-    pub(crate) fn changed(&self, name: &Topic, partitions: u32) {
+    /// Takes note of how many partitions a topic has on the server. Whether those are as many as it had.
+    pub(crate) fn compare(&self, topic: &TopicLanes, partitions: u32) -> bool {
+        let is_same = topic.partitions == partitions;
         let mut names = self.lock();
-        match names.topics.get(name) {
-            Some(known) if known.partitions != partitions => {
-                names.changed.insert(name.clone(), partitions);
-            }
-            _ => drop(names.changed.remove(name)),
+        match is_same {
+            true => drop(names.changed.remove(&topic.name)),
+            false => drop(names.changed.insert(topic.name.clone(), partitions)),
         }
+        is_same
     }
 
     /// How many partitions a topic has on the server, where those are others than it had.
