@@ -12,7 +12,7 @@ use eventbus_core::{
 
 use crate::config::PARTITIONS_MAX;
 use crate::database::Database;
-use crate::groups::{damaged, position_name, positions_key};
+use crate::groups::{damaged, position_name, positions_key, stored_position};
 use crate::leases::{self, leases_key, place_name};
 use crate::pages::{self, Look};
 use crate::position::{self, From};
@@ -131,7 +131,7 @@ impl Database {
                 let unread = || damaged(GROUPS, &topic.name);
                 let (group, partition) = name.rsplit_once(' ').ok_or_else(unread)?;
                 let partition = partition.parse().map_err(|_| unread())?;
-                let position = position::read(text.as_bytes()).ok_or_else(unread)?;
+                let position = stored_position(GROUPS, &topic.name, &text)?;
                 let look = match looks.get(&partition) {
                     Some(look) => *look,
                     None => self.look(GROUPS, &topic, partition).await?,

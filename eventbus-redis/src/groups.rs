@@ -125,8 +125,7 @@ impl Database {
         let mut positions = HashMap::new();
         for (partition, text) in partitions.zip(found) {
             if let Some(text) = text {
-                let position = position::read(text.as_bytes());
-                let position = position.ok_or_else(|| damaged(operation, &topic.name))?;
+                let position = stored_position(operation, &topic.name, &text)?;
                 positions.insert(partition, position);
             }
         }
@@ -171,13 +170,8 @@ impl Database {
                 // It was granted to somebody else since.
                 continue;
             }
-            let known = match known {
-                Some(text) => {
-                    let position = position::read(text.as_bytes());
-                    Some(position.ok_or_else(|| damaged(OPEN, &topic.name))?)
-                }
-                None => None,
-            };
+            let known = known.map(|text| stored_position(OPEN, &topic.name, &text));
+            let known = known.transpose()?;
             let (position, left) = self.begin(&group, lease, &topic, known, look).await?;
             let partition = lease.place.partition;
             let row = topic.first_lane + partition;
@@ -281,6 +275,15 @@ fn shrunk(topic: &TopicLanes, partition: u32) -> Error {
     .with("topic", &topic.name)
     .with("partitions", topic.partitions)
     .with("partition", partition)
+}
+
+/// A position as a group has it on the server.
+pub(crate) fn stored_position(
+    operation: &'static str,
+    topic: &Topic,
+    text: &str,
+) -> Result<Position> {
+    position::read(text.as_bytes()).ok_or_else(|| damaged(operation, topic))
 }
 
 pub(crate) fn damaged(operation: &'static str, topic: &Topic) -> Error {
