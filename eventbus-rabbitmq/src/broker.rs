@@ -294,16 +294,13 @@ impl Shared {
         operation: &'static str,
         subscription: &Subscription,
     ) -> Result<bool> {
+        if reader::is_tail(subscription) {
+            // They are all of one kind.
+            return Ok(subscription.topics.iter().all(names::is_log));
+        }
         for topic in &subscription.topics {
-            let is_log = match reader::is_tail(subscription) {
-                true => names::is_log(topic),
-                false => self.topics.has_log(operation, topic).await?,
-            };
-            if !is_log && !reader::is_tail(subscription) {
+            if !self.topics.has_log(operation, topic).await? {
                 return Err(reader::not_kept(topic));
-            }
-            if !is_log {
-                return Ok(false);
             }
         }
         Ok(true)

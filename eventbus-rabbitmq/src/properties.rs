@@ -308,13 +308,13 @@ fn headers(table: &BTreeMap<ShortString, AMQPValue>) -> Headers {
         return headers;
     }
     // Ours before others, both by their names.
-    let of = |ours: bool| {
+    let of = |is_foreign: bool| {
         let all = table.iter().filter(|(name, _)| {
             !matches!(name.as_str(), KEY | ORDER | DELIVERY_COUNT | STREAM_OFFSET)
         });
-        all.filter(move |(name, _)| name.as_str().as_bytes().starts_with(lines::OURS) == ours)
+        all.filter(move |(name, _)| place(name.as_str()).0 == is_foreign)
     };
-    let others = || of(true).chain(of(false));
+    let others = || of(false).chain(of(true));
     let mut builder = Headers::builder().unlimited();
     if let Some(AMQPValue::LongString(order)) = table.get(ORDER) {
         let named: Vec<_> = others().collect();
