@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use eventbus_core::{Error, ErrorKind, Result};
 use futures_util::StreamExt as _;
+use lapin::options::ConfirmSelectOptions;
 use lapin::{Channel, Connection, ConnectionProperties, Event};
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
@@ -145,6 +146,14 @@ impl Link {
     /// A new channel.
     pub(crate) async fn channel(&self, operation: &'static str) -> Result<Channel> {
         within(operation, self.connection.create_channel()).await
+    }
+
+    /// A new channel on which the server says what becomes of each message.
+    pub(crate) async fn confirming(&self, operation: &'static str) -> Result<Channel> {
+        let channel = self.channel(operation).await?;
+        let confirms = channel.confirm_select(ConfirmSelectOptions::default());
+        within(operation, confirms).await?;
+        Ok(channel)
     }
 
     /// Ends the connection and all its channels; what was not acknowledged is the next owner's.

@@ -11,14 +11,13 @@ use std::time::Duration;
 
 use eventbus_core::{Error, ErrorKind, Message, Outcome, Result, Unpublished};
 use lapin::Channel;
-use lapin::options::ConfirmSelectOptions;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
 use crate::confirms::{Came, Routed, WINDOW, WINDOW_BYTES, publish_all};
 use crate::error::{blocked, into_error, is_too_large, missing_exchange};
-use crate::link::{Link, SharedLink, closed, within};
+use crate::link::{Link, SharedLink, closed};
 use crate::properties;
 use crate::topics::Topics;
 
@@ -441,9 +440,7 @@ impl Worker {
             let link = self.link.get(PUBLISH).await?;
             // Until then it opens no channel either.
             unblocked(&link, deadline).await?;
-            let channel = link.channel(PUBLISH).await?;
-            let confirms = channel.confirm_select(ConfirmSelectOptions::default());
-            within(PUBLISH, confirms).await?;
+            let channel = link.confirming(PUBLISH).await?;
             self.channel = Some(Open { link, channel });
         }
         let gone = || {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use eventbus_core::{
     Error, ErrorKind, Lane, Result, Start, Subscription, Topic, TopicPartition, Until,
 };
-use lapin::options::ConfirmSelectOptions;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::sync::Notify;
 
@@ -13,7 +12,7 @@ use crate::config::RabbitMqConfig;
 use crate::confirms::publish_one;
 use crate::deliveries::{Ends, Member, Order, is_ending};
 use crate::lanes::{End, Lanes, Source};
-use crate::link::{Link, RECONNECT, SharedLink, within};
+use crate::link::{Link, RECONNECT, SharedLink};
 use crate::names;
 use crate::properties::to_mark;
 use crate::session::{consume, own_queue};
@@ -100,9 +99,7 @@ async fn find_end(
         Some(_) => format!("{:032x}", fastrand::u128(..)),
         None => return Ok(None),
     };
-    let channel = publishing.channel(READ).await?;
-    let confirms = channel.confirm_select(ConfirmSelectOptions::default());
-    within(READ, confirms).await?;
+    let channel = publishing.get(READ).await?.confirming(READ).await?;
     for (place, _) in openings {
         let stream = names::log_queue(&place.topic, place.partition);
         let to = (ShortString::default(), stream);

@@ -13,7 +13,7 @@ use std::fmt::Write as _;
 
 use eventbus_core::{Error, ErrorKind, EventId, Result};
 use futures_util::StreamExt as _;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, ConfirmSelectOptions};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer};
 
@@ -114,7 +114,7 @@ pub(super) struct Journal {
 impl Journal {
     /// Joins those who want to move the messages.
     pub(super) async fn join(link: &Link, queue: ShortString) -> Result<Self> {
-        let channel = link.channel(INGRESS).await?;
+        let channel = link.confirming(INGRESS).await?;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), text("quorum"));
         let single = AMQPValue::Boolean(true);
@@ -122,8 +122,6 @@ impl Journal {
         arguments.insert("x-delivery-limit".into(), AMQPValue::LongInt(i32::MAX));
         let declared = channel.queue_declare(queue.clone(), DURABLE, arguments);
         within(INGRESS, declared).await?;
-        let confirms = channel.confirm_select(ConfirmSelectOptions::default());
-        within(INGRESS, confirms).await?;
         let options = BasicConsumeOptions::default();
         let none = FieldTable::default();
         let records = channel.basic_consume(queue.clone(), "".into(), options, none);

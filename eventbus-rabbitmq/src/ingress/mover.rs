@@ -10,9 +10,7 @@ use eventbus_core::{
 };
 use futures_util::StreamExt as _;
 use lapin::message::Delivery;
-use lapin::options::{
-    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions,
-};
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel};
 use tokio::sync::watch;
@@ -119,7 +117,7 @@ impl Mover {
         let journal = names::journal_queue(INGRESS, &self.queue.name)?;
         let journal = Journal::join(&link, journal).await?;
         let source = link.channel(INGRESS).await?;
-        let sink = open_sink(&link).await?;
+        let sink = link.confirming(INGRESS).await?;
         Ok(Session {
             link,
             journal,
@@ -445,7 +443,7 @@ impl Mover {
         if session.sink.status().connected() {
             within(MOVE, session.sink.close(200, "too slow".into())).await?;
         }
-        session.sink = open_sink(&session.link).await?;
+        session.sink = session.link.confirming(INGRESS).await?;
         Ok((left, why))
     }
 
@@ -531,13 +529,6 @@ fn wave(moving: Vec<Moving>, most: usize) -> (Vec<Moving>, Vec<Moving>) {
         }
     }
     (wave, rest)
-}
-
-async fn open_sink(link: &Link) -> Result<Channel> {
-    let sink = link.channel(INGRESS).await?;
-    let confirms = sink.confirm_select(ConfirmSelectOptions::default());
-    within(INGRESS, confirms).await?;
-    Ok(sink)
 }
 
 fn with_id(message: &Message, id: &EventId) -> Result<eventbus_core::Headers> {

@@ -6,8 +6,7 @@ use eventbus_core::{ErrorKind, Message, Publisher, Subscription};
 use eventbus_rabbitmq::RabbitMqBroker;
 use eventbus_testkit::{Probe, within};
 use lapin::options::{
-    BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
-    QueueDeleteOptions,
+    BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, ExchangeKind};
@@ -65,10 +64,7 @@ async fn messages_of_others_are_read() {
     create(&broker, &orders, 1).await;
     let subscription = Subscription::group(group("billing"), vec![orders.clone()]);
     let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
-    let raw = server.raw().await;
-    let channel = raw.create_channel().await.expect("there is one");
-    let confirms = channel.confirm_select(ConfirmSelectOptions::default());
-    confirms.await.expect("it confirms");
+    let (_raw, channel) = server.confirming().await;
     let mut headers = FieldTable::default();
     headers.insert("tenant".into(), AMQPValue::LongString("acme".into()));
     headers.insert("attempt".into(), AMQPValue::LongInt(3));
@@ -114,10 +110,7 @@ async fn headers_that_are_called_like_the_servers_skip_nothing() {
     create(&broker, &orders, 1).await;
     let subscription = Subscription::group(group("billing"), vec![orders.clone()]);
     let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
-    let raw = server.raw().await;
-    let channel = raw.create_channel().await.expect("there is one");
-    let confirms = channel.confirm_select(ConfirmSelectOptions::default());
-    confirms.await.expect("it confirms");
+    let (_raw, channel) = server.confirming().await;
     for (body, offset) in [("high", 70), ("low", 3)] {
         let mut headers = FieldTable::default();
         headers.insert("x-stream-offset".into(), AMQPValue::LongLongInt(offset));

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use eventbus_core::{AdminRequest, Broker, Group, Result, Topic, TopicSpec};
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
-use lapin::{Connection, ConnectionProperties};
+use lapin::options::ConfirmSelectOptions;
+use lapin::{Channel, Connection, ConnectionProperties};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 const URL: &str = "EVENTBUS_TEST_RABBITMQ";
@@ -52,6 +53,15 @@ impl Server {
     pub(crate) async fn raw(&self) -> Connection {
         let connected = Connection::connect(&Self::url(), ConnectionProperties::default()).await;
         connected.expect("the server answers")
+    }
+
+    /// Another connection, and a channel of it on which the server confirms what is published.
+    pub(crate) async fn confirming(&self) -> (Connection, Channel) {
+        let connection = self.raw().await;
+        let channel = connection.create_channel().await.expect("there is one");
+        let confirms = channel.confirm_select(ConfirmSelectOptions::default());
+        confirms.await.expect("it confirms");
+        (connection, channel)
     }
 
     /// Asks the server's own tool.

@@ -6,8 +6,7 @@ use eventbus_core::{Context, Event, EventBus, Topic};
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqQueue};
 use eventbus_testkit::within;
 use lapin::options::{
-    BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
-    QueuePurgeOptions,
+    BasicGetOptions, BasicPublishOptions, QueueDeclareOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection};
@@ -45,10 +44,7 @@ impl Shop {
     }
 
     pub(crate) async fn without_queue(server: &Server) -> Self {
-        let connection = server.raw().await;
-        let channel = connection.create_channel().await.expect("there is one");
-        let confirms = channel.confirm_select(ConfirmSelectOptions::default());
-        confirms.await.expect("it confirms");
+        let (connection, channel) = server.confirming().await;
         Self {
             _connection: connection,
             channel,
