@@ -26,7 +26,7 @@ pub(crate) fn into_error(operation: &'static str, error: lapin::Error) -> Error 
 fn explain(operation: &'static str, error: &lapin::Error) -> (ErrorKind, &'static str) {
     use ErrorKind as Kind;
     match error.kind() {
-        Native::IOError(cause) => (Kind::Unavailable, of_socket(cause)),
+        Native::IOError(cause) => (Kind::Unavailable, of_socket(operation, cause)),
         Native::RuntimeShutdownError(_) => (Kind::Closed, "the runtime ends"),
         Native::ProtocolError(said) => of_server(operation, said),
         Native::MissingHeartbeatError => (
@@ -55,7 +55,7 @@ fn explain(operation: &'static str, error: &lapin::Error) -> (ErrorKind, &'stati
     }
 }
 
-fn of_socket(cause: &std::io::Error) -> &'static str {
+fn of_socket(operation: &'static str, cause: &std::io::Error) -> &'static str {
     let text = cause.to_string();
     if text.contains("lookup") || text.contains("resolve") || text.contains("not known") {
         return "the host of the url is unknown: look at its name";
@@ -67,6 +67,10 @@ fn of_socket(cause: &std::io::Error) -> &'static str {
     match cause.kind() {
         std::io::ErrorKind::ConnectionRefused => {
             "no server answers: look at host and port of the url, and whether RabbitMQ runs there"
+        }
+        // What it said of TLS may be lost with the connection.
+        _ if operation == "connect" => {
+            "the server ended the connection while it was made: look at its log, and, where its port speaks TLS, at `tls_cert` and `tls_key`, which it may ask for"
         }
         _ => "the connection to the server broke",
     }

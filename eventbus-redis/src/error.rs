@@ -5,7 +5,7 @@ use redis::RedisError;
 
 /// Turns an error of the client into one that says what to do.
 pub(crate) fn into_error(operation: &'static str, native: RedisError) -> Error {
-    let (kind, retry, message) = meaning(first(&native).as_ref().unwrap_or(&native));
+    let (kind, retry, message) = meaning(operation, first(&native).as_ref().unwrap_or(&native));
     Error::new(kind, operation, message)
         .with_retry(retry)
         .with_source(native)
@@ -34,7 +34,7 @@ pub(crate) fn is_refused(native: &RedisError) -> bool {
 }
 
 /// Kind, whether to try again, and what to do.
-fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
+fn meaning(operation: &str, native: &RedisError) -> (ErrorKind, Retry, &'static str) {
     use ErrorKind::{
         Codec, Internal, InvalidInput, RateLimited, Unauthorized, Unavailable, Unsupported,
     };
@@ -124,6 +124,12 @@ fn meaning(native: &RedisError) -> (ErrorKind, Retry, &'static str) {
             Unavailable,
             Retry::Later,
             "the server did not answer in time: look at its host, port and load, or raise `timeout`",
+        ),
+        // What it said of TLS may be lost with the connection.
+        _ if native.is_connection_dropped() && operation == "connect" => (
+            Unavailable,
+            Retry::Later,
+            "the server ended the connection while it was made: look at its log, and, where its port speaks TLS, at `tls_cert` and `tls_key`, which it may ask for",
         ),
         _ if native.is_io_error() => (
             Unavailable,

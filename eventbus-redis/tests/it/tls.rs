@@ -65,7 +65,10 @@ async fn a_client_that_trusts_the_authority_and_shows_a_certificate_is_served() 
     let error = RedisBroker::from_url(&url)
         .await
         .expect_err("it shows none");
-    assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+    // What the server says of it may be lost with the connection.
+    let kinds = [ErrorKind::Unauthorized, ErrorKind::Unavailable];
+    assert!(kinds.contains(&error.kind()), "{error}");
+    assert!(error.to_string().contains("`tls_cert`"), "{error}");
     let url = format!(
         "{url}&tls_cert={}&tls_key={}",
         file("cert.pem"),
