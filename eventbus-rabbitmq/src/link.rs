@@ -7,6 +7,7 @@ use eventbus_core::{Error, ErrorKind, Result};
 use futures_util::StreamExt as _;
 use lapin::options::ConfirmSelectOptions;
 use lapin::{Channel, Connection, ConnectionProperties, Event};
+use tokio::runtime::Handle;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -27,7 +28,7 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// A connection.
 pub(crate) struct Link {
-    connection: Connection,
+    connection: Arc<Connection>,
     /// Why the server takes no messages at the moment, if so.
     blocked: watch::Receiver<Option<String>>,
     /// Hears what the server says of the connection.
@@ -43,8 +44,14 @@ impl std::fmt::Debug for Link {
 }
 
 impl Drop for Link {
+    /// Ends the connection where nobody did: the client keeps one for ever that was dropped while a consumer
+    /// was being made, and with it whatever the server has handed out through it.
     fn drop(&mut self) {
         self.listener.abort();
+        if let (true, Ok(runtime)) = (self.is_open(), Handle::try_current()) {
+            let connection = Arc::clone(&self.connection);
+            runtime.spawn(async move { end(&connection).await });
+        }
     }
 }
 
@@ -111,7 +118,7 @@ impl Link {
             }
         });
         Self {
-            connection,
+            connection: Arc::new(connection),
             blocked,
             listener,
         }
@@ -158,10 +165,14 @@ impl Link {
 
     /// Ends the connection and all its channels; what was not acknowledged is the next owner's.
     pub(crate) async fn close(&self) {
-        let closed = timeout(ANSWER, self.connection.close(200, "done".into())).await;
-        if let Ok(Err(error)) = closed {
-            tracing::debug!(%error, "a connection was closed before");
-        }
+        end(&self.connection).await;
+    }
+}
+
+async fn end(connection: &Connection) {
+    let closed = timeout(ANSWER, connection.close(200, "done".into())).await;
+    if let Ok(Err(error)) = closed {
+        tracing::debug!(%error, "a connection was closed before");
     }
 }
 

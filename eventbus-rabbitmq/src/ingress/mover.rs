@@ -48,7 +48,9 @@ pub(super) struct Mover {
 pub(super) struct Session {
     link: Link,
     journal: Journal,
-    /// Brings messages, and acknowledges them.
+    /// Brings messages, and acknowledges them. It is the journal's, too: with a channel that ends the
+    /// server gives both back at once. By two, the next process could lead before the messages that this
+    /// one was handed are in their place again, and move later ones first.
     source: Channel,
     /// Publishes them.
     sink: Channel,
@@ -114,9 +116,9 @@ impl Mover {
         for group in &self.groups {
             declare_group(INGRESS, &link, group, &self.topic, partitions).await?;
         }
+        let source = link.confirming(INGRESS).await?;
         let journal = names::journal_queue(INGRESS, &self.queue.name)?;
-        let journal = Journal::join(&link, journal).await?;
-        let source = link.channel(INGRESS).await?;
+        let journal = Journal::join(source.clone(), journal).await?;
         let sink = link.confirming(INGRESS).await?;
         Ok(Session {
             link,
@@ -224,9 +226,7 @@ impl Mover {
         doubt: &mut Doubt,
     ) -> Result<(), Over> {
         let batch = self.take(session, stop).await?;
-        let Some(last) = batch.last().map(|it| it.delivery_tag) else {
-            return Ok(());
-        };
+        let tags: Vec<_> = batch.iter().map(|it| it.delivery_tag).collect();
         let mut given = Vec::new();
         let mut moving = Vec::with_capacity(batch.len());
         let formats = Formats::default();
@@ -237,9 +237,12 @@ impl Mover {
         trace!(target: "eventbus::step", step = "ingress.publish.before");
         self.publish(session, stop, moving).await?;
         trace!(target: "eventbus::step", step = "ingress.publish.after");
-        let options = BasicAckOptions { multiple: true };
         let acked = async {
-            session.source.basic_ack(last, options).await?;
+            // One by one: there are records of the journal among them.
+            for tag in tags {
+                let one = BasicAckOptions::default();
+                session.source.basic_ack(tag, one).await?;
+            }
             settle_down(&session.source, self.queue.name.as_str().into()).await
         };
         let settled = natively(MOVE, acked).await?;
