@@ -1,5 +1,11 @@
 //! From a URL to a bus.
 
+#[cfg(any(
+    feature = "memory",
+    feature = "sqlite",
+    feature = "postgres",
+    feature = "redis"
+))]
 use std::sync::Arc;
 
 #[cfg(feature = "redis")]
@@ -144,6 +150,10 @@ async fn builder(url: &str) -> Result<EventBusBuilder> {
 }
 
 /// Adds the stores of the database that `url` names, in place of the broker's own where it has them.
+#[cfg_attr(
+    not(any(feature = "sqlite", feature = "postgres", feature = "redis")),
+    expect(unused_variables, reason = "no store is built in")
+)]
 async fn with_store(builder: EventBusBuilder, url: &str) -> Result<EventBusBuilder> {
     let scheme = url.split_once(':').map_or(url, |(scheme, _)| scheme);
     match scheme {
