@@ -3,12 +3,15 @@
 //! Secret is what stands between a user's `:` and the last `@`, and the value of an option that is
 //! called a password.
 
+use std::fmt::Debug;
+
 use eventbus::{
-    Connect, EventBus, EventBusConfig, KafkaConfig, MemoryConfig, PostgresConfig, SqliteConfig,
+    Connect, EventBus, EventBusConfig, KafkaConfig, MemoryConfig, PostgresConfig, RabbitMqConfig,
+    RedisConfig, SqliteConfig,
 };
 use eventbus_core::{Error, ErrorKind, Result, error_chain};
 
-use crate::{Target, message, runtime};
+use crate::{Target, runtime};
 
 pub(crate) const TARGET: Target = Target {
     name: "urls",
@@ -29,7 +32,19 @@ pub(crate) const TARGET: Target = Target {
         "&create_topics=false",
         "&tls=true",
         "amqp://",
+        "amqp://user:hunter2@rabbit,other:5673/%2fshop",
+        "amqps://",
+        "&queues=orders,old",
+        "&volatile_queues=old",
+        "&heartbeat=10s",
+        "&prefetch=1",
+        "&tls_ca=/tmp/ca.pem",
         "redis://",
+        "redis://:hunter2@one:6380/3",
+        "rediss://",
+        "&timeout=5s",
+        "&replicas=1",
+        "&retention=7d",
         "user:hunter2@",
         "hunter2",
         "password=hunter2",
@@ -70,6 +85,14 @@ fn run(data: &[u8]) {
     let check = |shown: String| {
         assert!(!has_secret || !shown.contains(SECRET), "{shown}");
     };
+    // An `@` behind the host is none of a user: what is before it may be a path, which may be shown.
+    let begins = url.split_once("://").map_or(url, |(_, address)| address);
+    let is_plain = !begins[..begins.rfind('@').unwrap_or(0)].contains(['/', '?', '#']);
+    let read = |config: &dyn Debug| {
+        if is_plain {
+            check(format!("{config:?}"));
+        }
+    };
     if let Some(error) = refused(MemoryConfig::from_url(url)) {
         check(error);
     }
@@ -77,17 +100,35 @@ fn run(data: &[u8]) {
         check(error);
     }
     match PostgresConfig::from_url(url) {
-        Ok(config) => check(format!("{config:?}")),
+        Ok(config) => read(&config),
         Err(error) => check(text_of(&error)),
     }
     match KafkaConfig::from_url(url) {
-        Ok(config) => check(format!("{config:?}")),
+        Ok(config) => read(&config),
+        Err(error) => check(text_of(&error)),
+    }
+    match RabbitMqConfig::from_url(url) {
+        Ok(config) => read(&config),
+        Err(error) => check(text_of(&error)),
+    }
+    match RedisConfig::from_url(url) {
+        Ok(config) => read(&config),
         Err(error) => check(text_of(&error)),
     }
     check(format!("{:?}", EventBusConfig::new(url)));
     // Those that would open a file or a socket are only read.
-    let opens = ["sqlite:", "postgres:", "postgresql:", "kafka:"];
-    if !opens.iter().any(|scheme| url.starts_with(scheme)) {
+    let opens = [
+        "sqlite",
+        "postgres",
+        "postgresql",
+        "kafka",
+        "amqp",
+        "amqps",
+        "redis",
+        "rediss",
+    ];
+    let scheme = url.split_once(':').map_or(url, |(scheme, _)| scheme);
+    if !opens.contains(&scheme) {
         let connected = runtime().block_on(EventBus::connect(url));
         if let Some(error) = refused(connected) {
             check(error);
@@ -114,10 +155,14 @@ fn text_of(error: &Error) -> String {
 /// Whether what is looked for is somewhere secret, and nowhere else: neither before the scheme's
 /// end, nor in a host, a path, or the value of an option that is no password.
 fn has_secret(url: &str) -> bool {
-    let Some(address) = message::find(url.as_bytes(), b"://").map(|end| &url[end + 3..]) else {
+    // Readers of URLs pass these over.
+    let url = url.replace(['\t', '\n', '\r'], "");
+    let Some((scheme, address)) = url.split_once("://") else {
         return false;
     };
-    let begins = &url[..url.len() - address.len()];
+    if scheme.contains(['/', '?', '#']) {
+        return false;
+    }
     let (user, host) = address.rsplit_once('@').unwrap_or(("", address));
     let (host, options) = host.split_once('?').unwrap_or((host, ""));
     let is_open = |option: &str| {
@@ -126,7 +171,7 @@ fn has_secret(url: &str) -> bool {
         option.contains(SECRET) && !(is_secret && value.contains(SECRET))
     };
     let (name, password) = user.split_once(':').unwrap_or((user, ""));
-    let is_shown = begins.contains(SECRET)
+    let is_shown = scheme.contains(SECRET)
         || name.contains(SECRET)
         || host.contains(SECRET)
         || options.split('&').any(is_open);
