@@ -120,7 +120,7 @@ async fn what_is_moved_again_after_a_kill_has_the_same_id() {
             shop.order(number).await;
         }
         within(MINUTE, async {
-            move_and_die(&shop.queue, &shop.topic(), step).await;
+            move_and_die(&shop.queue, &shop.topic(), step, 1).await;
             // Nobody can tell it from the others either.
             shop.order(1).await;
             let ingress = ingress(&broker, &shop).await;
@@ -159,7 +159,7 @@ async fn what_is_moved_twice_takes_effect_once() {
         for number in 0..20 {
             shop.order(number % 10).await;
         }
-        move_and_die(&shop.queue, &shop.topic(), "ingress.publish.after").await;
+        move_and_die(&shop.queue, &shop.topic(), "ingress.publish.after", 1).await;
         let ingress = ingress(&broker, &shop).await;
         until(&ingress, |status| status.moved >= 20).await;
         while consumer.status().counts.duplicates < 20 {
@@ -366,9 +366,28 @@ async fn what_it_waits_for_is_in_its_status() {
 }
 
 /// Of several processes one moves messages; the next one goes on where it ended, in order.
+/// How an ingress ends whose place another one takes.
+#[derive(Clone, Copy)]
+enum End {
+    Dropped,
+    /// With its process.
+    Killed,
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs brokers: ./dev/test"]
-async fn another_process_takes_the_place_of_one_that_ends() {
+async fn another_one_takes_the_place_of_an_ingress_that_is_dropped() {
+    take_the_place_of_one_that_is(End::Dropped).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs brokers: ./dev/test"]
+async fn another_one_takes_the_place_of_an_ingress_that_is_killed() {
+    take_the_place_of_one_that_is(End::Killed).await;
+}
+
+/// Ends an ingress in the middle of its work, while others wait for its place and the shop goes on.
+async fn take_the_place_of_one_that_is(end: End) {
     const ORDERS: u64 = 600;
     let server = Server::new().await;
     let shop = Shop::new(&server, Kind::Durable).await;
@@ -380,49 +399,57 @@ async fn another_process_takes_the_place_of_one_that_ends() {
     let mut probe = Probe::join(&broker, subscription).await.expect("it joins");
     within(MINUTE, async {
         probe.hold(1).await;
-        let first = ingress(&broker, &shop).await;
-        until(&first, |status| status.is_active).await;
-        let second = ingress(&broker, &shop).await;
-        let third = ingress(&broker, &shop).await;
-        let publish = async {
-            for number in 0..ORDERS {
-                shop.order(number).await;
+        let first = async {
+            match end {
+                End::Dropped => {
+                    let first = ingress(&broker, &shop).await;
+                    until(&first, |status| status.moved > 100).await;
+                    drop(first);
+                }
+                End::Killed => {
+                    // The first order alone, and two batches cannot be all of the others.
+                    let step = "ingress.publish.before";
+                    move_and_die(&shop.queue, &shop.topic(), step, 3).await;
+                }
             }
         };
-        let end = async {
-            until(&first, |status| status.moved > 100).await;
-            assert!(!second.status().is_active && !third.status().is_active);
-            // As a crash would, in the middle of its work.
-            let moved = first.status().moved;
-            drop(first);
-            moved
+        let others = async {
+            shop.order(0).await;
+            // The first one moves it.
+            let moved = probe.collect(1).await;
+            let others = [ingress(&broker, &shop).await, ingress(&broker, &shop).await];
+            assert!(others.iter().all(|it| !it.status().is_active));
+            for number in 1..ORDERS {
+                shop.order(number).await;
+            }
+            (others, moved)
         };
-        let ((), moved) = tokio::join!(publish, end);
-        assert!(moved < ORDERS, "it was to end before all were moved");
-        let mut seen: Vec<u64> = Vec::new();
-        while seen.last() != Some(&(ORDERS - 1)) {
-            let deliveries = probe.collect(1).await;
+        let ((), (others, mut deliveries)) = tokio::join!(first, others);
+        let mut next = 0;
+        while next < ORDERS {
             for delivery in &deliveries {
                 let key = delivery.message.key.as_ref().expect("it has a key");
                 let number = String::from_utf8_lossy(key.as_bytes()).parse();
-                seen.push(number.expect("a number"));
+                let number: u64 = number.expect("a number");
+                // In order, apart from what was moved twice.
+                assert!(number <= next, "{number} before {next}");
+                next = next.max(number + 1);
             }
             probe.settle(&deliveries).await;
+            deliveries = match next < ORDERS {
+                true => probe.collect(1).await,
+                false => Vec::new(),
+            };
         }
-        let next = || [second.status(), third.status()];
-        assert!(next().iter().any(|it| it.is_active));
-        // What was seen may be counted a moment later; what the first one moved while it ended nobody counts.
-        while next().iter().all(|it| it.moved == 0) {
+        let others_moved = || others.iter().map(|it| it.status().moved).sum::<u64>();
+        // What was seen may be counted a moment later.
+        while others_moved() == 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        // In order, apart from what was moved twice.
-        let mut next = 0;
-        for number in seen {
-            assert!(number <= next, "{number} before {next}");
-            next = next.max(number + 1);
+        assert!(others.iter().any(|it| it.status().is_active));
+        for it in others {
+            it.shutdown().await.expect("it ends");
         }
-        second.shutdown().await.expect("it ends");
-        third.shutdown().await.expect("it ends");
     })
     .await;
     assert!(shop.is_empty().await);
