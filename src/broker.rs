@@ -5,7 +5,7 @@
 pub use eventbus_core::{
     AdminReply, AdminRequest, Assignment, Broker, Capabilities, Deliveries, Delivery, Durability,
     Lane, Member, Outcome, PublishError, Publisher, Receipt, Settlement, Signal, Subscriber,
-    Subscription, Unpublished, Verdict,
+    Subscription, Unpublished,
 };
 // Shared arithmetic and machinery.
 pub use eventbus_core::{Coalescer, Flush, Flushes, LaneTable, Settled, Ticket, partition_of};

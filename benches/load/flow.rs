@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use eventbus::broker::{Broker, Publisher, Receipt, Signal, Subscriber, Subscription, Verdict};
+use eventbus::broker::{Broker, Publisher, Receipt, Signal, Subscriber, Subscription};
 use eventbus::{
     Consumer, ConsumerBuilder, Context, Event, EventBus, Group, MemoryBroker, MemoryConfig,
     Message, NoUnit, Result, Start, Until,
@@ -153,7 +153,7 @@ pub(crate) async fn through_broker(messages: &[Message], count: usize) {
         .subscribe(subscription)
         .await
         .expect("memory takes it");
-    let (mut taken, mut verdicts) = (0, Vec::<(Receipt, Verdict)>::new());
+    let (mut taken, mut verdicts) = (0, Vec::<Receipt>::new());
     for batch in batches(messages, count) {
         taken += batch.len();
         broker.publish(batch).await.expect("memory takes it");
@@ -163,11 +163,7 @@ pub(crate) async fn through_broker(messages: &[Message], count: usize) {
                 continue;
             };
             taken -= deliveries.len();
-            verdicts.extend(
-                deliveries
-                    .iter()
-                    .map(|delivery| (delivery.receipt, Verdict::Done)),
-            );
+            verdicts.extend(deliveries.iter().map(|delivery| delivery.receipt));
         }
         member
             .settlement

@@ -10,7 +10,6 @@ use clap::Args;
 use eventbus::broker::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Delivery, Lane, Member, Outcome,
     PublishError, Publisher, Receipt, Settlement, Signal, Subscriber, Subscription, Unpublished,
-    Verdict,
 };
 use eventbus::prelude::{Error, ErrorKind, EventBus, Result};
 use eventbus::store::KeyStateStore;
@@ -355,13 +354,11 @@ impl Book {
         lock(&self.partitions).retain(|lane, _| !lanes.contains(lane));
     }
 
-    fn done(&self, settled: &[(Receipt, Verdict)]) -> Vec<Entry> {
+    fn done(&self, settled: &[Receipt]) -> Vec<Entry> {
         let handed_out = lock(&self.handed_out);
-        let done = settled
+        settled
             .iter()
-            .filter(|(_, verdict)| *verdict == Verdict::Done);
-        let stamps = done.filter_map(|(receipt, _)| handed_out.get(receipt));
-        stamps
+            .filter_map(|receipt| handed_out.get(receipt))
             .map(|stamp| Entry::of(Operation::Settle, *stamp).with_group(self.group))
             .collect()
     }
@@ -395,7 +392,7 @@ struct RecordedSettlement {
 
 #[async_trait]
 impl Settlement for RecordedSettlement {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let entries = self.book.done(settled);
         tell(&self.book.session, Phase::Invoke, &entries);
         let outcome = self.inner.settle(settled).await;
@@ -403,7 +400,7 @@ impl Settlement for RecordedSettlement {
             Ok(()) => {
                 tell(&self.book.session, Phase::Ok, &entries);
                 let mut handed_out = lock(&self.book.handed_out);
-                for (receipt, _) in settled {
+                for receipt in settled {
                     handed_out.remove(receipt);
                 }
             }

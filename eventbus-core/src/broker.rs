@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use crate::delivery::{Lane, Position, Receipt, Signal, Start, Subscription, Verdict};
+use crate::delivery::{Lane, Position, Receipt, Signal, Start, Subscription};
 use crate::error::{Error, ErrorKind, Result};
 use crate::message::{Group, Key, Message, Topic};
 use crate::topic::TopicSpec;
@@ -239,17 +239,21 @@ pub trait Deliveries: Debug + Send {
 /// The answering half of a [`Member`].
 #[async_trait]
 pub trait Settlement: Debug + Send {
-    /// Records verdicts and resolves when that is as durable as the broker can.
+    /// Records that these deliveries are done, handled, dead-lettered or skipped, and never handed out
+    /// again, and resolves when that is as durable as the broker can. What is not done is not settled:
+    /// it is retried where it is, since to hand it out again later would break the order of its key.
     ///
     /// # Contract
     ///
+    /// - A group's position moves up to the first delivery that is not settled. After a crash what is
+    ///   behind that is handed out again, also where it was settled.
     /// - Receipts of an older epoch, or settled before, are ignored and counted.
     /// - The same call may be repeated after an error.
     ///
     /// # Cancellation
     ///
-    /// A dropped future leaves it unknown which verdicts were recorded.
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()>;
+    /// A dropped future leaves it unknown what was recorded.
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()>;
 
     /// Gives these lanes away: no handler of theirs runs any more. Without it they are taken
     /// `revoke_timeout` after `Revoking`.
@@ -288,14 +292,10 @@ pub struct Capabilities {
     pub replay: bool,
     /// Messages that no group has read yet can vanish by age or size; it is reported as a gap.
     pub gaps: bool,
-    /// `Verdict::Retry` hands a message without key out again later.
-    pub redelivery: bool,
     /// `Delivery::handed_out` is counted.
     pub hand_out_count: bool,
     /// After a partial failure no later message of the same key is on the broker.
     pub ordered_pipelining: bool,
-    /// A group's settled positions are kept one by one, not only up to the first gap.
-    pub selective_settlement: bool,
     /// `AdminRequest::Lag` and `AdminRequest::Groups` are answered.
     pub lag: bool,
 }

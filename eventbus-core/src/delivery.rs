@@ -5,7 +5,7 @@
 //!                                      │                       │
 //!                              handlers run             handlers end or are dropped
 //!                                      ▼                       ▼
-//!  Settlement::settle ◀── receipts and verdicts       Settlement::release
+//!  Settlement::settle ◀── receipts       Settlement::release
 //! ```
 
 use std::time::{Duration, SystemTime};
@@ -158,20 +158,6 @@ pub enum Signal {
     },
     /// [`Subscription::until`] was reached on these lanes; on none, when there were none to read.
     Ended(Vec<Lane>),
-}
-
-/// What became of a delivery.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Verdict {
-    /// Handled, dead-lettered or skipped: never hand it out again.
-    Done,
-    /// Hand it out again after this time. Only where `redelivery` is declared, and never for
-    /// keyed messages, whose order it would break.
-    Retry {
-        /// At least this long.
-        after: Duration,
-    },
 }
 
 /// Where a group that is new, or a reader without a group, begins.

@@ -55,7 +55,6 @@ pub use clock::{Clock, SystemClock, Timestamp};
 pub use codec::{Codec, Json};
 pub use delivery::{
     Assignment, Delivery, Lane, Limits, Position, Receipt, Signal, Start, Subscription, Until,
-    Verdict,
 };
 pub use drained::{Drain, DrainReport, Undrained};
 pub use duplicates::{

@@ -33,7 +33,7 @@ use crate::broker::{
     Publisher, Settlement, Subscriber, Unpublished,
 };
 use crate::clock::FOREVER;
-use crate::delivery::{Lane, Receipt, Signal, Subscription, Verdict};
+use crate::delivery::{Lane, Receipt, Signal, Subscription};
 use crate::error::{Error, ErrorKind, Result};
 use crate::message::{Group, Message};
 use state::{Rest, State, Turn, ended};
@@ -65,12 +65,9 @@ pub use unit::{CommitFault, MemoryUnit};
 ///   anything is taken; the others are taken. Where `ordered_pipelining` is declared, later
 ///   messages of its key are held back and reported too (`Conflict`).
 /// - **Groups.** What a group has settled without a gap is its position; after a crash everything
-///   above it is handed out again, also what was settled there, unless `selective_settlement` is
-///   declared. Lanes move one by one: a moving lane goes on when it is released or
+///   above it is handed out again, also what was settled there. Lanes move one by one: a moving lane goes on when it is released or
 ///   `revoke_timeout` after `Revoking`, which is looked at whenever a member of the group calls
 ///   `next` or `settle`.
-/// - **Redelivery.** A message that waits for its `Retry` goes on waiting when its lane moves or
-///   its member crashes.
 /// - **Settling** is done when the call returns. After `close`, `next` and `settle` answer
 ///   `Closed`.
 ///
@@ -410,7 +407,7 @@ struct MemorySettlement(Arc<MemberHandle>);
 
 #[async_trait]
 impl Settlement for MemorySettlement {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         self.0.server.lock().settle(self.0.id, settled)
     }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::broker::Member;
-use crate::delivery::{Delivery, Lane, Position, Receipt, Signal, Verdict};
+use crate::delivery::{Delivery, Lane, Position, Receipt, Signal};
 use crate::error::Result;
 use crate::message::{Message, Topic};
 
@@ -18,7 +18,7 @@ pub struct Reader {
     ended: bool,
     delivered: std::vec::IntoIter<Delivery>,
     /// What `delivered` held, to be settled before more is asked for.
-    unsettled: Vec<(Receipt, Verdict)>,
+    unsettled: Vec<Receipt>,
     bounded: bool,
 }
 
@@ -91,8 +91,7 @@ impl Reader {
                 }
                 Signal::Delivered(deliveries) => {
                     let receipts = deliveries.iter().map(|delivery| delivery.receipt);
-                    self.unsettled
-                        .extend(receipts.map(|receipt| (receipt, Verdict::Done)));
+                    self.unsettled.extend(receipts);
                     self.delivered = deliveries.into_iter();
                 }
                 Signal::Ended(ended) => self.end(&ended),
@@ -120,7 +119,7 @@ mod tests {
     use super::Reader;
     use crate::broker::{Deliveries, Member, Publisher as _, Settlement};
     use crate::bus::EventBus;
-    use crate::delivery::{Lane, Receipt, Signal, Start, Until, Verdict};
+    use crate::delivery::{Lane, Receipt, Signal, Start, Until};
     use crate::error::Result;
     use crate::memory::MemoryBroker;
     use crate::message::{Message, Topic};
@@ -156,7 +155,7 @@ mod tests {
 
     #[async_trait]
     impl Settlement for Nothing {
-        async fn settle(&mut self, _: &[(Receipt, Verdict)]) -> Result<()> {
+        async fn settle(&mut self, _: &[Receipt]) -> Result<()> {
             Ok(())
         }
 

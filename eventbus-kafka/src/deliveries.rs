@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use eventbus_core::{
-    Deliveries, Error, ErrorKind, Lane, Receipt, Result, Retry, Settlement, Signal, Verdict,
-};
+use eventbus_core::{Deliveries, ErrorKind, Lane, Receipt, Result, Retry, Settlement, Signal};
 use rdkafka::consumer::Consumer as _;
 
 use crate::client::blocking;
@@ -77,18 +75,11 @@ pub(crate) struct KafkaSettlement {
 
 #[async_trait]
 impl Settlement for KafkaSettlement {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let member = &self.owner.0;
         member.check_open(SETTLE)?;
-        if settled.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                SETTLE,
-                "Kafka hands nothing out again later: a message is done, or it is not settled",
-            ));
-        }
         let stale = {
-            let receipts = settled.iter().map(|(receipt, _)| *receipt);
+            let receipts = settled.iter().copied();
             member.lanes().settle(receipts)
         };
         if stale > 0 {

@@ -5,9 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
 use async_trait::async_trait;
-use eventbus_core::{
-    Deliveries, Error, ErrorKind, Lane, Receipt, Result, Settlement, Signal, Verdict,
-};
+use eventbus_core::{Deliveries, ErrorKind, Lane, Receipt, Result, Settlement, Signal};
 use futures_util::future::join_all;
 use futures_util::task::AtomicWaker;
 use lapin::options::BasicAckOptions;
@@ -203,18 +201,11 @@ pub(crate) struct RabbitMqSettlement(pub(crate) Arc<Owner>);
 
 #[async_trait]
 impl Settlement for RabbitMqSettlement {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let member = &self.0.0;
         member.check_open(SETTLE)?;
-        if settled.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                SETTLE,
-                "a message that goes back to a queue of RabbitMQ loses its place: it is done, or it is not settled",
-            ));
-        }
         let stale = {
-            let receipts = settled.iter().map(|(receipt, _)| *receipt);
+            let receipts = settled.iter().copied();
             member.lanes().settle(receipts)
         };
         if stale > 0 {

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Delivery, Lane, Member, Message,
     Outcome, PublishError, Publisher, Receipt, Result, Settlement, Signal, Subscriber,
-    Subscription, Topic, Verdict,
+    Subscription, Topic,
 };
 use eventbus_verify::{Entry, Operation, Phase, Stamp};
 
@@ -183,13 +183,11 @@ impl Notes {
     }
 
     /// Those of them that were handed out, with the topic each is of.
-    fn take(&self, settled: &[(Receipt, Verdict)]) -> Vec<(Topic, Entry)> {
+    fn take(&self, settled: &[Receipt]) -> Vec<(Topic, Entry)> {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = settled
+        settled
             .iter()
-            .filter(|(_, verdict)| *verdict == Verdict::Done);
-        let found = done.filter_map(|(receipt, _)| places.unsettled.remove(receipt));
-        found
+            .filter_map(|receipt| places.unsettled.remove(receipt))
             .map(|(topic, stamp)| {
                 let entry = Entry::of(Operation::Settle, stamp);
                 (topic, entry.with_group(self.group))
@@ -225,7 +223,7 @@ struct RecordedSettlement {
 
 #[async_trait]
 impl Settlement for RecordedSettlement {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let Notes { books, process, .. } = &*self.notes;
         for (topic, entry) in self.notes.take(settled) {
             let journal = books.of(topic.as_str());

@@ -90,8 +90,8 @@ pub use pressure::{
 pub use settlement::{
     crash_hands_unsettled_messages_out_again, handed_out_is_counted_where_declared,
     low_water_never_passes_an_unsettled_message, released_lane_is_handed_out_again,
-    retry_hands_out_again_where_declared, settled_message_is_not_delivered_again,
-    stale_receipts_are_ignored, unsettled_messages_come_first_after_close,
+    settled_message_is_not_delivered_again, stale_receipts_are_ignored,
+    unsettled_messages_come_first_after_close,
 };
 pub use topic::{
     missing_topic_is_not_found, topics_are_applied_and_drift_is_reported,
@@ -154,7 +154,6 @@ macro_rules! broker_conformance {
             released_lane_is_handed_out_again
             low_water_never_passes_an_unsettled_message
             stale_receipts_are_ignored
-            retry_hands_out_again_where_declared
             handed_out_is_counted_where_declared
             groups_fan_out_and_members_share
             concurrent_members_and_publishers_see_every_message_once

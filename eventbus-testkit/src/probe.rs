@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use eventbus_core::{
     Assignment, Broker, Deliveries, Delivery, Key, Lane, Member, Position, Receipt, Result,
-    Settlement, Signal, Subscription, Topic, Verdict,
+    Settlement, Signal, Subscription, Topic,
 };
 use tokio::sync::Notify;
 
@@ -243,18 +243,19 @@ impl Probe {
     pub async fn settle<'d>(&mut self, deliveries: impl IntoIterator<Item = &'d Delivery>) {
         let settled: Vec<_> = deliveries
             .into_iter()
-            .map(|delivery| (delivery.receipt, Verdict::Done))
+            .map(|delivery| delivery.receipt)
             .collect();
-        self.verdicts(&settled).await.expect("settling is recorded");
+        let recorded = self.settle_receipts(&settled).await;
+        recorded.expect("settling is recorded");
     }
 
-    /// Settles with any verdicts.
+    /// Settles what these receipts stand for as done.
     ///
     /// # Errors
     ///
     /// Those of the broker.
-    pub async fn verdicts(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
-        self.settlement.settle(settled).await
+    pub async fn settle_receipts(&mut self, receipts: &[Receipt]) -> Result<()> {
+        self.settlement.settle(receipts).await
     }
 
     /// Releases lanes and forgets what of them was not collected.

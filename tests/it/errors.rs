@@ -6,9 +6,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use eventbus::broker::{
-    AdminRequest, Broker, Publisher, Signal, Subscriber, Subscription, Verdict,
-};
+use eventbus::broker::{AdminRequest, Broker, Publisher, Subscriber, Subscription};
 use eventbus::format::{Codec, FlatFormat};
 use eventbus::prelude::*;
 use eventbus::store::{MemoryLeases, MemoryOutbox};
@@ -285,33 +283,10 @@ async fn unsupported(lines: &mut Lines) {
         before: Position(0),
     };
     lines.refused(rabbit.broker().admin(trim).await);
-    for broker in [
-        MemoryBroker::with(MemoryConfig::default().like(MemoryProfile::Kafka)),
-        MemoryBroker::with(MemoryConfig::default().like(MemoryProfile::RabbitMq)),
-    ] {
-        lines.refused(retry_verdict(&broker).await);
-    }
     let group = eventbus::Group::from_static("payments");
     let mut bounded = Subscription::group(group, topics.to_vec());
     bounded.until = Some(Until::Now);
     lines.refused(rabbit.broker().subscribe(bounded).await);
-}
-
-/// Asks for a keyed message to be handed out again.
-async fn retry_verdict(broker: &MemoryBroker) -> Result<()> {
-    let group = eventbus::Group::from_static("payments");
-    let mut member = broker
-        .subscribe(Subscription::group(group, vec![OrderCreated::TOPIC]))
-        .await?;
-    let message = Message::new(OrderCreated::TOPIC, "{}").with_key("42");
-    broker.publish(vec![message]).await.map_err(Error::from)?;
-    loop {
-        if let Signal::Delivered(batch) = member.deliveries.next().await? {
-            let after = Duration::ZERO;
-            let verdicts = [(batch[0].receipt, Verdict::Retry { after })];
-            return member.settlement.settle(&verdicts).await;
-        }
-    }
 }
 
 async fn handling(lines: &mut Lines) {

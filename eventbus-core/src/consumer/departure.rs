@@ -80,16 +80,11 @@ impl Departure {
         finish_until: Option<Instant>,
         silent: usize,
     ) -> Self {
-        let rest = match runtime.bus.capabilities().selective_settlement {
-            // What is settled stays so, whatever is before it: nothing has to be handled for it.
-            true => HashMap::new(),
-            false => {
-                let ends = runtime.lanes.delivered_ends(&lanes);
-                ends.into_iter()
-                    .map(|(lane, end)| (lane, LaneRest::new(end)))
-                    .collect()
-            }
-        };
+        let ends = runtime.lanes.delivered_ends(&lanes);
+        let rest = ends
+            .into_iter()
+            .map(|(lane, end)| (lane, LaneRest::new(end)))
+            .collect();
         Self {
             runtime: Arc::clone(runtime),
             lanes,

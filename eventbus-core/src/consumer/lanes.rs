@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::delivery::{Assignment, Delivery, Lane, Receipt, Verdict};
+use crate::delivery::{Assignment, Delivery, Lane, Receipt};
 use crate::message::Topic;
 
 /// One lane of a consumer, as [`Consumer::status`](crate::Consumer::status) shows it.
@@ -120,10 +120,10 @@ impl Lanes {
         find(&mut self.lock(), lane).map(|entry| entry.partition)
     }
 
-    pub(crate) fn settled(&self, settled: &[(Receipt, Verdict)]) {
+    pub(crate) fn settled(&self, settled: &[Receipt]) {
         let mut lanes = self.lock();
         let mut rest = settled;
-        while let [(receipt, _), ..] = rest {
+        while let [receipt, ..] = rest {
             let count = match find(&mut lanes, receipt.lane) {
                 Some(entry) => entry.settle(receipt.tag, rest),
                 None => 1,
@@ -163,7 +163,7 @@ fn find(lanes: &mut [Option<LaneEntry>], lane: Lane) -> Option<&mut LaneEntry> {
 impl LaneEntry {
     /// Notes at once the first of `settled`, which has this tag, and those behind it that came with
     /// it. Returns how many they are, at least one.
-    fn settle(&mut self, tag: u64, settled: &[(Receipt, Verdict)]) -> usize {
+    fn settle(&mut self, tag: u64, settled: &[Receipt]) -> usize {
         // Mostly the oldest: then nothing has to be searched.
         let index = match self.arrivals.front() {
             Some(oldest) if tag < oldest.end => 0,
@@ -179,7 +179,7 @@ impl LaneEntry {
         let (lane, tags) = (self.lane, begin..arrival.end);
         let count = settled
             .iter()
-            .take_while(|(receipt, _)| receipt.lane == lane && tags.contains(&receipt.tag))
+            .take_while(|receipt| receipt.lane == lane && tags.contains(&receipt.tag))
             .count();
         // A lane is settled once for each delivery; more than came is a mistake to live with.
         let noted = count.min(arrival.unsettled);

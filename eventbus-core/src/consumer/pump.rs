@@ -18,7 +18,7 @@ use super::settler::SettleItem;
 use super::worker::{Inbox, Item};
 use crate::broker::Deliveries;
 use crate::coalescer::Coalescer;
-use crate::delivery::{Assignment, Delivery, Lane, Signal, Verdict};
+use crate::delivery::{Assignment, Delivery, Lane, Signal};
 use crate::error::Result;
 use crate::key_state::{Claim, HeldName};
 use crate::message::Message;
@@ -265,7 +265,7 @@ impl Pump {
         deliveries.retain(|delivery| {
             let wanted = delivery.message.key.as_ref() == Some(key_wanted);
             if !wanted {
-                passed_over.push((delivery.receipt, Verdict::Done));
+                passed_over.push(delivery.receipt);
             }
             wanted
         });

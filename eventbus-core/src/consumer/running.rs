@@ -343,8 +343,7 @@ impl Consumer {
     /// What came before anything that has begun is still handled, partition by partition, so that the
     /// next owner goes on where this one ended and handles nothing twice; what came behind it goes
     /// to the next owner. This takes at most the shutdown timeout. What can't be handled in that
-    /// time is left as well, and what was settled behind it is handled again, unless the broker
-    /// declares `selective_settlement`; a warning says how much. That is so while the consumer is
+    /// time is left as well, and what was settled behind it is handled again; a warning says how much. That is so while the consumer is
     /// paused or holds, for blocked keys, and for retries that are due later.
     ///
     /// # Cancellation

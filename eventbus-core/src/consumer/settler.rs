@@ -1,4 +1,4 @@
-//! Passes verdicts to the broker: one call in flight, everything that comes meanwhile in the next.
+//! Passes receipts of what is done to the broker: one call in flight, everything that comes meanwhile in the next.
 
 use std::sync::Arc;
 
@@ -9,13 +9,13 @@ use super::backoff::Backoff;
 use crate::activity::Part;
 use crate::broker::Settlement;
 use crate::coalescer::{Flushes, move_all};
-use crate::delivery::{Lane, Receipt, Verdict};
+use crate::delivery::{Lane, Receipt};
 use crate::error::Result;
 
 /// What the settler is told, in order.
 #[derive(Debug)]
 pub(crate) enum SettleItem {
-    Settled(Vec<(Receipt, Verdict)>),
+    Settled(Vec<Receipt>),
     /// No handler of these lanes runs any more.
     Release(Vec<Lane>),
     /// The end: nothing comes after it.
@@ -30,22 +30,22 @@ pub(crate) async fn run(
     mut settlement: Box<dyn Settlement>,
 ) -> Result<()> {
     let mut items = Vec::new();
-    let mut verdicts = Vec::new();
+    let mut receipts = Vec::new();
     loop {
         let flush = flushes.next(&mut items).await;
         part.raise();
         let mut stop = false;
         for item in items.drain(..) {
             match item {
-                SettleItem::Settled(mut more) => move_all(&mut more, &mut verdicts),
+                SettleItem::Settled(mut more) => move_all(&mut more, &mut receipts),
                 SettleItem::Release(lanes) => {
-                    settle(&runtime, settlement.as_mut(), &mut verdicts).await?;
+                    settle(&runtime, settlement.as_mut(), &mut receipts).await?;
                     release(&runtime, settlement.as_mut(), &lanes).await?;
                 }
                 SettleItem::Stop => stop = true,
             }
         }
-        settle(&runtime, settlement.as_mut(), &mut verdicts).await?;
+        settle(&runtime, settlement.as_mut(), &mut receipts).await?;
         flush.done();
         part.lower();
         if stop {
@@ -57,18 +57,18 @@ pub(crate) async fn run(
 async fn settle(
     runtime: &Runtime,
     settlement: &mut dyn Settlement,
-    verdicts: &mut Vec<(Receipt, Verdict)>,
+    receipts: &mut Vec<Receipt>,
 ) -> Result<()> {
-    if verdicts.is_empty() {
+    if receipts.is_empty() {
         return Ok(());
     }
     let mut backoff = Backoff::new();
     trace!(target: "eventbus::step", step = "settle.before");
-    while let Err(error) = settlement.settle(verdicts).await {
+    while let Err(error) = settlement.settle(receipts).await {
         retry(runtime, error, &mut backoff).await?;
     }
     trace!(target: "eventbus::step", step = "settle.after");
-    verdicts.clear();
+    receipts.clear();
     Ok(())
 }
 

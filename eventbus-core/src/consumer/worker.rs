@@ -31,7 +31,7 @@ use super::slots::{Caught, SlotSet};
 use super::telemetry::Tally;
 use crate::activity::Part;
 use crate::coalescer::{Coalescer, Mailbox};
-use crate::delivery::{Delivery, Lane, Receipt, Verdict};
+use crate::delivery::{Delivery, Lane, Receipt};
 
 mod aside;
 mod concluding;
@@ -122,8 +122,8 @@ pub(crate) struct Worker<V: Layers> {
     to_leave: bool,
     /// No delivery comes any more.
     stopping: bool,
-    /// Verdicts of this turn.
-    settled: Vec<(Receipt, Verdict)>,
+    /// What was done in this turn.
+    settled: Vec<Receipt>,
     tally: Tally,
     received: Vec<Item>,
     ended: Vec<(usize, Caught<Ended>)>,

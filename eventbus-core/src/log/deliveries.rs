@@ -19,7 +19,7 @@ use super::member::{MemberState, Place, Wanted};
 use super::{Log, Page};
 use crate::{
     Deliveries, Error, ErrorKind, HeldLeases, Lane, Lease, LeaseSignal, Leaseholder, Limits,
-    MemberId, Position, Receipt, Result, Settlement, Signal, Timestamp, Verdict,
+    MemberId, Position, Receipt, Result, Settlement, Signal, Timestamp,
 };
 
 /// What the two halves share; the last one to be dropped makes the member leave.
@@ -362,20 +362,13 @@ impl<L: Log> LogSettlement<L> {
 
 #[async_trait]
 impl<L: Log> Settlement for LogSettlement<L> {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let handle = &self.0;
         handle.check_open("settle")?;
-        if settled.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "settle",
-                "this broker does not declare `redelivery`: retry in place and settle `Done`",
-            ));
-        }
         let group = handle.seat.as_ref().map(|seat| seat.group);
         let (stale, advances) = {
             let mut state = handle.lock();
-            let stale = state.settle(settled.iter().map(|(receipt, _)| *receipt));
+            let stale = state.settle(settled.iter().copied());
             // What an earlier call could not record is recorded with this one.
             (stale, group.map(|group| state.advances(group)))
         };

@@ -226,9 +226,7 @@ impl MemoryProfile {
             },
             Self::RabbitMq => Capabilities {
                 message_bytes_max: 16 * MIB,
-                redelivery: true,
                 hand_out_count: true,
-                selective_settlement: true,
                 ..declared
             },
             Self::Redis => Capabilities {

@@ -1,6 +1,6 @@
 //! What a group knows of a partition, and how partitions move between its members.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use tokio::time::Instant;
 
@@ -56,16 +56,10 @@ pub(super) struct Place {
 pub(super) struct Cursor {
     /// Everything before it is settled; after a crash reading starts here.
     pub(super) committed: u64,
-    /// Settled positions above `committed`, where settlement is selective; empty elsewhere.
-    settled: BTreeSet<u64>,
     /// Everything from here on was never handed out.
     high: u64,
     /// How often positions below `high` were handed out; one that is missing was once.
     again: BTreeMap<u64, u32>,
-    /// Positions to be handed out once more, by time; they wait on whoever owns the partition.
-    retries: BTreeSet<(Instant, u64)>,
-    /// The same by position, so that reading on passes them by.
-    waiting: BTreeMap<u64, Instant>,
     pub(super) owner: Option<Owner>,
 }
 
@@ -80,11 +74,8 @@ impl Cursor {
     pub(super) fn new(committed: u64) -> Self {
         Self {
             committed,
-            settled: BTreeSet::new(),
             high: committed,
             again: BTreeMap::new(),
-            retries: BTreeSet::new(),
-            waiting: BTreeMap::new(),
             owner: None,
         }
     }
@@ -100,67 +91,18 @@ impl Cursor {
         *times
     }
 
-    /// Whether reading on passes `position` by: it is settled, also by an earlier owner whose mark
-    /// `committed` has passed since, or it waits for its retry.
-    pub(super) fn skips(&self, position: u64) -> bool {
-        position < self.committed
-            || (position < self.high
-                && (self.settled.contains(&position) || self.waiting.contains_key(&position)))
-    }
-
-    /// Plans to hand out `position` once more.
-    pub(super) fn retry(&mut self, position: u64, due: Instant) {
-        self.retries.insert((due, position));
-        self.waiting.insert(position, due);
-    }
-
-    /// A position whose retry is due.
-    pub(super) fn due(&self) -> Option<u64> {
-        let (due, position) = self.retries.first()?;
-        (*due <= Instant::now()).then_some(*position)
-    }
-
-    /// When the next retry is due.
-    pub(super) fn next_due(&self) -> Option<Instant> {
-        self.retries.first().map(|(due, _)| *due)
-    }
-
-    /// Ends the waiting of a position, because it is handed out.
-    pub(super) fn take_retry(&mut self, position: u64) {
-        if let Some(due) = self.waiting.remove(&position) {
-            self.retries.remove(&(due, position));
-        }
-    }
-
     /// Records everything before `committed` as settled.
     pub(super) fn settle_up_to(&mut self, committed: u64) {
         self.committed = committed;
         if !self.again.is_empty() {
-            self.prune();
-        }
-    }
-
-    /// Records one position as settled, whatever is before it; what is before `base` is gone.
-    pub(super) fn settle_one(&mut self, position: u64, base: u64) {
-        self.again.remove(&position);
-        self.settled.insert(position);
-        self.committed = self.committed.max(base);
-        while self.settled.remove(&self.committed) {
-            self.committed += 1;
+            // Nothing asks for the counts below it any more.
+            self.again = self.again.split_off(&committed);
         }
     }
 
     /// Messages published and not settled.
     pub(super) fn lag(&self, base: u64, end: u64) -> u64 {
-        let from = self.committed.max(base);
-        let above = self.settled.range(from..).count() as u64;
-        end.saturating_sub(from).saturating_sub(above)
-    }
-
-    /// Forgets counts and marks below the committed position: nothing asks for them any more.
-    fn prune(&mut self) {
-        self.again = self.again.split_off(&self.committed);
-        self.settled = self.settled.split_off(&self.committed);
+        end.saturating_sub(self.committed.max(base))
     }
 }
 
@@ -231,9 +173,7 @@ impl State {
     fn assign(&mut self, member: usize, place: Place) {
         let topic = &mut self.topics[place.topic];
         let partition = &mut topic.partitions[place.partition];
-        let cursor = &mut partition.cursors[place.cursor];
-        cursor.prune();
-        let from = cursor.committed;
+        let from = partition.cursors[place.cursor].committed;
         let lane = self.members[member]
             .as_mut()
             .expect("only living members are balanced")
@@ -363,24 +303,5 @@ mod tests {
         cursor.settle_up_to(6);
         assert!(cursor.again.is_empty());
         assert_eq!([cursor.count(6), cursor.count(7)], [2, 1]);
-    }
-
-    #[test]
-    fn selective_marks_close_up_to_the_first_gap() {
-        let mut cursor = Cursor::new(0);
-        for position in 0..5 {
-            cursor.count(position);
-        }
-        for position in [1, 4, 2] {
-            cursor.settle_one(position, 0);
-        }
-        assert_eq!((cursor.committed, cursor.lag(0, 5)), (0, 2));
-        assert!(cursor.skips(4) && !cursor.skips(3));
-        cursor.settle_one(0, 0);
-        assert_eq!((cursor.committed, cursor.lag(0, 5)), (3, 1));
-        assert!(cursor.skips(2), "its mark is gone, but it stays settled");
-        cursor.settle_one(3, 0);
-        assert_eq!((cursor.committed, cursor.lag(0, 5)), (5, 0));
-        assert!(cursor.settled.is_empty());
     }
 }

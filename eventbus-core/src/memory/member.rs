@@ -4,9 +4,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tokio::sync::Notify;
-use tokio::time::Instant;
 
-use super::group::{Cursor, Place};
+use super::group::Place;
 use super::state::{Listener, Partition, TopicState};
 use crate::clock::Timestamp;
 use crate::delivery::{Assignment, Delivery, Lane, Limits, Position, Signal};
@@ -99,12 +98,7 @@ impl Slot {
         if self.revoking {
             return false;
         }
-        let retry = self.cursor(partition).and_then(Cursor::due);
-        retry.is_some() || self.next < partition.log.end().min(self.until)
-    }
-
-    fn cursor<'p>(&self, partition: &'p Partition) -> Option<&'p Cursor> {
-        self.cursor.map(|index| &partition.cursors[index])
+        self.next < partition.log.end().min(self.until)
     }
 
     /// Hands out what credit, `room` and the end of the reading allow.
@@ -130,35 +124,21 @@ impl Slot {
         let Partition { log, cursors, .. } = partition;
         let mut cursor = self.cursor.map(|index| &mut cursors[index]);
         while credit > 0 {
-            let retry = cursor.as_deref().and_then(Cursor::due);
-            let position = match retry {
-                Some(position) => position,
-                None if self.next >= self.until => return Handed::Drained,
-                None => self.next,
-            };
+            let position = self.next;
+            if position >= self.until {
+                return Handed::Drained;
+            }
             let Some(stored) = log.get(position) else {
-                if let (Some(position), Some(cursor)) = (retry, cursor.as_deref_mut()) {
-                    // Trimmed while it waited: there is nothing to hand out any more.
-                    cursor.take_retry(position);
-                    continue;
-                }
                 return Handed::Drained;
             };
             if until_time.is_some_and(|time| log.is_at_or_after(position, time)) {
                 self.until = position;
                 return Handed::Drained;
             }
-            if retry.is_none() && cursor.as_deref().is_some_and(|found| found.skips(position)) {
-                self.next += 1;
-                continue;
-            }
             if !lanes.fits(stored.size) {
                 return Handed::Full;
             }
-            match (retry, cursor.as_deref_mut()) {
-                (Some(position), Some(cursor)) => cursor.take_retry(position),
-                _ => self.next += 1,
-            }
+            self.next += 1;
             let times = cursor.as_deref_mut().map(|cursor| cursor.count(position));
             let position = Position(u128::from(position));
             // Written in place: a delivery is large to be passed from setter to setter.
@@ -175,9 +155,8 @@ impl Slot {
 
     /// The size of what would be handed out next.
     fn next_size(&self, partition: &Partition) -> Option<usize> {
-        let retry = self.cursor(partition).and_then(Cursor::due);
-        let position = retry.or_else(|| (self.next < self.until).then_some(self.next))?;
-        partition.log.get(position).map(|stored| stored.size)
+        let stored = partition.log.get(self.next)?;
+        (self.next < self.until).then_some(stored.size)
     }
 }
 
@@ -402,28 +381,6 @@ impl MemberState {
             partition: slot.partition,
             cursor: slot.cursor?,
         })
-    }
-
-    /// Puts lanes with a due retry in line and returns when the next one is due.
-    pub(super) fn queue_due(&mut self, topics: &[TopicState]) -> Option<Instant> {
-        let mut earliest = None;
-        for index in 0..self.slots.len() {
-            let slot = &self.slots[index];
-            if !self.lanes.is_open(slot.lane) {
-                continue;
-            }
-            let partition = &topics[slot.topic].partitions[slot.partition];
-            let Some(cursor) = slot.cursor(partition) else {
-                continue;
-            };
-            if cursor.due().is_some() {
-                // Lane numbers are small.
-                self.queue(index as u32);
-            } else {
-                earliest = earliest.into_iter().chain(cursor.next_due()).min();
-            }
-        }
-        earliest
     }
 
     /// Collects one batch, lane after lane, each in its turn.

@@ -388,15 +388,6 @@ impl State {
         if let Some(signal) = self.member_mut(id).next_control() {
             return Ok(Turn::Signal(signal));
         }
-        if self.capabilities.redelivery {
-            let Self {
-                members, topics, ..
-            } = self;
-            let due = members[id]
-                .as_mut()
-                .and_then(|member| member.queue_due(topics));
-            deadline = deadline.into_iter().chain(due).min();
-        }
         if let Some(time) = self.member(id).until_time {
             let end = self.end_reading(id, time);
             deadline = deadline.into_iter().chain(end).min();

@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use eventbus_core::{
     AdminReply, AdminRequest, Breaker, Broker, Clock, ConsumerState, ErrorKind, Group, Headers,
     Key, Limits, MemoryBroker, MemoryConfig, MemoryProfile, Message, Outcome, Position, Publisher,
-    RetryPolicy, Start, Subscription, Timestamp, Topic, Until, Verdict, header,
+    RetryPolicy, Start, Subscription, Timestamp, Topic, Until, header,
 };
 use eventbus_testkit::{Probe, TestBus, text_of};
 
@@ -339,29 +339,4 @@ async fn a_large_message_is_not_overtaken_for_ever_by_small_ones_of_other_lanes(
         held = probe.collect(1).await;
     }
     assert!(before < 10, "{before} small messages came first");
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_retry_is_never_early_even_when_its_member_crashes() {
-    let config = MemoryConfig::default().with_partitions(1);
-    let broker = MemoryBroker::with(config.like(MemoryProfile::RabbitMq));
-    let mut probe = member(&broker).await;
-    let batch = ["a", "b", "c"].map(|text| Message::new(TOPIC, text));
-    broker.publish(batch.to_vec()).await.expect("there is room");
-    let deliveries = probe.collect(3).await;
-    let after = Duration::from_secs(60);
-    let start = tokio::time::Instant::now();
-    probe
-        .verdicts(&[(deliveries[0].receipt, Verdict::Retry { after })])
-        .await
-        .expect("`redelivery` is declared");
-    probe.settle([&deliveries[2]]).await;
-    probe.crash();
-    let mut probe = member(&broker).await;
-    assert_eq!(probe.collect_texts(1).await, ["b"]);
-    assert!(!broker.deliverable());
-    let again = probe.collect(1).await;
-    assert_eq!(text_of(&again[0]), "a");
-    assert_eq!(again[0].handed_out, Some(2));
-    assert_eq!(start.elapsed().as_secs(), 60);
 }

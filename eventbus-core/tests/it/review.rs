@@ -13,7 +13,7 @@ use eventbus_core::{
     Context, Deliveries, Delivery, Error, ErrorKind, Event, EventBus, Group, InboxEntry, Json, Key,
     Lane, Limits, Member, MemoryBroker, Message, OnError, PublishError, Publisher, Receipt,
     Redrive, Replay, Result, RetryPolicy, Settlement, Signal, Start, Subscriber, Subscription,
-    Topic, Unit, UnitOfWork, Until, Verdict, Work, unknown_version,
+    Topic, Unit, UnitOfWork, Until, Work, unknown_version,
 };
 use eventbus_testkit::{TestBus, within};
 use serde::{Deserialize, Serialize};
@@ -288,7 +288,7 @@ impl Deliveries for Wrapped<Box<dyn Deliveries>> {
 
 #[async_trait]
 impl Settlement for Wrapped<Box<dyn Settlement>> {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let less = |failing: usize| failing.checked_sub(1);
         let (set, get) = (Ordering::SeqCst, Ordering::SeqCst);
         if self.1.failing.fetch_update(set, get, less).is_ok() {
@@ -604,7 +604,7 @@ struct Nobody;
 
 #[async_trait]
 impl Settlement for Nobody {
-    async fn settle(&mut self, _: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, _: &[Receipt]) -> Result<()> {
         Ok(())
     }
 

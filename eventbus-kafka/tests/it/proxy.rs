@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Delivery, Error, ErrorKind, Group, Key, Member, Message,
     Outcome, Position, Publisher, Receipt, Signal, Start, Subscriber, Subscription, Topic,
-    TopicSpec, Until, Verdict,
+    TopicSpec, Until,
 };
 use eventbus_kafka::KafkaBroker;
 use eventbus_testkit::{FaultProxy, KafkaApi, Requests, WireFault, within};
@@ -170,9 +170,9 @@ async fn half_is_settled_under(fault: WireFault) {
         .await
         .expect("it joins");
     let taken = take(&mut member, 20).await;
-    let half: Vec<(Receipt, Verdict)> = taken[..10]
+    let half: Vec<Receipt> = taken[..10]
         .iter()
-        .map(|delivery| (delivery.receipt, Verdict::Done))
+        .map(|delivery| delivery.receipt)
         .collect();
     wire.proxy.set(fault);
     let harm = async {
@@ -232,7 +232,7 @@ async fn a_member_whose_commit_is_not_answered_joins_anew() {
         .await
         .expect("it joins");
     let taken = take(&mut member, 20).await;
-    let settled = [(taken[0].receipt, Verdict::Done)];
+    let settled = [taken[0].receipt];
     wire.proxy.set(WireFault::DelayRequest(LIMIT));
     let settled = within(LIMIT, member.settlement.settle(&settled)).await;
     settled.expect("what is lost has nothing to settle");
@@ -245,7 +245,7 @@ async fn a_member_whose_commit_is_not_answered_joins_anew() {
     );
     let again = take(&mut member, 20).await;
     assert_eq!(number(&again[0]), 0, "its commit was not taken");
-    let all: Vec<_> = again.iter().map(|it| (it.receipt, Verdict::Done)).collect();
+    let all: Vec<_> = again.iter().map(|it| it.receipt).collect();
     let settled = within(LIMIT, member.settlement.settle(&all)).await;
     settled.expect("by another client");
     let closed = within(LIMIT, member.deliveries.close()).await;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use eventbus_core::{
     Delivery, Group, Key, Member, Message, Outcome, Publisher, Receipt, Signal, Subscriber,
-    Subscription, Topic, Unpublished, Verdict,
+    Subscription, Topic, Unpublished,
 };
 use eventbus_rabbitmq::{RabbitMqBroker, RabbitMqConfig};
 use eventbus_testkit::{AmqpMethod, AmqpMethods, FaultProxy, Protocol, WireFault, within};
@@ -135,8 +135,8 @@ async fn take(member: &mut Member, count: usize) -> Vec<Delivery> {
 
 /// Settles, again where that has failed, as a consumer does.
 async fn settle(member: &mut Member, deliveries: &[Delivery]) {
-    let done = |it: &Delivery| (it.receipt, Verdict::Done);
-    let done: Vec<(Receipt, Verdict)> = deliveries.iter().map(done).collect();
+    let done = |it: &Delivery| it.receipt;
+    let done: Vec<Receipt> = deliveries.iter().map(done).collect();
     while let Err(error) = member.settlement.settle(&done).await {
         assert!(error.is_retryable(), "{error}");
         tokio::time::sleep(Duration::from_millis(20)).await;

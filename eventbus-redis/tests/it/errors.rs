@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, DuplicateStore, Error, ErrorKind, EventId, Group,
     KeyStateStore, Message, Outcome, Position, PublishError, Publisher, Signal, Start, Subscriber,
-    Subscription, Topic, TopicPartition, TopicSpec, Until, Verdict,
+    Subscription, Topic, TopicPartition, TopicSpec, Until,
 };
 use eventbus_redis::{RedisBroker, RedisDuplicates};
 use eventbus_testkit::{Probe, within};
@@ -57,7 +57,7 @@ async fn count(broker: &RedisBroker, topic: &Topic) -> usize {
         match within(PATIENCE, reader.deliveries.next()).await {
             Ok(Signal::Delivered(batch)) => {
                 count += batch.len();
-                let settled = batch.iter().map(|it| (it.receipt, Verdict::Done));
+                let settled = batch.iter().map(|it| it.receipt);
                 let settled: Vec<_> = settled.collect();
                 let settled = reader.settlement.settle(&settled).await;
                 settled.expect("it goes on");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, ErrorKind, Group, Message, Outcome, Publisher, Signal,
-    Subscriber, Subscription, Topic, TopicSpec, Verdict,
+    Subscriber, Subscription, Topic, TopicSpec,
 };
 use eventbus_redis::RedisBroker;
 use eventbus_testkit::within;
@@ -58,7 +58,7 @@ impl Reader {
                             let text = String::from_utf8_lossy(&delivery.message.payload);
                             missing.remove(text.as_ref());
                         }
-                        let done = batch.iter().map(|it| (it.receipt, Verdict::Done));
+                        let done = batch.iter().map(|it| it.receipt);
                         let done: Vec<_> = done.collect();
                         if let Err(error) = self.0.settlement.settle(&done).await {
                             assert!(error.is_retryable(), "{error}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Delivery, ErrorKind, Group, Key, Member, Message, Outcome,
     Publisher, Receipt, Signal, Start, Subscriber, Subscription, Topic, TopicSpec, Unpublished,
-    Until, Verdict,
+    Until,
 };
 use eventbus_redis::{RedisBroker, RedisConfig};
 use eventbus_testkit::{FaultProxy, Protocol, RedisCommands, WireFault, within};
@@ -217,9 +217,9 @@ async fn half_is_settled_under(fault: WireFault) {
     let joined = wire.harmed.subscribe(subscription.clone()).await;
     let mut member = joined.expect("it joins");
     let taken = take(&mut member, 20).await;
-    let half: Vec<(Receipt, Verdict)> = taken[..10]
+    let half: Vec<Receipt> = taken[..10]
         .iter()
-        .map(|delivery| (delivery.receipt, Verdict::Done))
+        .map(|delivery| delivery.receipt)
         .collect();
     wire.proxy.set(fault);
     let harm = async {
@@ -286,7 +286,7 @@ async fn all_is_read_under(fault: WireFault) {
         let mut taken = Vec::new();
         while taken.len() < MESSAGES as usize {
             let deliveries = take(&mut member, 1).await;
-            let done = |it: &Delivery| (it.receipt, Verdict::Done);
+            let done = |it: &Delivery| it.receipt;
             let done: Vec<_> = deliveries.iter().map(done).collect();
             member.settlement.settle(&done).await.expect("it settles");
             taken.extend(deliveries.iter().map(number));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Group, Message, Publisher, Signal, Start, Subscriber,
-    Subscription, Topic, TopicSpec, Verdict,
+    Subscription, Topic, TopicSpec,
 };
 use eventbus_redis::RedisBroker;
 use eventbus_testkit::{Probe, within};
@@ -86,7 +86,7 @@ async fn plays_its_role() {
             std::io::stdin()
                 .read_line(&mut line)
                 .expect("the parent speaks");
-            let settled = batch.iter().map(|it| (it.receipt, Verdict::Done));
+            let settled = batch.iter().map(|it| it.receipt);
             let settled: Vec<_> = settled.collect();
             // It may know by now that the lane is lost, or be told so.
             let _ = member.settlement.settle(&settled).await;

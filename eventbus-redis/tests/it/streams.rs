@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Group, Key, Member, Message, Publisher, Signal, Start,
-    Subscriber, Subscription, Topic, TopicSpec, Until, Verdict,
+    Subscriber, Subscription, Topic, TopicSpec, Until,
 };
 use eventbus_redis::RedisBroker;
 use eventbus_testkit::within;
@@ -64,7 +64,7 @@ pub(crate) async fn settle(member: &mut Member, wanted: usize) {
         let signal = within(LIMIT, member.deliveries.next()).await;
         if let Signal::Delivered(batch) = signal.expect("it goes on") {
             let done = batch.iter().take(wanted - taken);
-            let done: Vec<_> = done.map(|it| (it.receipt, Verdict::Done)).collect();
+            let done: Vec<_> = done.map(|it| it.receipt).collect();
             taken += done.len();
             let settled = member.settlement.settle(&done).await;
             settled.expect("it is recorded");
@@ -166,7 +166,7 @@ async fn what_somebody_trims_unread_is_a_gap_and_what_was_read_is_none() {
                     for delivery in batch {
                         let text = String::from_utf8_lossy(&delivery.message.payload).into_owned();
                         taken.push(text);
-                        let done = [(delivery.receipt, Verdict::Done)];
+                        let done = [delivery.receipt];
                         member
                             .settlement
                             .settle(&done)
@@ -284,7 +284,7 @@ async fn reading_begins_at_a_time_behind_what_came_before_it() {
         let signal = within(LIMIT, reader.deliveries.next()).await;
         match signal.expect("it goes on") {
             Signal::Delivered(batch) => {
-                let done: Vec<_> = batch.iter().map(|it| (it.receipt, Verdict::Done)).collect();
+                let done: Vec<_> = batch.iter().map(|it| it.receipt).collect();
                 texts.extend(batch.into_iter().map(|it| it.message.payload));
                 reader
                     .settlement

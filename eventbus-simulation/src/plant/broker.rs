@@ -9,7 +9,7 @@ use bytes::Bytes;
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Delivery, Error, ErrorKind,
     EventId, Headers, Key, Lane, Member, Message, Outcome, PublishError, Publisher, Receipt,
-    Result, Settlement, Signal, Subscriber, Subscription, Topic, Unpublished, Verdict, header,
+    Result, Settlement, Signal, Subscriber, Subscription, Topic, Unpublished, header,
 };
 use tokio::time::sleep;
 
@@ -199,7 +199,7 @@ impl Mischief {
 
     /// Settles what nobody gave a verdict on.
     async fn settle_unasked(&self, receipts: Vec<Receipt>) {
-        let done = receipts.into_iter().map(|receipt| (receipt, Verdict::Done));
+        let done = receipts.into_iter();
         let done: Vec<_> = done.collect();
         // Where it fails, the bug does no harm this time.
         drop(self.settlement.lock().await.settle(&done).await);
@@ -319,7 +319,7 @@ struct PlantedSettlement {
 
 #[async_trait]
 impl Settlement for PlantedSettlement {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let Mischief {
             bed,
             broker,
@@ -329,7 +329,7 @@ impl Settlement for PlantedSettlement {
         let mut settled = settled.to_vec();
         let (more, again) = {
             let mut unsettled = self.mischief.unsettled();
-            let is_settled = |receipt: &Receipt| settled.iter().any(|(one, _)| one == receipt);
+            let is_settled = |receipt: &Receipt| settled.contains(receipt);
             let again = unsettled.iter().find(|(receipt, _)| is_settled(receipt));
             let again = again.map(|(_, message)| message.clone());
             unsettled.retain(|(receipt, _)| !is_settled(receipt));
@@ -339,7 +339,7 @@ impl Settlement for PlantedSettlement {
         if let Some(more) = more
             && bed.strikes(Plant::SettlesOneMore, 5)
         {
-            settled.push((more, Verdict::Done));
+            settled.push(more);
         }
         settlement.lock().await.settle(&settled).await?;
         if let Some(again) = again

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use eventbus_core::{
     Broker, Deliveries, EventId, Group, Key, Member, Message, ScheduleStore, Scheduled, Signal,
-    Subscription, Topic, Verdict,
+    Subscription, Topic,
 };
 use eventbus_sql::{SqliteBroker, SqliteConfig};
 
@@ -232,7 +232,7 @@ async fn consume(broker: &dyn Broker) {
         };
         for delivery in &batch {
             say(String::from_utf8_lossy(&delivery.message.payload));
-            let settled = [(delivery.receipt, Verdict::Done)];
+            let settled = [delivery.receipt];
             member
                 .settlement
                 .settle(&settled)
@@ -283,10 +283,7 @@ async fn linger(broker: &dyn Broker) {
         if let Signal::Delivered(batch) = next(&mut member).await {
             say("holding");
             wait_for_nod();
-            let settled: Vec<_> = batch
-                .iter()
-                .map(|delivery| (delivery.receipt, Verdict::Done))
-                .collect();
+            let settled: Vec<_> = batch.iter().map(|delivery| delivery.receipt).collect();
             // The member may have been told by now, or be told by the database.
             let _ = member.settlement.settle(&settled).await;
             say("settled");

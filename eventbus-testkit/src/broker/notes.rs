@@ -49,7 +49,6 @@ fn declares(check: &str, capabilities: &Capabilities) -> bool {
         "later_messages_of_a_refused_key_are_held_back_where_declared" => {
             capabilities.ordered_pipelining
         }
-        "retry_hands_out_again_where_declared" => capabilities.redelivery,
         "handed_out_is_counted_where_declared" => capabilities.hand_out_count,
         "start_earliest_sees_history_where_declared" => capabilities.history,
         "reading_starts_at_a_position"

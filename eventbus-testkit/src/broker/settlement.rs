@@ -1,8 +1,6 @@
 //! Settled is final, unsettled comes again first and in order, and nothing else does.
 
-use std::time::{Duration, Instant};
-
-use eventbus_core::{Delivery, ErrorKind, Key, Message, Verdict};
+use eventbus_core::{Delivery, Key};
 
 use super::{BrokerHarness, DEADLINE, Stage, borrowed, numbered};
 use crate::probe::{Probe, text_of, within};
@@ -101,11 +99,7 @@ pub async fn low_water_never_passes_an_unsettled_message(harness: &dyn BrokerHar
         probe.crash();
         let mut probe = stage.member().await;
         let again = stage.drain(&mut probe).await;
-        if stage.capabilities.selective_settlement {
-            assert_eq!(texts(&again), ["2", "5"]);
-        } else {
-            assert_eq!(texts(&again), ["2", "3", "4", "5", "6", "7"]);
-        }
+        assert_eq!(texts(&again), ["2", "3", "4", "5", "6", "7"]);
         probe.settle(&again).await;
         probe.close().await;
         let mut probe = stage.member().await;
@@ -138,50 +132,6 @@ pub async fn stale_receipts_are_ignored(harness: &dyn BrokerHarness) {
         let again = stage.drain(&mut probe).await;
         assert_eq!(texts(&again), ["b"], "a stale receipt counted");
         probe.settle(&again).await;
-    })
-    .await;
-}
-
-/// `Retry` hands a message without key out again, not before its time, and is refused for a keyed
-/// one; where `redelivery` is not declared it is always refused, and nothing is settled by it.
-pub async fn retry_hands_out_again_where_declared(harness: &dyn BrokerHarness) {
-    within(DEADLINE, async {
-        let stage = Stage::new(harness, 1).await;
-        let mut probe = stage.member().await;
-        let unkeyed = Message::new(stage.topic.clone(), "unkeyed");
-        stage
-            .broker
-            .publish(vec![unkeyed, stage.message(&Key::from("k"), "keyed")])
-            .await
-            .expect("there is room");
-        let deliveries = probe.collect(2).await;
-        let after = Duration::from_millis(100);
-        let retry = |delivery: &Delivery| [(delivery.receipt, Verdict::Retry { after })];
-        let refused = probe.verdicts(&retry(&deliveries[1])).await;
-        let error = refused.expect_err("a keyed message keeps its place");
-        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-        let asked = Instant::now();
-        let answer = probe.verdicts(&retry(&deliveries[0])).await;
-        if !stage.capabilities.redelivery {
-            let error = answer.expect_err("`redelivery` is not declared");
-            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-            probe.crash();
-            let mut probe = stage.member().await;
-            let again = stage.drain(&mut probe).await;
-            assert_eq!(texts(&again), ["unkeyed", "keyed"]);
-            probe.settle(&again).await;
-            return;
-        }
-        answer.expect("`redelivery` is declared");
-        probe.settle([&deliveries[1]]).await;
-        let again = probe.collect(1).await;
-        assert!(asked.elapsed() >= after, "it came too early");
-        assert_eq!(texts(&again), ["unkeyed"]);
-        assert_ne!(again[0].receipt, deliveries[0].receipt);
-        probe.settle(&again).await;
-        probe.close().await;
-        let mut probe = stage.member().await;
-        assert!(stage.drain(&mut probe).await.is_empty());
     })
     .await;
 }

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Error, ErrorKind, Group, Lane,
     Member, MemoryBroker, Message, Outcome, PublishError, Publisher, Receipt, Result, Settlement,
-    Signal, Subscriber, Subscription, Unpublished, Verdict,
+    Signal, Subscriber, Subscription, Unpublished,
 };
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -411,7 +411,7 @@ struct FaultySettlement {
 
 #[async_trait]
 impl Settlement for FaultySettlement {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         FaultyBroker::call(&self.shared, Call::Settle, self.inner.settle(settled)).await
     }
 

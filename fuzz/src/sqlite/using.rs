@@ -102,11 +102,8 @@ async fn members(broker: &SqliteBroker, sound: &Sound) {
             written(&delivery.message, &sound.log, "a member");
         }
         heard += batch.len();
-        let verdicts: Vec<_> = batch
-            .iter()
-            .map(|delivery| (delivery.receipt, eventbus_core::Verdict::Done))
-            .collect();
-        if ends(probe.verdicts(&verdicts)).await.is_none() || heard >= sound.log.len() - 4 {
+        let receipts: Vec<_> = batch.iter().map(|delivery| delivery.receipt).collect();
+        if ends(probe.settle_receipts(&receipts)).await.is_none() || heard >= sound.log.len() - 4 {
             break;
         }
     }

@@ -16,7 +16,6 @@ use crate::consumer::run::{Ended, Ending, Outcome};
 use crate::consumer::scope::Scope;
 use crate::consumer::slots::{Caught, panic_text};
 use crate::dead_letter::{Cause, Diagnosis};
-use crate::delivery::Verdict;
 use crate::retry::{NextAttempt, OnError, with_jitter};
 
 impl<V: Layers> Worker<V> {
@@ -154,7 +153,7 @@ impl<V: Layers> Worker<V> {
                 }
                 let scope = self.remove(id);
                 let receipt = scope.delivery().receipt;
-                self.runtime.lanes.settled(&[(receipt, Verdict::Done)]);
+                self.runtime.lanes.settled(&[receipt]);
                 self.recycle(scope);
             }
             Outcome::Duplicate => {
@@ -387,7 +386,7 @@ impl<V: Layers> Worker<V> {
     #[inline]
     pub(super) fn settle_scope(&mut self, scope: Arc<Scope>) {
         let receipt = scope.delivery().receipt;
-        self.settled.push((receipt, Verdict::Done));
+        self.settled.push(receipt);
         self.recycle(scope);
     }
 

@@ -89,9 +89,7 @@ impl<V: Layers> Worker<V> {
         let Some(until) = departure.finish_until() else {
             self.drop_idle(&departure);
             self.cancel_runs(&departure);
-            return self
-                .settled
-                .retain(|(receipt, _)| !departure.has(receipt.lane));
+            return self.settled.retain(|receipt| !departure.has(receipt.lane));
         };
         for id in self.hopeless(&departure, until) {
             self.drop_node(id);
@@ -178,7 +176,7 @@ impl<V: Layers> Worker<V> {
                 index += 1;
                 continue;
             }
-            // Verdicts first, so that they stand before the release.
+            // What is settled first, so that they stand before the release.
             self.flush();
             self.sweep();
             self.departures.remove(index);

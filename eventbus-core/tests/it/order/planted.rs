@@ -6,7 +6,6 @@ use async_trait::async_trait;
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Delivery, Lane, Member, Message,
     PublishError, Publisher, Receipt, Result, Settlement, Signal, Subscriber, Subscription,
-    Verdict,
 };
 
 use super::recorder::Recorder;
@@ -123,17 +122,16 @@ impl Mischief {
         self.unsettled.extend(receipts);
     }
 
-    fn settle(&mut self, settled: &mut Vec<(Receipt, Verdict)>) {
+    fn settle(&mut self, settled: &mut Vec<Receipt>) {
         let smuggled = self.smuggled.drain(..);
-        settled.extend(smuggled.map(|receipt| (receipt, Verdict::Done)));
-        self.unsettled
-            .retain(|receipt| !settled.iter().any(|(other, _)| other == receipt));
+        settled.extend(smuggled);
+        self.unsettled.retain(|receipt| !settled.contains(receipt));
         if self.plant == Plant::SettleOneMore
             && !self.is_done
             && let Some(receipt) = self.unsettled.last()
         {
             self.is_done = true;
-            settled.push((*receipt, Verdict::Done));
+            settled.push(*receipt);
         }
     }
 }
@@ -177,7 +175,7 @@ struct PlantedSettlement {
 
 #[async_trait]
 impl Settlement for PlantedSettlement {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let mut settled = settled.to_vec();
         self.mischief.lock().unwrap().settle(&mut settled);
         self.inner.settle(&settled).await

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use eventbus_core::{
     AdminReply, AdminRequest, Broker, Capabilities, Deliveries, Error, ErrorKind, Lane, Member,
     MemoryBroker, Message, Outcome, PublishError, Publisher, Receipt, Result, Settlement, Signal,
-    Subscriber, Subscription, Unpublished, Verdict,
+    Subscriber, Subscription, Unpublished,
 };
 use tokio::time::Instant;
 
@@ -249,9 +249,9 @@ struct RecordedSettlement {
 
 #[async_trait]
 impl Settlement for RecordedSettlement {
-    async fn settle(&mut self, settled: &[(Receipt, Verdict)]) -> Result<()> {
+    async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         self.inner.settle(settled).await?;
-        let receipts = settled.iter().map(|(receipt, _)| *receipt).collect();
+        let receipts = settled.to_vec();
         self.log.note(self.member, Event::Settled(receipts));
         Ok(())
     }

@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use eventbus_core::{
     AdminRequest, Broker, Deliveries, Delivery, ErrorKind, Group, Key, Member, Message, Outcome,
-    Publisher, Settlement, Signal, Subscriber, Subscription, Topic, TopicSpec, Verdict,
-    error_chain,
+    Publisher, Settlement, Signal, Subscriber, Subscription, Topic, TopicSpec, error_chain,
 };
 use eventbus_sql::{PostgresBroker, PostgresConfig};
 use eventbus_testkit::within;
@@ -91,7 +90,7 @@ async fn consume(
             Signal::Delivered(batch) => {
                 handled.extend(batch.iter().map(read));
                 distinct.extend(batch.iter().map(read));
-                let settled: Vec<_> = batch.iter().map(|it| (it.receipt, Verdict::Done)).collect();
+                let settled: Vec<_> = batch.iter().map(|it| it.receipt).collect();
                 // Those of a lane that was lost come again; the others are recorded with the next.
                 if let Err(error) = settlement.settle(&settled).await {
                     assert!(error.is_retryable(), "{}", error_chain(&error));

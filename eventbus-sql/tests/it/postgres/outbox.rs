@@ -396,9 +396,7 @@ async fn published_versions(broker: &MemoryBroker) -> BTreeMap<String, Vec<i64>>
             Signal::Assigned(lanes) => open = lanes.len(),
             Signal::Ended(lanes) => open -= lanes.len(),
             Signal::Delivered(batch) => {
-                let settled = batch
-                    .iter()
-                    .map(|it| (it.receipt, eventbus_core::Verdict::Done));
+                let settled = batch.iter().map(|it| it.receipt);
                 let settled: Vec<_> = settled.collect();
                 for delivery in batch {
                     let key = delivery.message.key.expect("a key").to_string();
