@@ -24,7 +24,8 @@ const HEADER: &str = "h:";
 /// The command that adds a message to a stream; `text` is memory to write into.
 pub(crate) fn add(stream: &str, message: &Message, text: &mut Vec<u8>) -> Cmd {
     let in_lines = lines::write(&message.headers, b"", text);
-    let mut cmd = Cmd::with_capacity(9, message.size() + text.len() + 128);
+    let key = message.key.as_ref().map_or(0, |key| key.as_bytes().len());
+    let mut cmd = Cmd::with_capacity(9, message.payload.len() + key + text.len() + 128);
     cmd.arg("XADD").arg(stream).arg("*");
     cmd.arg(DATA).arg(&message.payload[..]);
     if let Some(key) = &message.key {
