@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use eventbus_core::{Error, ErrorKind, Result};
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::options::ConfirmSelectOptions;
 use lapin::{Channel, Connection, ConnectionProperties, Event};
 use tokio::runtime::Handle;
@@ -33,6 +33,8 @@ pub(crate) struct Link {
     blocked: watch::Receiver<Option<String>>,
     /// Hears what the server says of the connection.
     listener: JoinHandle<()>,
+    /// What it was made in.
+    runtime: Handle,
 }
 
 impl std::fmt::Debug for Link {
@@ -48,9 +50,15 @@ impl Drop for Link {
     /// was being made, and with it whatever the server has handed out through it.
     fn drop(&mut self) {
         self.listener.abort();
-        if let (true, Ok(runtime)) = (self.is_open(), Handle::try_current()) {
-            let connection = Arc::clone(&self.connection);
-            runtime.spawn(async move { end(&connection).await });
+        if !self.is_open() {
+            return;
+        }
+        let connection = Arc::clone(&self.connection);
+        let mut closing = Box::pin(async move { close(&connection).await });
+        // Asked for now: consumers that are dropped next would be cancelled one by one otherwise, and
+        // later messages handed to others first.
+        if (&mut closing).now_or_never().is_none() {
+            self.runtime.spawn(in_time(closing));
         }
     }
 }
@@ -121,6 +129,7 @@ impl Link {
             connection: Arc::new(connection),
             blocked,
             listener,
+            runtime: Handle::current(),
         }
     }
 
@@ -165,14 +174,22 @@ impl Link {
 
     /// Ends the connection and all its channels; what was not acknowledged is the next owner's.
     pub(crate) async fn close(&self) {
-        end(&self.connection).await;
+        in_time(close(&self.connection)).await;
     }
 }
 
-async fn end(connection: &Connection) {
-    let closed = timeout(ANSWER, connection.close(200, "done".into())).await;
-    if let Ok(Err(error)) = closed {
-        tracing::debug!(%error, "a connection was closed before");
+async fn close(connection: &Connection) -> lapin::Result<()> {
+    connection.close(200, "done".into()).await
+}
+
+/// Waits for the end of a connection, but not for ever.
+async fn in_time(closing: impl Future<Output = lapin::Result<()>>) {
+    match timeout(ANSWER, closing).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "a connection was closed before"),
+        Err(_) => tracing::warn!(
+            "RabbitMQ does not answer that a connection is to end: it keeps what it has handed out until it sees it gone"
+        ),
     }
 }
 

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 
 use super::INGRESS;
 use crate::confirms::publish_one;
-use crate::link::{ANSWER, within};
+use crate::link::{ANSWER, Link, within};
 use crate::topics::{DURABLE, settle_down, text};
 
 /// The first line of a record.
@@ -100,7 +100,8 @@ impl Record {
     }
 }
 
-/// The journal of an ingress, through the channel that brings its messages: when that ends, all of it does.
+/// The journal of an ingress, through the connection that moves its messages: when that ends, all of it
+/// does.
 #[derive(Debug)]
 pub(super) struct Journal {
     channel: Channel,
@@ -112,7 +113,8 @@ pub(super) struct Journal {
 
 impl Journal {
     /// Joins those who want to move the messages.
-    pub(super) async fn join(channel: Channel, queue: ShortString) -> Result<Self> {
+    pub(super) async fn join(link: &Link, queue: ShortString) -> Result<Self> {
+        let channel = link.confirming(INGRESS).await?;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), text("quorum"));
         let single = AMQPValue::Boolean(true);

@@ -46,11 +46,11 @@ pub(super) struct Mover {
 /// What an ingress has on the server while one connection lasts. All of it goes through that one: when
 /// the server takes it for dead, a process that stood still can neither move nor note anything.
 pub(super) struct Session {
+    /// The first, so that it is dropped first: a consumer that is dropped before would be cancelled, and
+    /// the journal handed over while the messages are not back in their place.
     link: Link,
     journal: Journal,
-    /// Brings messages, and acknowledges them. It is the journal's, too: with a channel that ends the
-    /// server gives both back at once. By two, the next process could lead before the messages that this
-    /// one was handed are in their place again, and move later ones first.
+    /// Brings messages, and acknowledges them.
     source: Channel,
     /// Publishes them.
     sink: Channel,
@@ -116,9 +116,9 @@ impl Mover {
         for group in &self.groups {
             declare_group(INGRESS, &link, group, &self.topic, partitions).await?;
         }
-        let source = link.confirming(INGRESS).await?;
         let journal = names::journal_queue(INGRESS, &self.queue.name)?;
-        let journal = Journal::join(source.clone(), journal).await?;
+        let journal = Journal::join(&link, journal).await?;
+        let source = link.channel(INGRESS).await?;
         let sink = link.confirming(INGRESS).await?;
         Ok(Session {
             link,
@@ -226,7 +226,9 @@ impl Mover {
         doubt: &mut Doubt,
     ) -> Result<(), Over> {
         let batch = self.take(session, stop).await?;
-        let tags: Vec<_> = batch.iter().map(|it| it.delivery_tag).collect();
+        let Some(last) = batch.last().map(|it| it.delivery_tag) else {
+            return Ok(());
+        };
         let mut given = Vec::new();
         let mut moving = Vec::with_capacity(batch.len());
         let formats = Formats::default();
@@ -237,12 +239,9 @@ impl Mover {
         trace!(target: "eventbus::step", step = "ingress.publish.before");
         self.publish(session, stop, moving).await?;
         trace!(target: "eventbus::step", step = "ingress.publish.after");
+        let options = BasicAckOptions { multiple: true };
         let acked = async {
-            // One by one: there are records of the journal among them.
-            for tag in tags {
-                let one = BasicAckOptions::default();
-                session.source.basic_ack(tag, one).await?;
-            }
+            session.source.basic_ack(last, options).await?;
             settle_down(&session.source, self.queue.name.as_str().into()).await
         };
         let settled = natively(MOVE, acked).await?;
