@@ -64,13 +64,19 @@ fn of_socket(operation: &'static str, cause: &std::io::Error) -> &'static str {
     if is_about_trust.iter().any(|word| text.contains(word)) {
         return "the connection cannot be encrypted: look at the certificates, at `tls_ca`, by which the server's is trusted, at `tls_cert` and `tls_key`, which it may ask for, and at whether its port speaks TLS";
     }
+    use std::io::ErrorKind as Io;
     match cause.kind() {
-        std::io::ErrorKind::ConnectionRefused => {
+        Io::ConnectionRefused => {
             "no server answers: look at host and port of the url, and whether RabbitMQ runs there"
         }
         // What it said of TLS may be lost with the connection.
-        _ if operation == "connect" => {
+        Io::ConnectionReset | Io::ConnectionAborted | Io::BrokenPipe | Io::UnexpectedEof
+            if operation == "connect" =>
+        {
             "the server ended the connection while it was made: look at its log, and, where its port speaks TLS, at `tls_cert` and `tls_key`, which it may ask for"
+        }
+        _ if operation == "connect" => {
+            "the server cannot be reached: look at its host and network, and at how many files this process may open"
         }
         _ => "the connection to the server broke",
     }
