@@ -1,11 +1,11 @@
-//! What a broker hands to a consumer and hears back: lanes, receipts, signals and verdicts.
+//! What a broker hands to a consumer and hears back: lanes, receipts and signals.
 //!
 //! ```text
 //!  Deliveries::next ──▶ Assigned ─ Delivered … Delivered ─ Revoking ──────────────▶ (next owner)
 //!                                      │                       │
 //!                              handlers run             handlers end or are dropped
 //!                                      ▼                       ▼
-//!  Settlement::settle ◀── receipts       Settlement::release
+//!  Settlement::settle ◀─────────────── receipts       Settlement::release
 //! ```
 
 use std::time::{Duration, SystemTime};

@@ -65,9 +65,9 @@ pub use unit::{CommitFault, MemoryUnit};
 ///   anything is taken; the others are taken. Where `ordered_pipelining` is declared, later
 ///   messages of its key are held back and reported too (`Conflict`).
 /// - **Groups.** What a group has settled without a gap is its position; after a crash everything
-///   above it is handed out again, also what was settled there. Lanes move one by one: a moving lane goes on when it is released or
-///   `revoke_timeout` after `Revoking`, which is looked at whenever a member of the group calls
-///   `next` or `settle`.
+///   above it is handed out again, also what was settled there. Lanes move one by one: a moving
+///   lane goes on when it is released or `revoke_timeout` after `Revoking`, which is looked at
+///   whenever a member of the group calls `next` or `settle`.
 /// - **Settling** is done when the call returns. After `close`, `next` and `settle` answer
 ///   `Closed`.
 ///

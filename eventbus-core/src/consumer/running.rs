@@ -343,8 +343,9 @@ impl Consumer {
     /// What came before anything that has begun is still handled, partition by partition, so that the
     /// next owner goes on where this one ended and handles nothing twice; what came behind it goes
     /// to the next owner. This takes at most the shutdown timeout. What can't be handled in that
-    /// time is left as well, and what was settled behind it is handled again; a warning says how much. That is so while the consumer is
-    /// paused or holds, for blocked keys, and for retries that are due later.
+    /// time is left as well, and what was settled behind it is handled again; a warning says how
+    /// much. That is so while the consumer is paused or holds, for blocked keys, and for retries that
+    /// are due later.
     ///
     /// # Cancellation
     ///
@@ -447,7 +448,7 @@ impl Consumer {
         }
         if settled.is_err() {
             return Err(late(
-                "verdicts could not be recorded in time: what they are about is handled again",
+                "what is done could not be recorded in time: it is handled again",
             ));
         }
         closed.unwrap_or_else(|_| {

@@ -180,12 +180,12 @@ pub enum MemoryProfile {
     /// All that this broker can do: 8 MiB a message, history, replay, counted hand-outs.
     #[default]
     Memory,
-    /// As Kafka: 1 MiB a message, history and replay, no redelivery, hand-outs are not counted.
+    /// As Kafka: 1 MiB a message, history and replay, hand-outs are not counted.
     Kafka,
     /// As RabbitMQ: 16 MiB a message; a new group begins with what is published from then on and
-    /// nothing is read again, except dead letters; redelivery, selective settlement.
+    /// nothing is read again, except dead letters; counted hand-outs.
     RabbitMq,
-    /// As Redis streams: 16 MiB a message, history and replay, no redelivery.
+    /// As Redis streams: 16 MiB a message, history and replay, hand-outs are not counted.
     Redis,
 }
 

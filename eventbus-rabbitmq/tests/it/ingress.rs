@@ -365,7 +365,6 @@ async fn what_it_waits_for_is_in_its_status() {
     .await;
 }
 
-/// Of several processes one moves messages; the next one goes on where it ended, in order.
 /// How an ingress ends whose place another one takes.
 #[derive(Clone, Copy)]
 enum End {
@@ -386,7 +385,8 @@ async fn another_one_takes_the_place_of_an_ingress_that_is_killed() {
     take_the_place_of_one_that_is(End::Killed).await;
 }
 
-/// Ends an ingress in the middle of its work, while others wait for its place and the shop goes on.
+/// Of several processes one moves messages; the next one goes on where it ended, in order. It ends in the
+/// middle of its work, while others wait for its place and the shop goes on.
 async fn take_the_place_of_one_that_is(end: End) {
     const ORDERS: u64 = 600;
     let server = Server::new().await;

@@ -83,8 +83,8 @@ pub async fn released_lane_is_handed_out_again(harness: &dyn BrokerHarness) {
     .await;
 }
 
-/// Settling out of order records nothing beyond the first unsettled message; where settlement is
-/// selective, the others are not handed out again either.
+/// Settling out of order records nothing beyond the first unsettled message: from it on everything is
+/// handed out again.
 pub async fn low_water_never_passes_an_unsettled_message(harness: &dyn BrokerHarness) {
     within(DEADLINE, async {
         let stage = Stage::new(harness, 1).await;
