@@ -235,8 +235,7 @@ impl<L: Log> LogDeliveries<L> {
                     .filter_map(|(wanted, page)| state.take_page(wanted, page))
                     .collect();
                 drop(state);
-                // To release is to ask the store at once, also where it is nothing.
-                if let (Some(seat), false) = (&self.handle.seat, leaving.is_empty()) {
+                if let Some(seat) = &self.handle.seat {
                     // With a later grant nobody settles by what was read before.
                     seat.held.release(&leaving);
                 }

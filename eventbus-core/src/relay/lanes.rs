@@ -101,10 +101,7 @@ impl Lanes {
     /// published of them is removed.
     pub(super) fn release(&mut self) {
         let leaving = std::mem::take(&mut self.leaving);
-        // Each call has the store asked, even one about nothing.
-        if !leaving.is_empty() {
-            self.leaseholder.held().release(&leaving);
-        }
+        self.leaseholder.held().release(&leaving);
     }
 
     /// Waits until something changes, which [`update`](Self::update) takes in.
