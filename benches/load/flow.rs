@@ -153,7 +153,7 @@ pub(crate) async fn through_broker(messages: &[Message], count: usize) {
         .subscribe(subscription)
         .await
         .expect("memory takes it");
-    let (mut taken, mut verdicts) = (0, Vec::<Receipt>::new());
+    let (mut taken, mut settled) = (0, Vec::<Receipt>::new());
     for batch in batches(messages, count) {
         taken += batch.len();
         broker.publish(batch).await.expect("memory takes it");
@@ -163,14 +163,14 @@ pub(crate) async fn through_broker(messages: &[Message], count: usize) {
                 continue;
             };
             taken -= deliveries.len();
-            verdicts.extend(deliveries.iter().map(|delivery| delivery.receipt));
+            settled.extend(deliveries.iter().map(|delivery| delivery.receipt));
         }
         member
             .settlement
-            .settle(&verdicts)
+            .settle(&settled)
             .await
             .expect("memory records it");
-        verdicts.clear();
+        settled.clear();
     }
     broker.close().await.expect("it ends");
 }

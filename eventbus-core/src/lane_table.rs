@@ -211,13 +211,6 @@ impl LaneTable {
         low_water.map_or(Settled::Held, Settled::LowWater)
     }
 
-    /// The position of a receipt that is still in the window.
-    pub fn position(&self, receipt: Receipt) -> Option<Position> {
-        let state = self.state(receipt.lane)?;
-        let index = usize::try_from(receipt.tag.checked_sub(state.base)?).ok()?;
-        state.entries.get(index).map(|entry| entry.position)
-    }
-
     /// Messages handed out and not settled, over all lanes.
     pub fn unsettled(&self) -> usize {
         self.messages

@@ -78,10 +78,7 @@ impl Settlement for KafkaSettlement {
     async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let member = &self.owner.0;
         member.check_open(SETTLE)?;
-        let stale = {
-            let receipts = settled.iter().copied();
-            member.lanes().settle(receipts)
-        };
+        let stale = member.lanes().settle(settled.iter().copied());
         if stale > 0 {
             tracing::debug!(
                 stale,

@@ -204,10 +204,7 @@ impl Settlement for RabbitMqSettlement {
     async fn settle(&mut self, settled: &[Receipt]) -> Result<()> {
         let member = &self.0.0;
         member.check_open(SETTLE)?;
-        let stale = {
-            let receipts = settled.iter().copied();
-            member.lanes().settle(receipts)
-        };
+        let stale = member.lanes().settle(settled.iter().copied());
         if stale > 0 {
             tracing::debug!(
                 stale,

@@ -1,4 +1,5 @@
-//! Passes receipts of what is done to the broker: one call in flight, everything that comes meanwhile in the next.
+//! Passes receipts of what is done to the broker: one call in flight, everything that comes
+//! meanwhile in the next.
 
 use std::sync::Arc;
 

@@ -426,7 +426,7 @@ async fn take_the_place_of_one_that_is(end: End) {
         };
         let ((), (others, mut deliveries)) = tokio::join!(first, others);
         let mut next = 0;
-        while next < ORDERS {
+        loop {
             for delivery in &deliveries {
                 let key = delivery.message.key.as_ref().expect("it has a key");
                 let number = String::from_utf8_lossy(key.as_bytes()).parse();
@@ -436,10 +436,10 @@ async fn take_the_place_of_one_that_is(end: End) {
                 next = next.max(number + 1);
             }
             probe.settle(&deliveries).await;
-            deliveries = match next < ORDERS {
-                true => probe.collect(1).await,
-                false => Vec::new(),
-            };
+            if next == ORDERS {
+                break;
+            }
+            deliveries = probe.collect(1).await;
         }
         let others_moved = || others.iter().map(|it| it.status().moved).sum::<u64>();
         // What was seen may be counted a moment later.

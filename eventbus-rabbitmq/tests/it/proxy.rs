@@ -135,8 +135,7 @@ async fn take(member: &mut Member, count: usize) -> Vec<Delivery> {
 
 /// Settles, again where that has failed, as a consumer does.
 async fn settle(member: &mut Member, deliveries: &[Delivery]) {
-    let done = |it: &Delivery| it.receipt;
-    let done: Vec<Receipt> = deliveries.iter().map(done).collect();
+    let done: Vec<Receipt> = deliveries.iter().map(|it| it.receipt).collect();
     while let Err(error) = member.settlement.settle(&done).await {
         assert!(error.is_retryable(), "{error}");
         tokio::time::sleep(Duration::from_millis(20)).await;

@@ -199,10 +199,8 @@ impl Mischief {
 
     /// Settles what nobody gave a verdict on.
     async fn settle_unasked(&self, receipts: Vec<Receipt>) {
-        let done = receipts.into_iter();
-        let done: Vec<_> = done.collect();
         // Where it fails, the bug does no harm this time.
-        drop(self.settlement.lock().await.settle(&done).await);
+        drop(self.settlement.lock().await.settle(&receipts).await);
     }
 
     fn take_unsettled(&self) -> Vec<Receipt> {

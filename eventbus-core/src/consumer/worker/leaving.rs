@@ -176,7 +176,7 @@ impl<V: Layers> Worker<V> {
                 index += 1;
                 continue;
             }
-            // What is settled first, so that they stand before the release.
+            // What is settled first, so that it stands before the release.
             self.flush();
             self.sweep();
             self.departures.remove(index);
